@@ -1,0 +1,77 @@
+"""Compile the C core with cffi: the ffibuilder, and the two setuptools commands that pyproject.toml names.
+
+The declarations are cut out of csrc/kvmstats.h, so the header is the one place where they are written.
+
+Environment
+-----------
+KVMSTATS_SANITIZE : e.g. ``address,undefined``: build the extension with these sanitizers.
+KVMSTATS_WERROR : ``1``: warnings are errors, as in CI.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from pathlib import Path
+
+from cffi import FFI, setuptools_ext
+from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
+from setuptools.command.build import build as _build
+
+# setuptools wants source paths relative to the project's folder, which is where it runs.
+SOURCES = ["csrc/layout.c", "csrc/sweep.c"]
+HEADER = "csrc/kvmstats.h"
+
+
+def cdef() -> str:
+    """Return the part of kvmstats.h between its two cdef lines."""
+    text = (Path(__file__).parent / HEADER).read_text(encoding="ascii")
+    return text.partition("/* ---- cdef: begin ---- */")[2].partition("/* ---- cdef: end ---- */")[0]
+
+
+def _compile_args() -> list[str]:
+    args = ["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"]
+    if os.environ.get("KVMSTATS_WERROR") == "1":
+        # cffi's own generated glue is not held to -Wextra: unused parameters are its style.
+        args += ["-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+    return args + _sanitize_args()
+
+
+def _sanitize_args() -> list[str]:
+    sanitizers = os.environ.get("KVMSTATS_SANITIZE")
+    return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"] if sanitizers else []
+
+
+ffibuilder = FFI()
+ffibuilder.cdef(cdef())
+ffibuilder.set_source(
+    "kvmstats_fast._kvmstats",
+    '#include "kvmstats.h"',
+    sources=SOURCES,
+    include_dirs=["csrc"],
+    depends=[HEADER],
+    # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
+    define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
+    extra_compile_args=_compile_args(),
+    extra_link_args=_sanitize_args(),
+)
+
+
+class build(_build):  # noqa: N801 - setuptools finds commands by this name
+    """setuptools' build, with the extension that ffibuilder describes."""
+
+    def finalize_options(self) -> None:
+        """Add the extension once; an editable install comes here twice."""
+        if not self.distribution.has_ext_modules():
+            setuptools_ext.cffi_modules(self.distribution, "cffi_modules", ["build_ffi.py:ffibuilder"])
+        super().finalize_options()
+
+
+class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by this name
+    """One wheel for CPython 3.10 and later; free-threaded builds have no stable ABI and get their own."""
+
+    def finalize_options(self) -> None:
+        """Ask for the stable ABI where there is one."""
+        if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+            self.py_limited_api = "cp310"
+        super().finalize_options()
