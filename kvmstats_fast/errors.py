@@ -1,0 +1,103 @@
+"""The exceptions, and the one function that makes them out of what the C core returns."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+from kvmstats_fast._kvmstats import lib
+
+__all__ = ["ErrorCode", "FormatError", "KvmStatsError"]
+
+
+class ErrorCode(IntEnum):
+    """What is wrong with a stats file (``enum kvmstats_error`` of ``csrc/kvmstats.h``)."""
+
+    TRUNCATED = lib.KVMSTATS_E_TRUNCATED
+    LAYOUT = lib.KVMSTATS_E_LAYOUT
+    FLAGS = lib.KVMSTATS_E_FLAGS
+    NAME_SIZE = lib.KVMSTATS_E_NAME_SIZE
+    NUM_DESC = lib.KVMSTATS_E_NUM_DESC
+    COUNT_DEFECT = lib.KVMSTATS_E_COUNT_DEFECT
+    BLOCK_ALIGN = lib.KVMSTATS_E_BLOCK_ALIGN
+    OVERLAP = lib.KVMSTATS_E_OVERLAP
+    STAT_SIZE = lib.KVMSTATS_E_STAT_SIZE
+    STAT_ALIGN = lib.KVMSTATS_E_STAT_ALIGN
+    STAT_NAME = lib.KVMSTATS_E_STAT_NAME
+    DATA_SIZE = lib.KVMSTATS_E_DATA_SIZE
+    DUPLICATE = lib.KVMSTATS_E_DUPLICATE
+
+
+class KvmStatsError(Exception):
+    """Root of this package's own errors. What the kernel refuses stays an `OSError` with its errno."""
+
+
+class FormatError(KvmStatsError, ValueError):
+    """The bytes are not a KVM stats file that can be read.
+
+    Attributes
+    ----------
+    code : ErrorCode
+        What is wrong.
+    offset : int
+        At which byte of the file.
+    """
+
+    def __init__(self, code: ErrorCode, offset: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.offset = offset
+
+    def __reduce__(self) -> tuple[type[FormatError], tuple[ErrorCode, int, str]]:
+        return type(self), (self.code, self.offset, str(self))
+
+
+_BLOCKS = {
+    lib.KVMSTATS_BLOCK_HEADER: "header",
+    lib.KVMSTATS_BLOCK_ID: "id",
+    lib.KVMSTATS_BLOCK_DESCRIPTORS: "descriptors",
+    lib.KVMSTATS_BLOCK_DATA: "data",
+}
+
+_MESSAGES = {
+    ErrorCode.TRUNCATED: "the file is cut short: it ends here, but its {block} should reach byte {limit}",
+    ErrorCode.LAYOUT: "not a KVM stats file: {value:#010x} stands here, which fits none of the known layouts",
+    ErrorCode.FLAGS: "the header's flags are {value:#x}: a format newer than this package, which knows flags 0 only; "
+    "look for a newer kvmstats-fast",
+    ErrorCode.NAME_SIZE: "name_size is {value}; a name has 1 to {limit} bytes",
+    ErrorCode.NUM_DESC: "the header counts {value} descriptors; more than {limit} are refused",
+    ErrorCode.COUNT_DEFECT: "the header counts {value} descriptors, but {value} is the size of the table in bytes: the "
+    "defect of the original series' x86 vCPU files. The table has {limit} descriptors; what such a kernel serves as "
+    "data is memory behind the table, not the counters. parse(data, repair=True) gives the descriptors, without values",
+    ErrorCode.BLOCK_ALIGN: "the {block} start at byte {value}, which is no multiple of {limit}",
+    ErrorCode.OVERLAP: "the {block} start at byte {value}, which overlaps the {other}, which ends at byte {limit}",
+    ErrorCode.STAT_SIZE: "descriptor {index} has size 0",
+    ErrorCode.STAT_ALIGN: "descriptor {index} has data offset {value}, which is no multiple of {limit}",
+    ErrorCode.STAT_NAME: "descriptor {index} has an empty name",
+    ErrorCode.DATA_SIZE: "the values of descriptor {index} end at byte {value} of the data; more than {limit} are "
+    "refused",
+    ErrorCode.DUPLICATE: "descriptor {index} has the name {name!r}, which the one at byte {value} has already",
+}
+
+
+def format_error(code: int, fault: Any, source: str, *, name: str = "") -> FormatError:
+    """Turn a negative return of the C core and its ``struct kvmstats_fault`` into the exception to raise.
+
+    `source` says which file, `name` (duplicates) which statistic. Loosely typed: a fault is cffi's.
+    """
+    error = ErrorCode(code)
+    text = _MESSAGES[error].format(
+        value=fault.value,
+        limit=fault.limit,
+        index=fault.index,
+        block=_BLOCKS[fault.block],
+        other=_BLOCKS[fault.other],
+        name=name,
+    )
+    return FormatError(error, fault.offset, f"{source}: byte {fault.offset}: {text}")
+
+
+def truncated(source: str, offset: int, limit: int) -> FormatError:
+    """Return the error for a data block that ends at byte `offset` instead of `limit`."""
+    text = _MESSAGES[ErrorCode.TRUNCATED].format(block="data", limit=limit)
+    return FormatError(ErrorCode.TRUNCATED, offset, f"{source}: byte {offset}: {text}")

@@ -1,0 +1,548 @@
+"""What a stats file holds: Stat, Schema, the schema cache, and parse() for a whole file in memory.
+
+The walk over header and descriptors is C (``csrc/layout.c``); this module calls it, turns what it finds into objects
+once per kernel and kind of file, and hands out the same `Schema` object for every further file of that kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, KeysView, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from kvmstats_fast._kvmstats import ffi, lib
+from kvmstats_fast.abi import LAYOUT_OF_CODE, Layout, StatBase, StatType, StatUnit, split_flags
+from kvmstats_fast.errors import ErrorCode, KvmStatsError, format_error, truncated
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from typing_extensions import Buffer
+
+__all__ = ["Header", "Schema", "Stat", "StatsImage", "parse"]
+
+#: A value as `Schema.unpack` gives it: a histogram is an array of counts.
+Value: TypeAlias = "int | bool | float | npt.NDArray[np.uint64]"
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """One statistic, as its descriptor says (``struct kvm_stats_desc``).
+
+    Attributes
+    ----------
+    name : str
+        Bytes that are no UTF-8 are kept by ``surrogateescape``.
+    type, unit, base : StatType, StatUnit, StatBase, or int
+        An int is a code this package does not know; such a statistic is kept raw.
+    exponent : int
+        A value in base units is ``raw * 10**exponent`` (or 2, after `base`).
+    size : int
+        Number of uint64 values: 1, or the buckets of a histogram.
+    offset : int
+        Bytes from the start of the values (as uint64), a multiple of 8.
+    bucket_size : int
+        Width of a linear histogram's buckets, else 0.
+    """
+
+    name: str
+    type: int
+    unit: int
+    base: int
+    exponent: int
+    size: int
+    offset: int
+    bucket_size: int = 0
+
+    @property
+    def is_histogram(self) -> bool:
+        """Whether the values are bucket counts."""
+        return self.type in (StatType.LINEAR_HIST, StatType.LOG_HIST)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``()`` for a plain number, ``(size,)`` for a histogram or any other statistic of several values."""
+        return (self.size,) if self.size != 1 or self.is_histogram else ()
+
+    @property
+    def scale(self) -> int | float:
+        """What a raw value is multiplied with: an int where exact, 1 where the base's code is unknown."""
+        return self.to_base_units(1)
+
+    def to_base_units(self, raw: int) -> int | float:
+        """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if `base` is unknown."""
+        if not isinstance(self.base, StatBase):
+            return raw
+        factor: int = self.base.radix ** abs(self.exponent)
+        return raw * factor if self.exponent >= 0 else raw / factor
+
+    def bucket_edges(self) -> npt.NDArray[np.float64]:
+        """Edges of a histogram's buckets, in base units.
+
+        Bucket i counts what fell into ``[edges[i], edges[i + 1])``. Linear: ``i * bucket_size``. Logarithmic: 0, 1,
+        2, 4, 8 ... (``kvm_stats_linear_hist_update`` and ``kvm_stats_log_hist_update``, ``include/linux/kvm_host.h``).
+
+        Returns
+        -------
+        numpy.ndarray
+            float64, shape ``(size + 1,)``; the last is inf, because the last bucket also counts all that is above it.
+
+        Raises
+        ------
+        ValueError
+            If this is no histogram, or a linear one without a bucket size.
+        """
+        if self.type == StatType.LINEAR_HIST:
+            if self.bucket_size == 0:
+                raise ValueError(f"{self.name} is a linear histogram, but its descriptor has bucket_size 0")
+            raw = [i * self.bucket_size for i in range(self.size)]
+        elif self.type == StatType.LOG_HIST:
+            raw = [0, *(1 << i for i in range(self.size - 1))]
+        else:
+            raise ValueError(f"{self.name} is no histogram: its type is {self.type!r}")
+        return np.array([*map(self._to_float, raw), np.inf])
+
+    def _to_float(self, raw: int) -> float:
+        try:
+            return float(self.to_base_units(raw))
+        except OverflowError:  # an edge no float reaches
+            return float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of a stats file (``struct kvm_stats_header``), the same fields for every layout.
+
+    Attributes
+    ----------
+    layout : Layout
+    byteorder : str
+        ``"little"`` or ``"big"``: of the host that made the file.
+    flags : int
+        0, the only value defined so far.
+    name_size : int
+        Bytes of a name's field; descriptors are ``16 + name_size`` bytes apart.
+    num_desc : int
+        Number of descriptors (for a repaired file the true one, not what its header says).
+    id_offset, desc_offset, data_offset : int
+        Byte of the file where each block starts.
+    """
+
+    layout: Layout
+    byteorder: str
+    flags: int
+    name_size: int
+    num_desc: int
+    id_offset: int
+    desc_offset: int
+    data_offset: int
+
+
+class Schema(Mapping[str, Stat]):
+    """What one kind of stats file holds: a mapping of names to `Stat`, in the order of the descriptors.
+
+    Files with the same header and descriptors share one Schema object, so ``a.schema is b.schema`` holds for all vCPUs
+    of a kernel. Two schemas are equal if those bytes are. Schemas are immutable, hashable and can be pickled.
+
+    Attributes
+    ----------
+    stats : tuple of Stat
+    header : Header
+    """
+
+    __slots__ = ("_by_name", "_dtype", "_id_size", "_key", "_prefix", "_repaired", "data_size", "header", "stats")
+
+    def __init__(self, blob: bytes, parsed: Any, stats: tuple[Stat, ...]) -> None:
+        swapped = bool(parsed.swapped)
+        self.header = Header(
+            layout=LAYOUT_OF_CODE[parsed.layout],
+            byteorder={"little": "big", "big": "little"}[sys.byteorder] if swapped else sys.byteorder,
+            flags=parsed.flags,
+            name_size=parsed.name_size,
+            num_desc=parsed.num_desc,
+            id_offset=parsed.id_offset,
+            desc_offset=parsed.desc_offset,
+            data_offset=parsed.data_offset,
+        )
+        self.stats = stats
+        #: Bytes of all values as uint64, words that no descriptor names included.
+        self.data_size: int = parsed.data_size
+        self._by_name = {stat.name: stat for stat in stats}
+        self._dtype: np.dtype[np.void] | None = None
+        self._id_size: int = parsed.id_size
+        self._repaired = bool(parsed.count_defect)
+        # What makes a schema: the header without the id, and the table. Everything else of the file is blanked.
+        windows = (
+            slice(parsed.key_offset, parsed.key_offset + parsed.key_size),
+            slice(parsed.desc_offset, parsed.desc_end),
+        )
+        prefix = bytearray(parsed.prefix_size)
+        for window in windows:
+            prefix[window] = blob[window]
+        if self.layout is not Layout.MERGED:
+            prefix[parsed.id_offset : parsed.id_offset + 4] = b"kvm-"  # the mark these layouts are known by
+        self._prefix = bytes(prefix)
+        self._key = tuple((window, blob[window]) for window in windows)
+
+    @property
+    def layout(self) -> Layout:
+        """Layout of the file."""
+        return self.header.layout
+
+    @property
+    def byteorder(self) -> str:
+        """``"little"`` or ``"big"``: of the file; values are always handed out in this machine's."""
+        return self.header.byteorder
+
+    @property
+    def num_values(self) -> int:
+        """Length of a file's values as uint64."""
+        return self.data_size // 8
+
+    @property
+    def dtype(self) -> np.dtype[np.void]:
+        """Structured dtype with the kernel's offsets: ``values.view(schema.dtype)["exits"]`` copies nothing.
+
+        The view has shape ``(1,)`` for one reading of shape ``(num_values,)``; a histogram is a sub-array.
+        """
+        if self._dtype is None:
+            self._dtype = np.dtype(
+                {
+                    "names": list(self),
+                    "formats": [(np.uint64, stat.shape) for stat in self.stats],
+                    "offsets": [stat.offset for stat in self.stats],
+                    "itemsize": self.data_size,
+                }
+            )
+        return self._dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """128 bits in hexadecimal over header and descriptors: equal for equal schemas, on every machine."""
+        return hashlib.blake2b(self._prefix + bytes([self._repaired]), digest_size=16).hexdigest()
+
+    def select(self, *patterns: str) -> tuple[Stat, ...]:
+        """Find statistics by name or glob (``halt_*``; case matters).
+
+        Returns
+        -------
+        tuple of Stat
+            In the order of the patterns, those of one glob in the order of the file; each once.
+
+        Raises
+        ------
+        KeyError
+            If a pattern fits nothing; the message names near misses.
+        """
+        chosen: dict[str, Stat] = {}
+        for pattern in patterns:
+            names = [pattern] if pattern in self else [name for name in self if fnmatchcase(name, pattern)]
+            if not names:
+                raise KeyError(self._no_such_stat(pattern))
+            chosen.update((name, self[name]) for name in names)
+        return tuple(chosen.values())
+
+    def unpack(self, values: npt.NDArray[np.uint64], *, si: bool = False) -> dict[str, Value]:
+        """Name the values of one reading.
+
+        Parameters
+        ----------
+        values : numpy.ndarray
+            uint64, shape ``(num_values,)``.
+        si : bool
+            Scale plain numbers to base units (seconds, bytes ...): int where the exponent is not negative, else float.
+
+        Returns
+        -------
+        dict
+            Per statistic an int, a bool (unit BOOLEAN, if it is 0 or 1), a float (`si`), or for a histogram an
+            array of counts, a view into `values`.
+        """
+        if values.shape != (self.num_values,):
+            raise ValueError(f"values have shape {values.shape}, this schema has ({self.num_values},)")
+        plain = values.tolist()
+        result: dict[str, Value] = {}
+        for stat in self.stats:
+            word = stat.offset // 8
+            if stat.shape:
+                result[stat.name] = values[word : word + stat.size]
+                continue
+            value = plain[word]
+            if stat.unit == StatUnit.BOOLEAN and value <= 1:
+                value = bool(value)
+            elif si:
+                value = stat.to_base_units(value)
+                if not isinstance(stat.base, StatBase):
+                    warnings.warn(f"{stat.name} is left unscaled: unknown base {stat.base}", RuntimeWarning, 3)
+            result[stat.name] = value
+        return result
+
+    def _no_such_stat(self, name: str) -> str:
+        near = get_close_matches(name, self, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(self)}, see list(schema)"
+        return f"no statistic {name!r} in this file; {hint}"
+
+    def __getitem__(self, name: str) -> Stat:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self.stats)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Schema):
+            return NotImplemented
+        return (self._prefix, self._repaired) == (other._prefix, other._repaired)
+
+    def __hash__(self) -> int:
+        return hash(self._prefix)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return schema_of, (self._prefix, "a pickled schema", self._repaired)
+
+    def __repr__(self) -> str:
+        return f"<Schema {self.layout} {self.byteorder}-endian: {len(self)} stats, {self.num_values} values>"
+
+    # ---- for the readers of this package
+
+    def fits(self, blob: bytes) -> bool:
+        """Whether `blob`, the start of a file, holds this schema's header and descriptors (and room for an id)."""
+        (header, header_bytes), (table, table_bytes) = self._key
+        return blob[header] == header_bytes and blob[table] == table_bytes and len(blob) >= len(self._prefix)
+
+    def id_of(self, blob: bytes) -> str:
+        """Return the id in `blob`, the start of a file: to its NUL or to the end of its room, whichever is first."""
+        start = self.header.id_offset
+        return decode(blob[start : start + self._id_size].partition(b"\0")[0])
+
+    def value_size(self, available: int, file_id: str, source: str) -> int:
+        """Bytes of a value in a file whose data block holds `available` bytes: 8, or 4 of an old 32-bit kernel.
+
+        Before the merge, VM statistics were ``unsigned long`` (from v8 u64), vCPU statistics u64. Nothing follows
+        them, so half the size means 4-byte values: a file of 8-byte values cut at exactly half looks the same.
+        """
+        if available >= self.data_size:
+            return 8
+        if self.layout in (Layout.V2, Layout.V5) and available * 2 == self.data_size and kind_of(file_id)[0] == "vm":
+            return 4
+        start = self.header.data_offset
+        raise truncated(source, start + available, start + self.data_size)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the file is in the other byte order than this machine."""
+        return self.byteorder != sys.byteorder
+
+
+def decode(raw: bytes) -> str:
+    """Text of a name or id; nothing is lost."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+_ID = re.compile(r"(?:.*/)?vcpu-(\d+)")
+
+
+def kind_of(file_id: str) -> tuple[str, int | None]:
+    """``("vcpu", 3)`` for ``kvm-PID/vcpu-3``, else ``("vm", None)``."""
+    match = _ID.fullmatch(file_id)
+    return ("vcpu", int(match[1])) if match else ("vm", None)
+
+
+class _Cache:
+    """The schemas seen last, most recent first. Reading takes no lock: the tuple is only ever replaced."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._entries: tuple[Schema, ...] = ()
+        self._lock = threading.Lock()
+
+    def find(self, blob: bytes) -> Schema | None:
+        """Return the schema of a file that starts with `blob`, if one is known."""
+        for index, schema in enumerate(self._entries):
+            if schema.fits(blob):
+                if index:
+                    self._put_first(schema)
+                return schema
+        return None
+
+    def add(self, schema: Schema) -> Schema:
+        """Return the one object that stands for `schema` from now on: itself, or the equal one that was first."""
+        return self._put_first(schema)
+
+    def _put_first(self, schema: Schema) -> Schema:
+        with self._lock:
+            first = next((entry for entry in self._entries if entry == schema), schema)
+            others = (entry for entry in self._entries if entry is not first)
+            self._entries = (first, *others)[: self._capacity]
+        return first
+
+
+#: More kinds of files than one process meets: two per kernel, and recordings of other machines.
+CACHE = _Cache(capacity=64)
+
+# The C struct's fields as numpy sees them, so that all descriptors become Python numbers in one call.
+_DESC_CTYPE = ffi.typeof("struct kvmstats_desc")
+_DESC_DTYPE = np.dtype(
+    {
+        "names": [name for name, _ in _DESC_CTYPE.fields],
+        "formats": [field.type.cname.removesuffix("_t") for _, field in _DESC_CTYPE.fields],
+        "offsets": [field.offset for _, field in _DESC_CTYPE.fields],
+        "itemsize": ffi.sizeof("struct kvmstats_desc"),
+    }
+)
+
+
+def read_header(blob: bytes, source: str, *, repair: bool = False) -> Any:
+    """Return the C core's ``struct kvmstats_header`` of the file that starts with `blob`."""
+    header = ffi.new("struct kvmstats_header *")
+    fault = ffi.new("struct kvmstats_fault *")
+    code = lib.kvmstats_read_header(ffi.from_buffer("char[]", blob), len(blob), repair, header, fault)
+    if code:
+        raise format_error(code, fault, source)
+    return header
+
+
+def schema_of(blob: bytes, source: str, repair: bool = False) -> Schema:
+    """Return the schema of the file that starts with `blob`, which reaches at least to the end of the descriptors."""
+    known = CACHE.find(blob)
+    if known is not None:
+        return known
+    header = read_header(blob, source, repair=repair)
+    fault = ffi.new("struct kvmstats_fault *")
+    # Before the table is known to be there, nothing is allocated for it.
+    room = header.num_desc if header.desc_end <= len(blob) else 0
+    descs = ffi.new("struct kvmstats_desc[]", room)
+    code = lib.kvmstats_read_descriptors(ffi.from_buffer("char[]", blob), len(blob), header, descs, fault)
+    if code:
+        raise format_error(code, fault, source)
+    stats = []
+    seen: dict[str, int] = {}
+    for index, (name_offset, name_length, flags, exponent, size, offset, bucket_size) in enumerate(
+        np.frombuffer(ffi.buffer(descs), _DESC_DTYPE).tolist()
+    ):
+        name = decode(blob[name_offset : name_offset + name_length])
+        if name in seen:
+            fault.offset, fault.value, fault.index = name_offset, seen[name], index
+            raise format_error(ErrorCode.DUPLICATE, fault, source, name=name)
+        seen[name] = name_offset
+        stats.append(Stat(name, *split_flags(flags), exponent, size, offset, bucket_size))
+    schema = Schema(blob, header, tuple(stats))
+    # A repaired schema must never be found for a file that is opened to be read: its data is not its own.
+    return schema if header.count_defect else CACHE.add(schema)
+
+
+class StatsImage:
+    """A whole stats file in memory: ``image["exits"]`` is a raw value, as `Schema.unpack` gives it.
+
+    Attributes
+    ----------
+    schema : Schema
+    id : str
+        A label (``kvm-PID``, ``kvm-TID/vcpu-N``), not a key: it need not be unique.
+    values : numpy.ndarray or None
+        uint64, shape ``(schema.num_values,)``; None for a repaired file, which has none.
+    """
+
+    __slots__ = ("_unpacked", "id", "schema", "values")
+
+    def __init__(self, schema: Schema, id: str, values: npt.NDArray[np.uint64] | None) -> None:  # noqa: A002
+        self.schema = schema
+        self.id = id
+        self.values = values
+        self._unpacked: dict[str, Any] | None = None
+
+    @property
+    def header(self) -> Header:
+        """Header of the file."""
+        return self.schema.header
+
+    def snapshot(self, si: bool = False) -> dict[str, Value]:
+        """Name the values, as `StatsFile.snapshot` does; KvmStatsError if the file has none."""
+        return self.schema.unpack(self._present(), si=si)
+
+    def _present(self) -> npt.NDArray[np.uint64]:
+        if self.values is None:
+            raise KvmStatsError(
+                f"{self.id}: this file has no values: its kernel has the count defect and serves other memory in their "
+                "place"
+            )
+        return self.values
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.schema:
+            raise KeyError(self.schema._no_such_stat(name))
+        if self._unpacked is None:
+            self._unpacked = self.schema.unpack(self._present())
+        return self._unpacked[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.schema
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.schema)
+
+    def __len__(self) -> int:
+        return len(self.schema)
+
+    def keys(self) -> KeysView[str]:
+        """Names of the statistics, so that ``dict(image)`` works."""
+        return self.schema.keys()
+
+    def __repr__(self) -> str:
+        return f"<StatsImage {self.id!r}: {self.schema!r}{' without values' if self.values is None else ''}>"
+
+
+def parse(data: Buffer, *, repair: bool = False) -> StatsImage:
+    """Parse a whole stats file that is in memory, of any layout and byte order.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The file's bytes, from the header to the end of its data.
+    repair : bool
+        Accept the count defect of the original series' x86 vCPU files (count is the table's size in bytes). Such a
+        file has true descriptors, but its data is other kernel memory: ``values`` is None.
+
+    Returns
+    -------
+    StatsImage
+
+    Raises
+    ------
+    FormatError
+        If the bytes are no stats file that can be read; ``code`` and ``offset`` say why and where.
+
+    Notes
+    -----
+    A VM file of the v2 and v5 layouts whose data is exactly half as long as its descriptors ask for is taken for one
+    of a 32-bit kernel (4-byte values), because that is what those look like.
+    """
+    blob = data if isinstance(data, bytes) else memoryview(data).tobytes()
+    source = f"stats file of {len(blob)} bytes"
+    schema = schema_of(blob, source, repair)
+    file_id = schema.id_of(blob)
+    if schema._repaired:
+        return StatsImage(schema, file_id, None)
+    start = schema.header.data_offset
+    value_size = schema.value_size(max(len(blob) - start, 0), file_id, source)
+    values = np.empty(schema.num_values, np.uint64)
+    lib.kvmstats_copy_values(
+        ffi.from_buffer("char[]", blob) + start,
+        value_size,
+        schema.swapped,
+        schema.num_values,
+        ffi.from_buffer("uint64_t[]", values, True),
+    )
+    return StatsImage(schema, file_id, values)
