@@ -1,0 +1,396 @@
+"""StatsFile: one open stats file, whose descriptors are read once and whose data is read again and again."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import operator
+import os
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from kvmstats_fast._kvmstats import ffi, lib
+from kvmstats_fast.abi import Layout, ioctl_number
+from kvmstats_fast.errors import truncated
+from kvmstats_fast.schema import CACHE, Header, Schema, Value, kind_of, read_header, schema_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy.typing as npt
+    from typing_extensions import Buffer, Self
+
+__all__ = ["StatsFile"]
+
+
+class HasFileno(Protocol):
+    """Anything with a ``fileno()``."""
+
+    def fileno(self) -> int:
+        """Return the file descriptor."""
+
+
+#: One read of this many bytes takes in a whole file of today's kernels (4056 bytes on x86), data included.
+_FIRST_READ = 8192
+
+#: What to do about an ioctl that the kernel refuses. Sources: virt/kvm/kvm_main.c and api.rst 4.133.
+_OPEN_HINTS = {
+    errno.ENOTTY: "this is no VM or vCPU of a kernel that has the call: KVM_GET_STATS_FD came with Linux 5.14, the "
+    "series' KVM_STATS_GETFD is in no released kernel",
+    errno.EINVAL: "a /dev/kvm fd has no statistics: pass the fd of a VM (KVM_CREATE_VM) or vCPU (KVM_CREATE_VCPU); a "
+    "vCPU of a kernel before 5.14 answers this too",
+    errno.EIO: "the VM belongs to another process: only the process that created it may ask for its stats files. Have "
+    "that process open them and pass them on (SCM_RIGHTS); reading them is allowed to whoever holds them",
+    errno.EPERM: "a security module or seccomp filter of this process forbids the call",
+    errno.EACCES: "a security module of this process forbids the call",
+    errno.EMFILE: "this process has as many files open as it may: raise `ulimit -n` (RLIMIT_NOFILE)",
+    errno.ENFILE: "the machine has as many files open as it may: raise the sysctl fs.file-max",
+    errno.EBADF: "that fd is not open",
+}
+
+_READ_HINTS = {
+    errno.EBADF: "the fd is not open, or not for reading: was it closed elsewhere?",
+    errno.EINVAL: "this is no stats file; to ask a VM or vCPU fd for its own, use StatsFile.open(fd)",
+    errno.ESPIPE: "this is no stats file but a pipe, socket or terminal",
+    errno.EISDIR: "this is no stats file but a directory",
+    errno.EIO: "the VM behind the file refuses the read",
+}
+
+
+def _describe(fd: int) -> str:
+    """``fd 7 (anon_inode:kvm-vm)``, as /proc tells."""
+    with suppress(OSError):
+        return f"fd {fd} ({Path(f'/proc/self/fd/{fd}').readlink()})"
+    return f"fd {fd}"
+
+
+def _refused(error: int, call: str, fd: int, hints: dict[int, str]) -> OSError:
+    """Return the kernel's refusal as an OSError that says which call, on what, and what to do."""
+    hint = hints.get(error)
+    return OSError(error, f"{call} on {_describe(fd)}: {os.strerror(error)}" + (f"; {hint}" if hint else ""))
+
+
+def _pread(fd: int, size: int, position: int) -> bytes:
+    try:
+        return os.pread(fd, size, position)
+    except OSError as error:
+        raise _refused(error.errno or 0, "pread", fd, _READ_HINTS) from None
+
+
+def _read_schema(fd: int) -> tuple[bytes, Schema]:
+    """Return the start of the file, at least to the end of its descriptors, and its schema."""
+    blob = _pread(fd, _FIRST_READ, 0)
+    known = CACHE.find(blob)
+    if known is not None:
+        return blob, known
+    source = _describe(fd)
+    if len(blob) == _FIRST_READ:
+        end = read_header(blob, source).prefix_size
+        # The last byte first: a header that promises what the file has not must not make us allocate it.
+        if end > len(blob) and _pread(fd, 1, end - 1):
+            blob = _pread(fd, end, 0)
+    return blob, schema_of(blob, source)
+
+
+def _available(fd: int, blob: bytes, schema: Schema) -> int:
+    """How many bytes of data the file has, as far as the schema asks for them."""
+    start = schema.header.data_offset
+    if len(blob) < _FIRST_READ:  # the whole file
+        return max(len(blob) - start, 0)
+    if start + schema.data_size <= len(blob) or _pread(fd, 1, start + schema.data_size - 1):
+        return schema.data_size
+    return len(_pread(fd, schema.data_size, start))
+
+
+class StatsFile:
+    """One stats file of a VM or vCPU.
+
+    Header and descriptors are read when it is opened, and parsed only if no file of this kind was opened before; then
+    only the data is read, with one pread a reading.
+
+    Parameters
+    ----------
+    stats_fd : int
+        An open stats file, of any layout. If the constructor raises, the fd is still the caller's.
+    closefd : bool
+        Whether `close` closes `stats_fd`.
+
+    Attributes
+    ----------
+    schema : Schema
+        What the file holds; the same object for all files of a kind.
+
+    Raises
+    ------
+    FormatError
+        If the file is no stats file that can be read.
+    OSError
+        If the kernel refuses the read; the message says what to do.
+
+    Notes
+    -----
+    Not thread-safe: an object belongs to one thread at a time. Several objects, also of one VM, may be read in
+    parallel; the GIL is released while the kernel copies.
+
+    KVM takes no lock for the copy: each value is whole (on 64-bit hosts), but the values of one reading are not of one
+    instant. An open stats file keeps the memory of its VM in the kernel allocated, after the end of the VMM too
+    (``kvm_vm_stats_release``, ``virt/kvm/kvm_main.c``): close it then. Kernels that ran the original series do the
+    opposite: there a stats file must be closed before its VM.
+    """
+
+    __slots__ = ("_closefd", "_id", "_keep", "_out", "_own", "_source", "schema")
+
+    def __init__(self, stats_fd: int, closefd: bool = True) -> None:
+        self._source: Any = None  # what __del__ needs, should the rest fail
+        fd = operator.index(stats_fd)
+        blob, schema = _read_schema(fd)
+        self.schema = schema
+        self._id = schema.id_of(blob)
+        source = ffi.new("struct kvmstats_source *")
+        source.value_size = schema.value_size(_available(fd, blob, schema), self._id, _describe(fd))
+        source.swapped = schema.swapped
+        source.position = schema.header.data_offset
+        source.count = schema.num_values
+        source.fd = fd
+        self._closefd = closefd
+        self._own: npt.NDArray[np.uint64] | None = None
+        self._out: npt.NDArray[np.uint64] | None = None
+        self._keep: Any = None
+        self._source = source
+
+    @classmethod
+    def open(cls, kvm_fd: int | HasFileno, layout: Layout | str = Layout.MERGED) -> Self:
+        """Ask KVM for the stats file of a VM or vCPU of this process.
+
+        Parameters
+        ----------
+        kvm_fd : int or object with fileno()
+            The fd of a VM (``KVM_CREATE_VM``) or of a vCPU (``KVM_CREATE_VCPU``).
+        layout : {"merged", "v2"}
+            ``"merged"`` issues ``KVM_GET_STATS_FD`` (Linux 5.14 and later), ``"v2"`` the original series'
+            ``KVM_STATS_GETFD``. What comes back is recognised by its bytes.
+
+        Returns
+        -------
+        StatsFile
+            It owns the new fd, which is close-on-exec.
+
+        Raises
+        ------
+        OSError
+            ENOTTY: an older kernel, or no KVM fd. EIO: the VM of another process. EINVAL: ``/dev/kvm`` itself, or a
+            vCPU of an older kernel. The message says what to do.
+        FormatError
+            If what comes back is no stats file that can be read.
+
+        Notes
+        -----
+        The ioctl of a vCPU waits for that vCPU to leave ``KVM_RUN`` (``vcpu->mutex``): open a vCPU's file before it
+        runs, or from its own thread.
+        """
+        fd = operator.index(kvm_fd if isinstance(kvm_fd, int) else kvm_fd.fileno())
+        call, number = ioctl_number(Layout(layout))
+        try:
+            stats_fd = fcntl.ioctl(fd, number)
+        except OSError as error:
+            raise _refused(error.errno or 0, call, fd, _OPEN_HINTS) from None
+        return cls._owning(stats_fd)
+
+    @classmethod
+    def from_bytes(cls, data: Buffer) -> Self:
+        """Serve a capture through the live path: a sealed memfd that holds `data`.
+
+        Parameters
+        ----------
+        data : bytes-like
+            A whole stats file, of any layout and byte order.
+
+        Returns
+        -------
+        StatsFile
+
+        Raises
+        ------
+        FormatError
+            If the bytes are no stats file that can be read.
+        """
+        fd = os.memfd_create("kvmstats-capture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            with os.fdopen(fd, "wb", closefd=False) as file:
+                file.write(data)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls._owning(fd)
+
+    @classmethod
+    def _owning(cls, fd: int) -> Self:
+        try:
+            return cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def header(self) -> Header:
+        """Header of the file."""
+        return self.schema.header
+
+    @property
+    def id(self) -> str:
+        """The id string, read at opening: ``kvm-PID``, or ``kvm-TID/vcpu-N`` (TID: the thread that made the vCPU).
+
+        A label, not a key: two VMs of one process have the same. In the v2 layout it names the reader.
+        """
+        return self._id
+
+    @property
+    def kind(self) -> str:
+        """``"vm"`` or ``"vcpu"``, as the id says."""
+        return kind_of(self._id)[0]
+
+    @property
+    def vcpu_id(self) -> int | None:
+        """Number of the vCPU, None for a VM's file."""
+        return kind_of(self._id)[1]
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._source is None or self._source.fd < 0
+
+    def fileno(self) -> int:
+        """Return the file descriptor; ValueError if closed."""
+        self._check_open()
+        fd: int = self._source.fd
+        return fd
+
+    def read(self) -> npt.NDArray[np.uint64]:
+        """Read all values, one pread.
+
+        Returns
+        -------
+        numpy.ndarray
+            A new uint64 array of shape ``(schema.num_values,)``, raw, in this machine's byte order;
+            ``.view(schema.dtype)["exits"]`` names a part of it.
+
+        Raises
+        ------
+        OSError, FormatError, ValueError
+            As `read_into`.
+        """
+        if self._own is None:
+            self._own = np.empty(self.schema.num_values, np.uint64)
+        return self.read_into(self._own).copy()
+
+    def read_into(self, out: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Read all values into an array of the caller's, one pread, nothing allocated.
+
+        Parameters
+        ----------
+        out : numpy.ndarray
+            uint64 in this machine's byte order, shape ``(schema.num_values,)``, C-contiguous, writable. An array that
+            is not the one of the call before is checked and prepared, and kept alive until another one comes or until
+            `close`: pass the same array again and again. (Do not ``resize`` it in place meanwhile.)
+
+        Returns
+        -------
+        numpy.ndarray
+            `out`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `out` is not such an array, or the StatsFile is closed.
+        OSError
+            If the kernel refuses the read.
+        FormatError
+            If the file has become shorter than its descriptors say. After an error `out` may be partly overwritten.
+        """
+        if out is not self._out:
+            self._prepare(out)
+        status = lib.kvmstats_read(self._source)
+        if status:
+            raise self._failure(-status)
+        return out
+
+    def snapshot(self, si: bool = False) -> dict[str, Value]:
+        """Read all values and name them.
+
+        Parameters
+        ----------
+        si : bool
+            Scale plain numbers to base units: ``halt_wait_ns`` becomes seconds.
+
+        Returns
+        -------
+        dict
+            Per statistic an int, a bool (unit BOOLEAN), a float (`si` and a negative exponent), or for a histogram a
+            uint64 array of shape ``(buckets,)``. In the order of the descriptors.
+
+        Raises
+        ------
+        OSError, FormatError, ValueError
+            As `read_into`.
+        """
+        return self.schema.unpack(self.read(), si=si)
+
+    def close(self) -> None:
+        """Close the file. A second call does nothing."""
+        if self.closed:
+            return
+        fd, self._source.fd = self._source.fd, -1
+        self._out = self._own = self._keep = None
+        if self._closefd:
+            os.close(fd)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError(f"this StatsFile ({self._id}) is closed: open the stats file again")
+
+    def _prepare(self, out: npt.NDArray[np.uint64]) -> None:
+        self._check_open()
+        if not isinstance(out, np.ndarray):
+            raise TypeError(f"out is a {type(out).__name__}; it must be a numpy array")
+        if out.dtype != np.uint64 or not out.dtype.isnative:
+            raise TypeError(f"out has dtype {out.dtype.str}; it must be uint64 in this machine's byte order")
+        if out.shape != (self.schema.num_values,):
+            raise ValueError(f"out has shape {out.shape}; this file needs ({self.schema.num_values},)")
+        if not out.flags.c_contiguous:
+            raise ValueError("out is not C-contiguous: the values of a file stand side by side")
+        if not out.flags.writeable:
+            raise ValueError("out is read-only")
+        self._keep = ffi.from_buffer("uint64_t[]", out, True)
+        self._source.values = self._keep
+        self._out = out
+
+    def _failure(self, error: int) -> Exception:
+        self._check_open()
+        fd, source = self._source.fd, self._source
+        if error == errno.ENODATA:
+            wanted = source.position + source.count * source.value_size
+            return truncated(_describe(fd), source.position + source.got, wanted)
+        return _refused(error, "pread", fd, _READ_HINTS)
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self.closed and self._closefd:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, 2, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        where = "closed" if self.closed else f"fd {self._source.fd}"
+        return f"<StatsFile {self._id} ({self.kind}), {where}, {len(self.schema)} stats>"
