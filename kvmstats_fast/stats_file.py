@@ -52,11 +52,12 @@ _OPEN_HINTS = {
     errno.EBADF: "that fd is not open",
 }
 
+_NO_STATS_FILE = "this is no stats file; to ask a VM or vCPU fd for its own, use StatsFile.open(fd)"
 _READ_HINTS = {
     errno.EBADF: "the fd is not open, or not for reading: was it closed elsewhere?",
-    errno.EINVAL: "this is no stats file; to ask a VM or vCPU fd for its own, use StatsFile.open(fd)",
-    errno.ESPIPE: "this is no stats file but a pipe, socket or terminal",
-    errno.EISDIR: "this is no stats file but a directory",
+    errno.EINVAL: _NO_STATS_FILE,
+    errno.ESPIPE: _NO_STATS_FILE,
+    errno.EISDIR: _NO_STATS_FILE,
     errno.EIO: "the VM behind the file refuses the read",
 }
 
@@ -90,9 +91,9 @@ def _read_schema(fd: int) -> tuple[bytes, Schema]:
     source = _describe(fd)
     if len(blob) == _FIRST_READ:
         end = read_header(blob, source).prefix_size
-        # The last byte first: a header that promises what the file has not must not make us allocate it.
-        if end > len(blob) and _pread(fd, 1, end - 1):
-            blob = _pread(fd, end, 0)
+        # As much again as the file has shown to hold: a header that promises more must not make us allocate it.
+        while len(blob) < end and (more := _pread(fd, min(end, 2 * len(blob)) - len(blob), len(blob))):
+            blob += more
     return blob, schema_of(blob, source)
 
 
