@@ -1,0 +1,249 @@
+"""SyntheticStats: a memfd that answers pread as KVM's stats files do."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kvmstats_fast.abi import Layout, join_flags
+from kvmstats_fast.stats_file import StatsFile
+from kvmstats_fast.testing.stat_lists import ARCHITECTURES, OPTIONS, placed, stats_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from kvmstats_fast.schema import Stat
+
+__all__ = ["SyntheticStats"]
+
+_ID_SIZE = 64  # of the layouts before the merge
+#: How far the file of a kernel with the count defect claims to reach, and how far it does (seen on Linux 5.10).
+_DEFECT_SIZE = 66896
+
+
+class SyntheticStats:
+    """A stats file made up in memory: ``pread`` on it answers as on KVM's own, at any position and length.
+
+    Parameters
+    ----------
+    arch : {"arm64", "mips", "powerpc-book3s", "powerpc-booke", "s390", "x86"}
+        Whose statistics: those of the original patch series, but for x86 in the merged layout those of Linux 6.18,
+        with histograms and booleans.
+    kind : {"vm", "vcpu"}
+    layout : {"merged", "v9", "v5", "v2"}
+    byteorder : {"little", "big"}
+        Default: this machine's.
+    options : collection of str
+        Kernel configuration options that add statistics. Default: all, ``CONFIG_KVM_MIPS_VZ`` and
+        ``CONFIG_CPU_LOONGSON64``.
+    stats : iterable of Stat, optional
+        Statistics of your own instead of the architecture's. In the v2 and v5 layouts, which have no offsets, each
+        stands behind the one before.
+    value_size : {8, 4}
+        4: a VM file of a 32-bit kernel, in the v2 and v5 layouts.
+    vcpu_id, pid : int
+        What the id string says.
+    count_defect : bool
+        The x86 vCPU file of the original series as it was: the header counts bytes instead of descriptors, and behind
+        the table stands other kernel memory, not the values.
+
+    Raises
+    ------
+    ValueError
+        For a combination that no kernel has.
+
+    Examples
+    --------
+    >>> with SyntheticStats("x86", "vcpu") as made, made.open() as f:
+    ...     made.add("exits", 1000)
+    ...     f.snapshot()["exits"]
+    1000
+    """
+
+    def __init__(  # noqa: PLR0913 - a file has that many sides
+        self,
+        arch: str = "x86",
+        kind: str = "vcpu",
+        *,
+        layout: Layout | str = Layout.MERGED,
+        byteorder: str = sys.byteorder,
+        options: Collection[str] = OPTIONS,
+        stats: Iterable[Stat] | None = None,
+        value_size: int = 8,
+        vcpu_id: int = 0,
+        pid: int | None = None,
+        count_defect: bool = False,
+    ) -> None:
+        self._fd = -1
+        self.layout = Layout(layout)
+        for what, value, allowed in (
+            ("arch", arch, ARCHITECTURES),
+            ("kind", kind, ("vm", "vcpu")),
+            ("byteorder", byteorder, ("little", "big")),
+            ("value_size", value_size, (8, 4)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+        if unknown := set(options) - OPTIONS:
+            raise ValueError(f"unknown options {sorted(unknown)}; known are {sorted(OPTIONS)}")
+        positional = self.layout in (Layout.V2, Layout.V5)
+        if value_size == 4 and not (positional and kind == "vm"):
+            raise ValueError("values have 4 bytes only in VM files of the v2 and v5 layouts")
+        if count_defect and (arch, kind, self.layout, stats) != ("x86", "vcpu", Layout.V2, None):
+            raise ValueError("the count defect is of x86 vCPU files of the v2 layout")
+        self.kind = kind
+        self.id = f"kvm-{os.getpid() if pid is None else pid}" + (f"/vcpu-{vcpu_id}" if kind == "vcpu" else "")
+        self._order = "<" if byteorder == "little" else ">"
+        self._value = self._order + ("Q" if value_size == 8 else "I")
+        self._value_size = value_size
+        self._count_defect = count_defect
+        name_size = 32 if self.layout is Layout.V2 else 48
+        if stats is None:
+            stats = stats_of(arch, kind, merged=self.layout is Layout.MERGED, options=options)
+        if positional:
+            stats = placed(replace(stat, offset=-1) for stat in stats)
+        # As the C initialiser of a char[name_size] does with a longer string: it cuts it, and no NUL is left.
+        raw = {_encode(stat.name)[:name_size]: stat for stat in stats}
+        #: What the file holds: names (cut to the layout's room) to statistics.
+        self.stats = {name.decode("utf-8", "surrogateescape"): stat for name, stat in raw.items()}
+
+        table = b"".join(self._descriptor(name, stat, name_size) for name, stat in raw.items())
+        head, self._data_offset = self._head(len(raw), len(table), name_size)
+        image = head + table
+        if count_defect:
+            image += self._other_memory(len(image))
+        else:
+            words = max((stat.offset // 8 + stat.size for stat in raw.values()), default=0)
+            image += bytes(words * value_size)
+        self._fd = os.memfd_create("kvmstats-synthetic", os.MFD_CLOEXEC)
+        with os.fdopen(self._fd, "wb", closefd=False) as file:
+            file.write(image)
+
+    def _descriptor(self, name: bytes, stat: Stat, name_size: int) -> bytes:
+        """``struct kvm_stats_desc``; the last two words are unused before v9."""
+        positional = self.layout in (Layout.V2, Layout.V5)
+        return struct.pack(
+            f"{self._order}IhHII{name_size}s",
+            join_flags(stat.type, stat.unit, stat.base),
+            stat.exponent,
+            stat.size,
+            0 if positional else stat.offset,
+            0 if positional else stat.bucket_size,
+            name,
+        )
+
+    def _head(self, num_desc: int, table_size: int, name_size: int) -> tuple[bytes, int]:
+        """Header and id, and where the data will start: header, id, descriptors and data follow each other."""
+        file_id = self.id.encode()
+        if self.layout is Layout.MERGED:
+            start = 24 + name_size
+            fields = (0, name_size, num_desc, 24, start, start + table_size)
+            return struct.pack(f"{self._order}6I{name_size}s", *fields, file_id), start + table_size
+        start = 16 + _ID_SIZE
+        count = table_size if self._count_defect else num_desc
+        header = struct.pack(f"{self._order}4I", name_size, count, start, start + table_size)
+        # Behind the NUL stands what was on the kernel's stack.
+        file_id = (file_id + b"\0").ljust(_ID_SIZE, b"\xa5")
+        return (header + file_id if self.layout is Layout.V9 else file_id + header), start + table_size
+
+    def _other_memory(self, start: int) -> bytes:
+        """Return what a kernel with the count defect serves as data: its VM header and table, then whatever comes."""
+        with SyntheticStats("x86", "vm", layout=Layout.V2, byteorder=self._byteorder) as vm:
+            image = vm.to_bytes()[_ID_SIZE : vm._data_offset]
+        return image.ljust(_DEFECT_SIZE - start, b"\xa5")
+
+    @property
+    def _byteorder(self) -> str:
+        return "little" if self._order == "<" else "big"
+
+    def fileno(self) -> int:
+        """Return the file descriptor; ValueError if closed."""
+        if self._fd < 0:
+            raise ValueError("this SyntheticStats is closed")
+        return self._fd
+
+    def open(self) -> StatsFile:
+        """Open the file as users do: a StatsFile of its own, which outlives this object as a real one does."""
+        fd = os.dup(self.fileno())
+        try:
+            return StatsFile(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def to_bytes(self) -> bytes:
+        """Return the whole file as it is now."""
+        return os.pread(self.fileno(), os.fstat(self._fd).st_size, 0)
+
+    def set(self, name: str, value: int | Iterable[int]) -> None:
+        """Give a statistic a value, or a histogram its counts.
+
+        Raises
+        ------
+        KeyError
+            If the file has no such statistic.
+        ValueError
+            If the value does not fit an unsigned value of the file, or there are not as many as the statistic has, or
+            the file has the count defect and so no values.
+        """
+        stat, position = self._find(name)
+        numbers = (value,) if isinstance(value, int) else tuple(value)
+        if len(numbers) != stat.size:
+            raise ValueError(f"{name} has {stat.size} values, not {len(numbers)}")
+        for number in numbers:
+            if not 0 <= number < 1 << 8 * self._value_size:
+                raise ValueError(f"{name}: {number} does not fit an unsigned value of {self._value_size} bytes")
+        os.pwrite(self._fd, b"".join(struct.pack(self._value, number) for number in numbers), position)
+
+    def add(self, name: str, increment: int, bucket: int = 0) -> None:
+        """Add to a statistic, or to one bucket of a histogram; it wraps as the kernel's unsigned integers do.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As `set`. IndexError: if there is no such bucket.
+        """
+        stat, position = self._find(name)
+        if not 0 <= bucket < stat.size:
+            raise IndexError(f"{name} has {stat.size} values; there is no bucket {bucket}")
+        position += bucket * self._value_size
+        (old,) = struct.unpack(self._value, os.pread(self._fd, self._value_size, position))
+        new = (old + increment) % (1 << 8 * self._value_size)
+        os.pwrite(self._fd, struct.pack(self._value, new), position)
+
+    def _find(self, name: str) -> tuple[Stat, int]:
+        self.fileno()
+        if self._count_defect:
+            raise ValueError("a file with the count defect has no values")
+        stat = self.stats[name]
+        return stat, self._data_offset + stat.offset // 8 * self._value_size
+
+    def close(self) -> None:
+        """Close the file. A second call does nothing; what `open` gave stays open."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<SyntheticStats {self.id} {self.layout} {self._byteorder}-endian, {len(self.stats)} stats>"
+
+
+def _encode(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")

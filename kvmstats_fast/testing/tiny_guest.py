@@ -1,0 +1,231 @@
+"""TinyGuest: a real VM on /dev/kvm whose vCPUs exit exactly as often as asked."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import platform
+import struct
+from contextlib import ExitStack
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.stats_file import StatsFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+__all__ = ["KvmUnavailableError", "TinyGuest", "counts_right", "exit_counter"]
+
+# include/uapi/linux/kvm.h, as x86-64 encodes them
+_KVM_CREATE_VM = 0xAE01
+_KVM_GET_VCPU_MMAP_SIZE = 0xAE04
+_KVM_CREATE_VCPU = 0xAE41
+_KVM_SET_USER_MEMORY_REGION = 0x4020AE46
+_KVM_SET_TSS_ADDR = 0xAE47
+_KVM_RUN = 0xAE80
+_KVM_SET_REGS = 0x4090AE82
+_KVM_GET_SREGS = 0x8138AE83
+_KVM_SET_SREGS = 0x4138AE84
+_KVM_EXIT_IO = 2
+_EXIT_REASON_AT = 8  # of struct kvm_run
+
+_LOAD_ADDRESS = 0x1000
+_TSS_ADDRESS = 0x7FFFD000  # anywhere the guest has no memory
+_GUEST = bytes.fromhex("e610 ebfc")  # again: out 0x10, al; jmp again
+
+_HINTS = {
+    errno.ENOENT: "is the kvm module loaded, virtualisation switched on in the firmware, and the device passed into "
+    "this container?",
+    errno.EACCES: "add this user to the group that owns it (usually kvm), or run as root",
+    errno.EPERM: "a security module or the container's device rules forbid it",
+    errno.ENODEV: "this machine offers no hardware virtualisation",
+    errno.EBUSY: "another hypervisor has the processor's virtualisation",
+}
+
+
+class KvmUnavailableError(KvmStatsError, OSError):
+    """No VM can be made here; the message says why and what to do, ``errno`` what the kernel said."""
+
+
+class TinyGuest:
+    """A real VM of a few pages, on x86-64 hosts: each vCPU runs a real-mode loop of one `out` instruction.
+
+    Each `out` makes the vCPU leave ``KVM_RUN`` once, so how much the exit counters must have moved is known exactly.
+
+    Parameters
+    ----------
+    vcpus : int
+        Number of vCPUs, with ids 0 to vcpus - 1.
+
+    Attributes
+    ----------
+    vm_fd : int
+        Fd of the VM, for ``StatsFile.open``.
+    vcpu_fds : tuple of int
+        Fds of the vCPUs.
+
+    Raises
+    ------
+    KvmUnavailableError
+        Where /dev/kvm is missing, not permitted or not usable, or the host is not x86-64.
+
+    Notes
+    -----
+    One thread may run one vCPU while another runs another, or reads statistics. Open a vCPU's stats file while nobody
+    runs it: the ioctl waits for ``KVM_RUN`` to end.
+    """
+
+    def __init__(self, vcpus: int = 1) -> None:
+        self._fds: list[int] = []
+        self._maps: list[mmap.mmap] = []
+        if vcpus < 1:
+            raise ValueError(f"vcpus is {vcpus}; a guest has at least one")
+        machine = platform.machine()
+        if machine not in ("x86_64", "amd64"):
+            raise KvmUnavailableError(
+                errno.ENOTSUP, f"not on this architecture: TinyGuest is x86-64 code, not {machine}"
+            )
+        try:
+            self._build(vcpus)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, vcpus: int) -> None:
+        try:
+            self._kvm_fd = self._keep(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+            self.vm_fd = self._keep(fcntl.ioctl(self._kvm_fd, _KVM_CREATE_VM, 0))
+            self._run_size: int = fcntl.ioctl(self._kvm_fd, _KVM_GET_VCPU_MMAP_SIZE)
+            # Intel processors without "unrestricted guest" need three pages for real mode; others ignore it.
+            fcntl.ioctl(self.vm_fd, _KVM_SET_TSS_ADDR, _TSS_ADDRESS)
+            memory = mmap.mmap(-1, mmap.PAGESIZE)
+            self._maps.append(memory)
+            memory[: len(_GUEST)] = _GUEST
+            address = np.frombuffer(memory, np.uint8).ctypes.data
+            region = struct.pack("=IIQQQ", 0, 0, _LOAD_ADDRESS, len(memory), address)
+            fcntl.ioctl(self.vm_fd, _KVM_SET_USER_MEMORY_REGION, region)
+            self.vcpu_fds = tuple(self._keep(fcntl.ioctl(self.vm_fd, _KVM_CREATE_VCPU, i)) for i in range(vcpus))
+        except OSError as error:
+            hint = _HINTS.get(error.errno or 0, "")
+            raise KvmUnavailableError(
+                error.errno, f"no VM can be made on /dev/kvm: {error.strerror}" + (f"; {hint}" if hint else "")
+            ) from error
+        # Per vCPU its struct kvm_run, mapped when it first runs.
+        self._runs: list[mmap.mmap | None] = [None] * vcpus
+
+    def _keep(self, fd: int) -> int:
+        self._fds.append(fd)
+        return fd
+
+    def run(self, exits: int, vcpu: int = 0) -> None:
+        """Run a vCPU until it has left the guest exactly `exits` times, each time for one `out` instruction.
+
+        Raises
+        ------
+        KvmStatsError
+            If the guest leaves for any other reason.
+        """
+        if not self._fds:
+            raise ValueError("this TinyGuest is closed")
+        fd = self.vcpu_fds[vcpu]
+        run = self._runs[vcpu] or self._start(vcpu)
+        while exits > 0:
+            try:
+                fcntl.ioctl(fd, _KVM_RUN, 0)
+            except InterruptedError:  # a signal, whose handler has run by now
+                continue
+            (reason,) = struct.unpack_from("=I", run, _EXIT_REASON_AT)
+            if reason != _KVM_EXIT_IO:
+                raise KvmStatsError(f"vCPU {vcpu} left the guest with exit reason {reason}, not KVM_EXIT_IO")
+            exits -= 1
+
+    def _start(self, vcpu: int) -> mmap.mmap:
+        """Set the registers to the start of the loop, and map what KVM says about an exit."""
+        fd = self.vcpu_fds[vcpu]
+        sregs = bytearray(0x138)
+        fcntl.ioctl(fd, _KVM_GET_SREGS, sregs)
+        struct.pack_into("=Q", sregs, 0, 0)  # cs.base
+        struct.pack_into("=H", sregs, 12, 0)  # cs.selector
+        fcntl.ioctl(fd, _KVM_SET_SREGS, sregs)
+        registers = struct.pack("=18Q", *[0] * 16, _LOAD_ADDRESS, 2)  # ..., rip, rflags (bit 1 is always set)
+        fcntl.ioctl(fd, _KVM_SET_REGS, registers)
+        run = mmap.mmap(fd, self._run_size)
+        self._runs[vcpu] = run
+        self._maps.append(run)
+        return run
+
+    def open_stats(self) -> list[StatsFile]:
+        """Open all stats files: the VM's, then each vCPU's. They are the caller's to close."""
+        with ExitStack() as opened:
+            files = [opened.enter_context(StatsFile.open(fd)) for fd in (self.vm_fd, *self.vcpu_fds)]
+            opened.pop_all()
+        return files
+
+    def close(self) -> None:
+        """Close the VM, its vCPUs and its memory. A second call does nothing."""
+        while self._fds:
+            os.close(self._fds.pop())
+        while self._maps:
+            self._maps.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@cache
+def exit_counter() -> str:
+    """Name of the statistic that counts TinyGuest's exits exactly, on this host's kind of KVM.
+
+    ``"io_exits"`` on AMD and Intel hardware (``exits`` counts a few of other kinds too), ``"exits"`` on PVM, which
+    emulates real mode and counts no I/O; there an exit that the host preempts may count twice (see `counts_right`).
+    Found by running a guest once.
+
+    Raises
+    ------
+    KvmUnavailableError
+        As `TinyGuest`.
+    """
+    with TinyGuest() as guest, StatsFile.open(guest.vcpu_fds[0]) as stats:
+        before = stats.snapshot()["io_exits"]
+        guest.run(1)
+        return "io_exits" if stats.snapshot()["io_exits"] != before else "exits"
+
+
+def counts_right(change: Mapping[str, int], exits: int) -> bool:
+    """Whether the exit counter of a vCPU's file moved as `exits` exits of a TinyGuest must move it.
+
+    Parameters
+    ----------
+    change : mapping
+        How much each statistic of the vCPU moved; one that is missing did not move.
+    exits : int
+        How many exits the vCPU made.
+
+    Returns
+    -------
+    bool
+        ``io_exits`` must be exact. ``exits`` too, except that the host may take the processor away in mid-exit, and
+        KVM then counts the second try: it may be more by as much as the preemptions in `change`.
+    """
+    counter = exit_counter()
+    more = change.get(counter, 0) - exits
+    if counter == "io_exits":
+        return more == 0
+    return 0 <= more <= change.get("preemption_other", 0) + change.get("preemption_reported", 0)
