@@ -1,0 +1,114 @@
+"""What a person sees at the command line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import kvmstats_fast
+from kvmstats_fast import cli
+from kvmstats_fast.cli import demo
+from kvmstats_fast.testing import KvmUnavailableError, exit_counter
+
+
+def kvmstats(*arguments, **options):
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "kvmstats_fast", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.real_vm
+def test_demo_shows_a_real_vm_with_the_right_numbers():
+    """The README's first command: a real VM, the counters that moved, and the verdict."""
+    done = kvmstats("demo", "-n", "300")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("A real VM on /dev/kvm with 2 vCPUs")
+    assert f"vcpu 0 left the guest 300 times, {exit_counter()} moved by 30" in done.stdout
+    assert f"vcpu 1 left the guest 600 times, {exit_counter()} moved by 60" in done.stdout
+    assert done.stdout.count(": right") == 2
+
+
+@pytest.mark.real_vm
+def test_demo_prints_one_json_object_a_file():
+    """--json: a line per stats file, with who it is and what moved."""
+    done = kvmstats("demo", "--json", "-n", "5", "--vcpus", "3")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["source"], line["kind"], line["vcpu"]) for line in lines] == [
+        ("kvm", "vm", None),
+        *[("kvm", "vcpu", i) for i in range(3)],
+    ]
+    assert [line["delta"][exit_counter()] >= 5 * (i + 1) for i, line in enumerate(lines[1:])] == [True] * 3
+
+
+def test_demo_says_that_made_up_files_are_made_up():
+    """--synthetic: no VM, and the first word says so."""
+    done = kvmstats("demo", "--synthetic", "-n", "7")
+    assert done.returncode == 0
+    assert done.stdout.startswith("SYNTHETIC: no VM ran")
+    assert "exits moved by 14: right" in done.stdout
+    assert json.loads(kvmstats("demo", "--synthetic", "--json").stdout.splitlines()[0])["source"] == "synthetic"
+
+
+def test_demo_without_kvm_gives_the_reason_and_goes_on_with_made_up_files(monkeypatch, capsys):
+    """Where no VM can be made, stderr says why, stdout that the files are made up, and the exit status is 0."""
+
+    def refuse():
+        raise KvmUnavailableError(2, "no VM can be made on /dev/kvm: No such file or directory; is the module loaded?")
+
+    monkeypatch.setattr(demo, "exit_counter", refuse)
+    assert cli.main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("SYNTHETIC")
+    assert err == (
+        "kvmstats: no VM can be made on /dev/kvm: No such file or directory; is the module loaded?; made-up stats "
+        "files instead\n"
+    )
+
+
+def test_demo_fails_when_a_counter_is_wrong(monkeypatch, capsys):
+    """A wrong number is called wrong and is exit status 1."""
+    start = demo._start
+
+    def one_exit_lost(resources, arguments):
+        files, run, counter, is_right = start(resources, arguments)
+        return files, lambda exits, vcpu: run(exits - 1, vcpu), counter, is_right
+
+    monkeypatch.setattr(demo, "_start", one_exit_lost)
+    assert cli.main(["demo", "--synthetic"]) == 1
+    assert "exits moved by 999: WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["demo", "-n", "0"], ["demo", "-n", "x"]])
+def test_bad_arguments_are_exit_status_2_and_say_what_is_wrong(arguments):
+    """Argparse's convention: usage and reason on stderr, nothing on stdout."""
+    done = kvmstats(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage: kvmstats" in done.stderr
+
+
+def test_an_error_is_one_line_on_stderr(monkeypatch, capsys):
+    """Errors of the package and of the kernel are no tracebacks."""
+
+    def fail(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(demo, "_start", fail)
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr() == ("", "kvmstats: [Errno 24] Too many open files\n")
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    """Output into a closed pipe ends quietly."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        command = [sys.executable, "-m", "kvmstats_fast", "demo", "--synthetic"]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_version_is_the_packages():
+    """--version prints the version of the distribution."""
+    assert kvmstats("--version").stdout == f"kvmstats {kvmstats_fast.__version__}\n"

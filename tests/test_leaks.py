@@ -1,0 +1,103 @@
+"""Nothing grows: every public call, thousands of times."""
+
+import gc
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import DATA
+
+import kvmstats_fast as kf
+from kvmstats_fast.testing import SyntheticStats
+
+REAL = (DATA / "captures" / "x86_64-6.1" / "vcpu0-after.bin").read_bytes()
+DEFECT = (DATA / "captures" / "v2-x86_64-defect" / "vcpu0-after.bin").read_bytes()
+FILE = kf.StatsFile.from_bytes(REAL)
+OUT = np.zeros(FILE.schema.num_values, np.uint64)
+MADE = SyntheticStats()
+
+
+def refused(call, *arguments):
+    """A call that must fail with FormatError."""
+    try:
+        call(*arguments)
+    except kf.FormatError:
+        return
+    pytest.fail("not refused")
+
+
+def open_and_close():
+    with MADE.open() as file:
+        file.read()
+
+
+def capture_and_close():
+    with kf.StatsFile.from_bytes(REAL) as file:
+        file.read_into(OUT)
+
+
+#: Every public call, by the name of what it covers.
+CALLS = {
+    "parse": lambda: kf.parse(REAL)["exits"],
+    "parse repair": lambda: kf.parse(DEFECT, repair=True),
+    "parse refused": lambda: refused(kf.parse, REAL[:3000]),
+    "StatsFile": open_and_close,
+    "StatsFile.from_bytes": capture_and_close,
+    "StatsFile.from_bytes refused": lambda: refused(kf.StatsFile.from_bytes, REAL[:3000]),
+    "StatsFile.read": FILE.read,
+    "StatsFile.read_into": lambda: FILE.read_into(OUT),
+    "StatsFile.read_into another": lambda: FILE.read_into(np.empty(len(OUT), np.uint64)),
+    "StatsFile.snapshot": lambda: FILE.snapshot(si=True),
+    "Schema.select": lambda: FILE.schema.select("exits", "halt_*"),
+    "Schema.unpack": lambda: FILE.schema.unpack(OUT),
+    "Schema.fingerprint": lambda: FILE.schema.fingerprint,
+    "Stat.bucket_edges": FILE.schema["halt_wait_hist"].bucket_edges,
+}
+
+
+def open_fds():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_leaves_no_memory_and_no_fd_behind(name):
+    """After a warm-up, 2000 calls leave less than a byte each and no fd."""
+    call = CALLS[name]
+    for _ in range(50):
+        call()
+    gc.collect()
+    fds = open_fds()
+    tracemalloc.start()
+    try:
+        call()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(2000):
+            call()
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 2000
+    assert open_fds() == fds
+
+
+def test_every_public_method_is_in_the_list():
+    """A new public call of StatsFile, Schema or Stat must be added here; plain attributes and open() are exempt."""
+    exempt = {"close", "closed", "fileno", "header", "id", "kind", "vcpu_id", "open"}  # no work, or need a VM
+    exempt |= {"keys", "values", "items", "get"}  # of Mapping
+    exempt |= {"layout", "byteorder", "num_values", "dtype", "fits", "id_of", "value_size", "swapped"}
+    exempt |= {"is_histogram", "shape", "scale", "to_base_units"}
+    for cls in (kf.StatsFile, kf.Schema, kf.Stat):
+        slots = set(getattr(cls, "__slots__", ()))
+        public = {name for name in dir(cls) if not name.startswith("_")} - slots - exempt
+        missing = {name for name in public if f"{cls.__name__}.{name}" not in CALLS}
+        assert not missing, cls
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close():
+    """The files of this module are closed at its end."""
+    yield
+    FILE.close()
+    MADE.close()

@@ -1,0 +1,81 @@
+"""What is installed is what the sources say."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import kvmstats_fast
+from kvmstats_fast import _kvmstats, abi, errors
+from kvmstats_fast._kvmstats import ffi, lib
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(kvmstats_fast.__file__).parent
+
+
+def test_the_stub_names_what_the_compiled_module_has_and_nothing_else():
+    """Every constant and function of lib is in the stub, and the other way round."""
+    tree = ast.parse((PACKAGE / "_kvmstats.pyi").read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    stubbed = {
+        node.name if isinstance(node, ast.FunctionDef) else node.target.id
+        for node in classes["_Lib"].body
+        if isinstance(node, ast.FunctionDef | ast.AnnAssign)
+    }
+    assert stubbed == set(dir(lib))
+    for node in classes["_FFI"].body:
+        name = node.name if isinstance(node, ast.FunctionDef) else node.target.id
+        assert hasattr(ffi, name)
+    assert {"ffi", "lib"} <= set(dir(_kvmstats))
+
+
+def test_every_code_of_the_core_has_its_enum_member_and_message():
+    """Error codes, blocks and layouts of C are all known in Python."""
+    codes = {name for name in dir(lib) if name.startswith("KVMSTATS_E_")}
+    assert codes == {f"KVMSTATS_E_{code.name}" for code in errors.ErrorCode}
+    assert set(errors._MESSAGES) == set(errors.ErrorCode)
+    assert set(errors._BLOCKS) == {getattr(lib, name) for name in dir(lib) if name.startswith("KVMSTATS_BLOCK_")}
+    layouts = {getattr(lib, name) for name in dir(lib) if name.startswith("KVMSTATS_LAYOUT_")}
+    assert set(abi.LAYOUT_OF_CODE) == layouts
+    assert set(abi.LAYOUT_OF_CODE.values()) == set(abi.Layout)
+
+
+def test_the_hot_call_takes_exactly_one_pointer():
+    """Cffi calls a function of one argument the cheap way."""
+    assert len(ffi.typeof(lib.kvmstats_read).args) == 1
+
+
+def test_public_names_are_documented_and_exported():
+    """Everything in __all__ is there and has a docstring."""
+    for name in kvmstats_fast.__all__:
+        assert getattr(kvmstats_fast, name).__doc__
+
+
+def test_no_kernel_header_is_needed_to_build():
+    """The C sources include nothing of linux/ or asm/."""
+    sources = sorted((ROOT / "csrc").glob("*.[ch]"))
+    assert len(sources) >= 3
+    for source in sources:
+        included = re.findall(r"#\s*include\s*<([^>]+)>", source.read_text())
+        assert not [name for name in included if name.startswith(("linux/", "asm/"))], source.name
+
+
+def test_the_pure_part_of_the_core_makes_no_system_call():
+    """layout.c includes nothing but string.h and its own header."""
+    assert set(re.findall(r"#include (\S+)", (ROOT / "csrc" / "layout.c").read_text())) == {
+        '"kvmstats.h"',
+        "<string.h>",
+    }
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "build_ffi.py"])
+def test_the_top_level_has_what_a_user_looks_for(name):
+    """The files are there; there is no setup.py."""
+    assert (ROOT / name).is_file()
+    assert not (ROOT / "setup.py").exists()
+
+
+def test_the_version_is_in_the_changelog():
+    """The installed version has an entry."""
+    assert f"## [{kvmstats_fast.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,311 @@
+"""Descriptors become statistics, scaled exactly, found by name, and shared."""
+
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+from conftest import DATA
+
+import kvmstats_fast as kf
+from kvmstats_fast import schema as schema_module
+from kvmstats_fast.testing import SyntheticStats
+
+PLAIN = kf.Stat("n", kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, 0)
+REAL = (DATA / "captures" / "x86_64-6.1" / "vcpu0-after.bin").read_bytes()
+
+
+def made_of(*stats, **options):
+    """The parsed image of a made-up file of these statistics."""
+    with SyntheticStats(stats=stats, **options) as made:
+        return kf.parse(made.to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("base", "exponent", "raw", "expected"),
+    [
+        (kf.StatBase.POW10, 0, 2**64 - 1, 2**64 - 1),
+        (kf.StatBase.POW10, 3, 2**64 - 1, (2**64 - 1) * 1000),
+        (kf.StatBase.POW2, 20, 3, 3 << 20),
+        (kf.StatBase.POW10, -9, 3, 3e-9),
+        (kf.StatBase.POW10, -9, 1_000_000_001, 1.000000001),
+        (kf.StatBase.POW2, -10, 1, 1 / 1024),
+        (kf.StatBase.POW10, -400, 1, 0.0),
+        (7, -9, 5, 5),
+    ],
+)
+def test_scaling_is_exact_while_it_is_an_integer_and_else_the_nearest_float(base, exponent, raw, expected):
+    """A raw value becomes base units without a rounding that could be avoided; an unknown base leaves it alone."""
+    stat = replace(PLAIN, base=base, exponent=exponent)
+    assert stat.to_base_units(raw) == expected
+    assert type(stat.to_base_units(raw)) is type(expected)
+    assert stat.scale == stat.to_base_units(1)
+
+
+def test_snapshot_in_si_scales_numbers_and_leaves_booleans_and_counts():
+    """si=True gives seconds and bytes; booleans stay booleans and bucket counts stay counts."""
+    image = made_of(
+        replace(PLAIN, name="time", unit=kf.StatUnit.SECONDS, exponent=-9),
+        replace(PLAIN, name="memory", unit=kf.StatUnit.BYTES, base=kf.StatBase.POW2, exponent=10, offset=8),
+        replace(PLAIN, name="flag", unit=kf.StatUnit.BOOLEAN, offset=16),
+        replace(
+            PLAIN, name="hist", type=kf.StatType.LOG_HIST, size=2, unit=kf.StatUnit.SECONDS, exponent=-9, offset=24
+        ),
+    )
+    image.values[:] = [1_500_000_000, 3, 1, 5, 6]
+    si = image.snapshot(si=True)
+    assert (si["time"], si["memory"], si["flag"]) == (1.5, 3072, True)
+    assert si["flag"] is True
+    assert si["hist"].tolist() == [5, 6]
+    assert image["time"] == 1_500_000_000
+
+
+def test_a_boolean_that_is_neither_0_nor_1_stays_a_number():
+    """Nothing is repaired: 2 is not made True."""
+    image = made_of(replace(PLAIN, unit=kf.StatUnit.BOOLEAN))
+    image.values[:] = [2]
+    assert image["n"] == 2
+    assert image["n"] is not True
+
+
+def test_unknown_codes_stay_plain_ints_and_are_not_scaled_in_silence():
+    """Type, unit and base beyond what is known are kept as they are; scaling an unknown base warns."""
+    image = made_of(replace(PLAIN, type=9, unit=10, base=11, exponent=-3))
+    stat = image.schema["n"]
+    assert (stat.type, stat.unit, stat.base) == (9, 10, 11)
+    assert not isinstance(stat.type, kf.StatType)
+    assert not isinstance(stat.unit, kf.StatUnit)
+    image.values[:] = [1234]
+    with pytest.warns(RuntimeWarning, match="n is left unscaled: unknown base 11"):
+        assert image.snapshot(si=True) == {"n": 1234}
+
+
+def test_log_histogram_edges_are_powers_of_two_in_base_units():
+    """Bucket 0 is [0,1), bucket i is [2^(i-1),2^i), the last is open; nanoseconds become seconds."""
+    stat = replace(PLAIN, type=kf.StatType.LOG_HIST, size=5)
+    assert stat.bucket_edges().tolist() == [0, 1, 2, 4, 8, np.inf]
+    seconds = replace(stat, unit=kf.StatUnit.SECONDS, exponent=-9).bucket_edges()
+    assert seconds.tolist() == [0, 1e-9, 2e-9, 4e-9, 8e-9, np.inf]
+    assert seconds.dtype == np.float64
+
+
+def test_linear_histogram_edges_are_multiples_of_the_bucket_size():
+    """Bucket i is [i*w,(i+1)*w), the last is open."""
+    stat = replace(PLAIN, type=kf.StatType.LINEAR_HIST, size=3, bucket_size=50)
+    assert stat.bucket_edges().tolist() == [0, 50, 100, np.inf]
+    scaled = replace(stat, unit=kf.StatUnit.BYTES, base=kf.StatBase.POW2, exponent=10)
+    assert scaled.bucket_edges().tolist() == [0, 51200, 102400, np.inf]
+
+
+def test_edges_of_one_bucket_and_of_more_than_floats_reach():
+    """A single bucket is [0, inf); edges that no float reaches are inf and no error."""
+    stat = replace(PLAIN, type=kf.StatType.LOG_HIST)
+    assert stat.bucket_edges().tolist() == [0, np.inf]
+    assert np.isinf(replace(stat, size=2000).bucket_edges()[-900:]).all()
+
+
+def test_what_has_no_edges_says_why():
+    """No histogram, or a linear one without a width, is a ValueError that names the statistic."""
+    with pytest.raises(ValueError, match="n is no histogram"):
+        PLAIN.bucket_edges()
+    with pytest.raises(ValueError, match="bucket_size 0"):
+        replace(PLAIN, type=kf.StatType.LINEAR_HIST, size=3).bucket_edges()
+
+
+def test_a_stat_cannot_be_changed():
+    """Stats are shared by all files of a kind, so they are frozen."""
+    with pytest.raises(FrozenInstanceError):
+        PLAIN.name = "other"
+
+
+def test_the_structured_dtype_names_values_without_a_copy():
+    """values.view(dtype)[name] shares memory with values, a histogram is a sub-array, gaps stay gaps."""
+    image = made_of(
+        replace(PLAIN, name="second", offset=16),
+        replace(PLAIN, name="first", offset=0),
+        replace(PLAIN, name="hist", type=kf.StatType.LINEAR_HIST, bucket_size=1, size=3, offset=32),
+    )
+    schema = image.schema
+    assert (schema.num_values, schema.data_size, schema.dtype.itemsize) == (7, 56, 56)
+    image.values[:] = range(7)
+    view = image.values.view(schema.dtype)
+    assert view.shape == (1,)
+    assert (view["second"].tolist(), view["first"].tolist(), view["hist"].tolist()) == ([2], [0], [[4, 5, 6]])
+    assert np.shares_memory(view["hist"], image.values)
+    assert list(schema) == ["second", "first", "hist"]
+
+
+def test_select_finds_names_and_globs_once_each_in_the_order_asked():
+    """Names and globs give Stats, each once; what fits nothing is a KeyError with near misses."""
+    schema = kf.parse(REAL).schema
+    names = [stat.name for stat in schema.select("exits", "halt_*_hist", "io_exits", "*exits")]
+    assert names[:5] == ["exits", "halt_poll_success_hist", "halt_poll_fail_hist", "halt_wait_hist", "io_exits"]
+    assert len(names) == len(set(names))
+    assert schema.select() == ()
+    with pytest.raises(KeyError, match="did you mean halt_exits"):
+        schema.select("halt_exit")
+    with pytest.raises(KeyError, match="xyz_"):
+        schema.select("xyz_*")
+
+
+def test_an_unknown_name_is_a_key_error_with_near_misses():
+    """image["exit"] says what there is instead."""
+    with pytest.raises(KeyError, match="did you mean exits"):
+        kf.parse(REAL)["exit"]
+
+
+def test_parse_takes_any_buffer_and_nothing_else():
+    """Bytes, bytearray, memoryview and numpy bytes are alike; an int or a str is a TypeError."""
+    values = kf.parse(REAL).values
+    for data in (bytearray(REAL), memoryview(REAL), np.frombuffer(REAL, np.uint8)):
+        assert np.array_equal(kf.parse(data).values, values)
+    for data in (4056, "kvm-1"):
+        with pytest.raises(TypeError):
+            kf.parse(data)
+
+
+def test_an_image_is_a_mapping_in_all_but_its_values():
+    """Names, length, membership and dict() work on what parse gives."""
+    image = kf.parse(REAL)
+    assert len(image) == 45
+    assert "exits" in image
+    assert list(image) == list(image.keys()) == list(image.schema)
+    assert dict(image)["exits"] == image["exits"] == 1072
+
+
+def test_values_of_the_wrong_length_are_not_unpacked():
+    """A reading of another file is refused, not cut or padded."""
+    image = kf.parse(REAL)
+    with pytest.raises(ValueError, match=r"shape \(137,\)"):
+        image.schema.unpack(image.values[1:])
+
+
+def test_a_name_that_is_no_utf8_is_kept():
+    """Bytes that are no text come back through surrogateescape, also as dtype field and key."""
+    image = made_of(replace(PLAIN, name="caf\udce9"))
+    assert list(image) == ["caf\udce9"]
+    image.values[:] = [3]
+    assert image["caf\udce9"] == image.values.view(image.schema.dtype)["caf\udce9"][0] == 3
+
+
+def test_a_name_that_stands_twice_is_refused_and_both_places_are_named():
+    """Duplicate names: the code, the offset of the second, and in the text the offset of the first."""
+    data = bytearray(REAL)
+    first, second = 72 + 16, 72 + 5 * 64 + 16
+    data[second : second + 48] = data[first : first + 48]
+    with pytest.raises(kf.FormatError, match=rf"'halt_successful_poll'.*byte {first} ") as caught:
+        kf.parse(data)
+    assert (caught.value.code, caught.value.offset) == (kf.ErrorCode.DUPLICATE, second)
+
+
+def test_a_header_that_promises_four_billion_descriptors_allocates_nothing():
+    """num_desc 2^32-1 is refused before anything is made room for, parsed and live."""
+    data = struct.pack("=6I", 0, 48, 0xFFFFFFFF, 24, 72, 0x7FFFFFF8).ljust(4096, b"\0")
+    for opened in (kf.parse, kf.StatsFile.from_bytes):
+        with pytest.raises(kf.FormatError, match="more than 65536 are refused") as caught:
+            opened(data)
+        assert (caught.value.code, caught.value.offset) == (kf.ErrorCode.NUM_DESC, 8)
+
+
+def test_a_table_that_is_promised_and_missing_allocates_nothing():
+    """65536 descriptors of 4112 bytes that are not there are cut short, not 270 MB of zeros."""
+    code = (
+        "import resource, struct, kvmstats_fast as kf\n"
+        "size = struct.pack('=6I', 0, 4096, 65536, 24, 4120, 0xFFFFFFF8).ljust(20000, b'\\0')\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (180 << 20, 180 << 20))\n"
+        "for opened in kf.parse, kf.StatsFile.from_bytes:\n"
+        "    try: opened(size)\n"
+        "    except kf.FormatError as error: print(error.code.name, error.offset)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["TRUNCATED", "20000"] * 2
+
+
+def test_schemas_are_equal_if_their_descriptors_are_and_survive_pickling():
+    """Pickling gives back the one shared object; fingerprints and hashes follow equality."""
+    one, other = kf.parse(REAL).schema, made_of(PLAIN).schema
+    assert pickle.loads(pickle.dumps(one)) is one
+    assert one != other
+    assert one.fingerprint != other.fingerprint
+    assert hash(one) == hash(pickle.loads(pickle.dumps(one)))
+    for kernel in ("v2-x86_64", "arm64-6.1"):
+        schema = kf.parse((DATA / "captures" / kernel / "vm-after.bin").read_bytes()).schema
+        assert pickle.loads(pickle.dumps(schema)) is schema
+
+
+def test_the_cache_is_bounded_and_keeps_what_is_used(monkeypatch):
+    """Of many kinds of files only the last ones are kept, and one that is asked for again and again stays."""
+    cache = schema_module._Cache(capacity=4)
+    monkeypatch.setattr(schema_module, "CACHE", cache)
+    kept = kf.parse(REAL).schema
+    for i in range(20):
+        made_of(replace(PLAIN, name=f"n{i}"))
+        assert kf.parse(REAL).schema is kept
+    assert len(cache._entries) == 4
+
+
+def test_files_with_different_ids_share_a_schema_in_every_layout():
+    """The id is not part of what makes a schema, wherever the layout puts it."""
+    for layout in ("v2", "v5", "v9", "merged"):
+        schemas = set()
+        for pid in (1, 22, 4194304):
+            with SyntheticStats("s390", "vcpu", layout=layout, pid=pid) as made:
+                image = kf.parse(made.to_bytes())
+                assert image.id == f"kvm-{pid}/vcpu-0"
+                schemas.add(id(image.schema))
+        assert len(schemas) == 1
+
+
+def test_threads_that_meet_a_new_kind_of_file_at_once_get_one_schema():
+    """However many threads parse a kind for the first time together, one Schema comes out."""
+    for attempt in range(20):
+        with SyntheticStats(stats=[replace(PLAIN, name=f"thread{attempt}")]) as made:
+            data = made.to_bytes()
+        barrier = threading.Barrier(8)
+        found = []
+
+        def work(barrier=barrier, data=data, found=found):
+            barrier.wait()
+            found.append(kf.parse(data).schema)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(schema) for schema in found}) == 1
+        assert len(found) == 8
+
+
+def test_a_format_error_survives_pickling():
+    """Code, offset and text cross process boundaries."""
+    with pytest.raises(kf.FormatError) as caught:
+        kf.parse(b"")
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert (error.code, error.offset, str(error)) == (kf.ErrorCode.TRUNCATED, 0, str(caught.value))
+
+
+def test_no_descriptors_is_a_legal_file():
+    """num_desc 0 gives an empty schema and an empty array, parsed and live."""
+    with SyntheticStats(stats=[]) as made, made.open() as file:
+        image = kf.parse(made.to_bytes())
+        assert (len(image), image.values.shape, file.read().shape) == (0, (0,), (0,))
+        assert file.snapshot() == {}
+
+
+def test_blocks_may_stand_in_any_order_with_gaps():
+    """Data before descriptors before id, with gaps: read by their offsets."""
+    with SyntheticStats(stats=[PLAIN, replace(PLAIN, name="m", offset=8)]) as made:
+        made.set("m", 9)
+        data = made.to_bytes()
+    table, values = data[72 : 72 + 128], data[72 + 128 :]
+    moved = struct.pack("=6I", 0, 48, 2, 232, 64, 32) + bytes(8) + values + bytes(16) + table + bytes(40)
+    moved += b"kvm-7/vcpu-2".ljust(48, b"\0")
+    image = kf.parse(moved)
+    assert (image.id, image["n"], image["m"]) == ("kvm-7/vcpu-2", 0, 9)
+    with kf.StatsFile.from_bytes(moved) as file:
+        assert (file.vcpu_id, file.snapshot()) == (2, {"n": 0, "m": 9})
