@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from enum import Enum, IntEnum
+from functools import cache
 
 from kvmstats_fast._kvmstats import lib
 
@@ -74,7 +75,13 @@ _BASES: dict[int, int] = {int(code): code for code in StatBase}
 
 def split_flags(flags: int) -> tuple[int, int, int]:
     """Type, unit and base of a descriptor's flags; a code this package does not know stays a plain int."""
-    type_, unit, base = flags & 0xF, flags >> 4 & 0xF, flags >> 8 & 0xF
+    return _split(flags & 0xFFF)
+
+
+@cache
+def _split(flags: int) -> tuple[int, int, int]:
+    """The codes of the 12 bits that are defined; there are few combinations, and many descriptors have the same."""
+    type_, unit, base = flags & 0xF, flags >> 4 & 0xF, flags >> 8
     return _TYPES.get(type_, type_), _UNITS.get(unit, unit), _BASES.get(base, base)
 
 
@@ -91,7 +98,8 @@ _IOCTLS = {
 }
 
 
-def ioctl_number(layout: Layout, machine: str | None = None) -> tuple[str, int]:
+@cache
+def ioctl_number(layout: Layout, machine: str = os.uname().machine) -> tuple[str, int]:
     """Name and number of the ioctl that opens the stats file of a VM or vCPU fd.
 
     Parameters
@@ -118,6 +126,6 @@ def ioctl_number(layout: Layout, machine: str | None = None) -> tuple[str, int]:
             "a stats fd that you got otherwise is read by StatsFile(stats_fd) in any layout"
         )
     name, number, size = _IOCTLS[layout]
-    three_bits = (machine or os.uname().machine).startswith(("mips", "ppc"))
+    three_bits = machine.startswith(("mips", "ppc"))
     none, read = (1 << 29, 2 << 29) if three_bits else (0, 2 << 30)
     return name, (read if size else none) | size << 16 | _KVMIO << 8 | number

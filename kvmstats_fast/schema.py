@@ -21,7 +21,7 @@ import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import LAYOUT_OF_CODE, Layout, StatBase, StatType, StatUnit, split_flags
-from kvmstats_fast.errors import ErrorCode, KvmStatsError, format_error, truncated
+from kvmstats_fast.errors import ErrorCode, FormatError, KvmStatsError, format_error, truncated
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -158,13 +158,25 @@ class Schema(Mapping[str, Stat]):
     header : Header
     """
 
-    __slots__ = ("_by_name", "_dtype", "_id_size", "_key", "_prefix", "_repaired", "data_size", "header", "stats")
+    __slots__ = (
+        "_by_name",
+        "_dtype",
+        "_id_size",
+        "_key",
+        "_prefix",
+        "_repaired",
+        "data_size",
+        "header",
+        "stats",
+        "swapped",
+    )
 
     def __init__(self, blob: bytes, parsed: Any, stats: tuple[Stat, ...]) -> None:
-        swapped = bool(parsed.swapped)
+        #: Whether the file is in the other byte order than this machine.
+        self.swapped = bool(parsed.swapped)
         self.header = Header(
             layout=LAYOUT_OF_CODE[parsed.layout],
-            byteorder={"little": "big", "big": "little"}[sys.byteorder] if swapped else sys.byteorder,
+            byteorder={"little": "big", "big": "little"}[sys.byteorder] if self.swapped else sys.byteorder,
             flags=parsed.flags,
             name_size=parsed.name_size,
             num_desc=parsed.num_desc,
@@ -327,23 +339,21 @@ class Schema(Mapping[str, Stat]):
         start = self.header.id_offset
         return decode(blob[start : start + self._id_size].partition(b"\0")[0])
 
-    def value_size(self, available: int, file_id: str, source: str) -> int:
-        """Bytes of a value in a file whose data block holds `available` bytes: 8, or 4 of an old 32-bit kernel.
+    def value_size(self, available: int, file_id: str) -> int:
+        """Bytes of a value in a file whose data block holds `available` bytes: 8, 4 (32-bit kernels), 0 (cut short).
 
         Before the merge, VM statistics were ``unsigned long`` (from v8 u64), vCPU statistics u64. Nothing follows
         them, so half the size means 4-byte values: a file of 8-byte values cut at exactly half looks the same.
         """
         if available >= self.data_size:
             return 8
-        if self.layout in (Layout.V2, Layout.V5) and available * 2 == self.data_size and kind_of(file_id)[0] == "vm":
-            return 4
-        start = self.header.data_offset
-        raise truncated(source, start + available, start + self.data_size)
+        half = available * 2 == self.data_size and self.layout in (Layout.V2, Layout.V5)
+        return 4 if half and kind_of(file_id)[0] == "vm" else 0
 
-    @property
-    def swapped(self) -> bool:
-        """Whether the file is in the other byte order than this machine."""
-        return self.byteorder != sys.byteorder
+    def cut_short(self, available: int, source: str) -> FormatError:
+        """Return the error for a file whose data ends after `available` bytes."""
+        start = self.header.data_offset
+        return truncated(source, start + available, start + self.data_size)
 
 
 def decode(raw: bytes) -> str:
@@ -536,7 +546,10 @@ def parse(data: Buffer, *, repair: bool = False) -> StatsImage:
     if schema._repaired:
         return StatsImage(schema, file_id, None)
     start = schema.header.data_offset
-    value_size = schema.value_size(max(len(blob) - start, 0), file_id, source)
+    available = max(len(blob) - start, 0)
+    value_size = schema.value_size(available, file_id)
+    if not value_size:
+        raise schema.cut_short(available, source)
     values = np.empty(schema.num_values, np.uint64)
     lib.kvmstats_copy_values(
         ffi.from_buffer("char[]", blob) + start,

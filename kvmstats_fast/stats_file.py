@@ -34,6 +34,8 @@ class HasFileno(Protocol):
         """Return the file descriptor."""
 
 
+_SOURCE = ffi.typeof("struct kvmstats_source *")
+
 #: One read of this many bytes takes in a whole file of today's kernels (4056 bytes on x86), data included.
 _FIRST_READ = 8192
 
@@ -150,18 +152,16 @@ class StatsFile:
         fd = operator.index(stats_fd)
         blob, schema = _read_schema(fd)
         self.schema = schema
-        self._id = schema.id_of(blob)
-        source = ffi.new("struct kvmstats_source *")
-        source.value_size = schema.value_size(_available(fd, blob, schema), self._id, _describe(fd))
-        source.swapped = schema.swapped
-        source.position = schema.header.data_offset
-        source.count = schema.num_values
-        source.fd = fd
+        self._id = file_id = schema.id_of(blob)
+        available = _available(fd, blob, schema)
+        value_size = schema.value_size(available, file_id)
+        if not value_size:
+            raise schema.cut_short(available, _describe(fd))
         self._closefd = closefd
         self._own: npt.NDArray[np.uint64] | None = None
         self._out: npt.NDArray[np.uint64] | None = None
         self._keep: Any = None
-        self._source = source
+        self._source = ffi.new(_SOURCE, (fd, value_size, schema.swapped, schema.header.data_offset, schema.num_values))
 
     @classmethod
     def open(cls, kvm_fd: int | HasFileno, layout: Layout | str = Layout.MERGED) -> Self:
@@ -193,7 +193,7 @@ class StatsFile:
         The ioctl of a vCPU waits for that vCPU to leave ``KVM_RUN`` (``vcpu->mutex``): open a vCPU's file before it
         runs, or from its own thread.
         """
-        fd = operator.index(kvm_fd if isinstance(kvm_fd, int) else kvm_fd.fileno())
+        fd = kvm_fd if isinstance(kvm_fd, int) else kvm_fd.fileno()
         call, number = ioctl_number(Layout(layout))
         try:
             stats_fd = fcntl.ioctl(fd, number)
