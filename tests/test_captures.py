@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import DATA, as_tuples
+from helpers import DATA, as_tuples
 
 import kvmstats_fast as kf
 

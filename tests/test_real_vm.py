@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import as_tuples, independent_read
+from helpers import as_tuples, independent_read
 
 import kvmstats_fast as kf
 from kvmstats_fast.testing import TinyGuest, counts_right, exit_counter

@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
-from conftest import DATA
+from helpers import DATA
 
 import kvmstats_fast as kf
 from kvmstats_fast import schema as schema_module

@@ -4,7 +4,7 @@ import json
 import struct
 
 import pytest
-from conftest import DATA
+from helpers import DATA
 
 import kvmstats_fast as kf
 from kvmstats_fast.testing import SyntheticStats

@@ -6,16 +6,12 @@ import platform
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from helpers import open_fds
 
 import kvmstats_fast as kf
 from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest, counts_right, tiny_guest
-
-
-def open_fds():
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.parametrize(
