@@ -80,7 +80,7 @@ def split_flags(flags: int) -> tuple[int, int, int]:
 
 @cache
 def _split(flags: int) -> tuple[int, int, int]:
-    """The codes of the 12 bits that are defined; there are few combinations, and many descriptors have the same."""
+    """Split the 12 bits that are defined; kept, because few combinations occur and each of them often."""
     type_, unit, base = flags & 0xF, flags >> 4 & 0xF, flags >> 8
     return _TYPES.get(type_, type_), _UNITS.get(unit, unit), _BASES.get(base, base)
 

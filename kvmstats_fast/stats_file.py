@@ -389,8 +389,9 @@ class StatsFile:
 
     def __del__(self) -> None:
         if not self.closed and self._closefd:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, 2, source=self)
-            self.close()
+            text = f"unclosed {self!r}"
+            self.close()  # first, because the warning may be an error
+            warnings.warn(text, ResourceWarning, 2, source=self)
 
     def __repr__(self) -> str:
         where = "closed" if self.closed else f"fd {self._source.fd}"
