@@ -163,6 +163,7 @@ class Schema(Mapping[str, Stat]):
         "_dtype",
         "_id_size",
         "_key",
+        "_places",
         "_prefix",
         "_repaired",
         "data_size",
@@ -189,6 +190,7 @@ class Schema(Mapping[str, Stat]):
         self.data_size: int = parsed.data_size
         self._by_name = {stat.name: stat for stat in stats}
         self._dtype: np.dtype[np.void] | None = None
+        self._places: list[tuple[Stat, str, int, int, bool]] | None = None
         self._id_size: int = parsed.id_size
         self._repaired = bool(parsed.count_defect)
         # What makes a schema: the header without the id, and the table. Everything else of the file is blanked.
@@ -282,20 +284,29 @@ class Schema(Mapping[str, Stat]):
             raise ValueError(f"values have shape {values.shape}, this schema has ({self.num_values},)")
         plain = values.tolist()
         result: dict[str, Value] = {}
-        for stat in self.stats:
-            word = stat.offset // 8
-            if stat.shape:
-                result[stat.name] = values[word : word + stat.size]
+        for stat, name, word, end, is_boolean in self._unpacking():
+            if end:
+                result[name] = values[word:end]
                 continue
             value = plain[word]
-            if stat.unit == StatUnit.BOOLEAN and value <= 1:
+            if is_boolean and value <= 1:
                 value = bool(value)
             elif si:
                 value = stat.to_base_units(value)
                 if not isinstance(stat.base, StatBase):
-                    warnings.warn(f"{stat.name} is left unscaled: unknown base {stat.base}", RuntimeWarning, 3)
-            result[stat.name] = value
+                    warnings.warn(f"{name} is left unscaled: unknown base {stat.base}", RuntimeWarning, 3)
+            result[name] = value
         return result
+
+    def _unpacking(self) -> list[tuple[Stat, str, int, int, bool]]:
+        """Per statistic its name, its place among the values (end 0: a plain number), and whether it is a boolean."""
+        if self._places is None:
+            self._places = [
+                (stat, stat.name, word, word + stat.size if stat.shape else 0, stat.unit == StatUnit.BOOLEAN)
+                for stat in self.stats
+                for word in (stat.offset // 8,)
+            ]
+        return self._places
 
     def _no_such_stat(self, name: str) -> str:
         near = get_close_matches(name, self, n=3)

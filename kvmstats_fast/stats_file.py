@@ -35,6 +35,7 @@ class HasFileno(Protocol):
 
 
 _SOURCE = ffi.typeof("struct kvmstats_source *")
+_read = lib.kvmstats_read  # the hot call: looking it up in lib would cost a tenth of it
 
 #: One read of this many bytes takes in a whole file of today's kernels (4056 bytes on x86), data included.
 _FIRST_READ = 8192
@@ -315,7 +316,7 @@ class StatsFile:
         """
         if out is not self._out:
             self._prepare(out)
-        status = lib.kvmstats_read(self._source)
+        status = _read(self._source)
         if status:
             raise self._failure(-status)
         return out
