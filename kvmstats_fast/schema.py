@@ -21,7 +21,7 @@ import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import LAYOUT_OF_CODE, Layout, StatBase, StatType, StatUnit, split_flags
-from kvmstats_fast.errors import ErrorCode, FormatError, KvmStatsError, format_error, truncated
+from kvmstats_fast.errors import ErrorCode, KvmStatsError, format_error, truncated
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,7 +42,7 @@ class Stat:
     name : str
         Bytes that are no UTF-8 are kept by ``surrogateescape``.
     type, unit, base : StatType, StatUnit, StatBase, or int
-        An int is a code this package does not know; such a statistic is kept raw.
+        An int is a code this package does not know; such a statistic is kept raw (see `unknown`).
     exponent : int
         A value in base units is ``raw * 10**exponent`` (or 2, after `base`).
     size : int
@@ -73,13 +73,19 @@ class Stat:
         return (self.size,) if self.size != 1 or self.is_histogram else ()
 
     @property
+    def unknown(self) -> str:
+        """Which codes this package does not know, such as ``"type 7, base 3"``; empty for all that exist so far."""
+        codes = {"type": (self.type, StatType), "unit": (self.unit, StatUnit), "base": (self.base, StatBase)}
+        return ", ".join(f"{what} {code}" for what, (code, known) in codes.items() if not isinstance(code, known))
+
+    @property
     def scale(self) -> int | float:
-        """What a raw value is multiplied with: an int where exact, 1 where the base's code is unknown."""
+        """What a raw value is multiplied with: an int where exact, 1 where a code is unknown."""
         return self.to_base_units(1)
 
     def to_base_units(self, raw: int) -> int | float:
-        """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if `base` is unknown."""
-        if not isinstance(self.base, StatBase):
+        """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if a code is unknown."""
+        if self.exponent == 0 or not isinstance(self.base, StatBase) or self.unknown:
             return raw
         factor: int = self.base.radix ** abs(self.exponent)
         return raw * factor if self.exponent >= 0 else raw / factor
@@ -190,19 +196,19 @@ class Schema(Mapping[str, Stat]):
         self.data_size: int = parsed.data_size
         self._by_name = {stat.name: stat for stat in stats}
         self._dtype: np.dtype[np.void] | None = None
-        self._places: list[tuple[Stat, str, int, int, bool]] | None = None
+        self._places: list[tuple[Stat, str, int, int, bool, str]] | None = None
         self._id_size: int = parsed.id_size
         self._repaired = bool(parsed.count_defect)
         # What makes a schema: the header without the id, and the table. Everything else of the file is blanked.
-        windows = (
+        windows = [
             slice(parsed.key_offset, parsed.key_offset + parsed.key_size),
             slice(parsed.desc_offset, parsed.desc_end),
-        )
+        ]
+        if self.layout is not Layout.MERGED:
+            windows.append(slice(parsed.id_offset, parsed.id_offset + 4))  # "kvm-": these layouts are known by it
         prefix = bytearray(parsed.prefix_size)
         for window in windows:
             prefix[window] = blob[window]
-        if self.layout is not Layout.MERGED:
-            prefix[parsed.id_offset : parsed.id_offset + 4] = b"kvm-"  # the mark these layouts are known by
         self._prefix = bytes(prefix)
         self._key = tuple((window, blob[window]) for window in windows)
 
@@ -273,6 +279,7 @@ class Schema(Mapping[str, Stat]):
             uint64, shape ``(num_values,)``.
         si : bool
             Scale plain numbers to base units (seconds, bytes ...): int where the exponent is not negative, else float.
+            A statistic with an unknown code is left raw, with a RuntimeWarning.
 
         Returns
         -------
@@ -284,7 +291,9 @@ class Schema(Mapping[str, Stat]):
             raise ValueError(f"values have shape {values.shape}, this schema has ({self.num_values},)")
         plain = values.tolist()
         result: dict[str, Value] = {}
-        for stat, name, word, end, is_boolean in self._unpacking():
+        for stat, name, word, end, is_boolean, unknown in self._unpacking():
+            if si and unknown:
+                warnings.warn(f"{name} is left as it is: unknown {unknown}", RuntimeWarning, 3)
             if end:
                 result[name] = values[word:end]
                 continue
@@ -293,19 +302,17 @@ class Schema(Mapping[str, Stat]):
                 value = bool(value)
             elif si:
                 value = stat.to_base_units(value)
-                if not isinstance(stat.base, StatBase):
-                    warnings.warn(f"{name} is left unscaled: unknown base {stat.base}", RuntimeWarning, 3)
             result[name] = value
         return result
 
-    def _unpacking(self) -> list[tuple[Stat, str, int, int, bool]]:
-        """Per statistic its name, its place among the values (end 0: a plain number), and whether it is a boolean."""
+    def _unpacking(self) -> list[tuple[Stat, str, int, int, bool, str]]:
+        """Per statistic its name, its place among the values (end 0: a plain number), and what its codes are."""
         if self._places is None:
-            self._places = [
-                (stat, stat.name, word, word + stat.size if stat.shape else 0, stat.unit == StatUnit.BOOLEAN)
-                for stat in self.stats
-                for word in (stat.offset // 8,)
-            ]
+            self._places = []
+            for stat in self.stats:
+                word = stat.offset // 8
+                end = word + stat.size if stat.shape else 0
+                self._places.append((stat, stat.name, word, end, stat.unit == StatUnit.BOOLEAN, stat.unknown))
         return self._places
 
     def _no_such_stat(self, name: str) -> str:
@@ -342,29 +349,30 @@ class Schema(Mapping[str, Stat]):
 
     def fits(self, blob: bytes) -> bool:
         """Whether `blob`, the start of a file, holds this schema's header and descriptors (and room for an id)."""
-        (header, header_bytes), (table, table_bytes) = self._key
-        return blob[header] == header_bytes and blob[table] == table_bytes and len(blob) >= len(self._prefix)
+        return all(blob[window] == raw for window, raw in self._key) and len(blob) >= len(self._prefix)
 
     def id_of(self, blob: bytes) -> str:
         """Return the id in `blob`, the start of a file: to its NUL or to the end of its room, whichever is first."""
         start = self.header.id_offset
         return decode(blob[start : start + self._id_size].partition(b"\0")[0])
 
-    def value_size(self, available: int, file_id: str) -> int:
-        """Bytes of a value in a file whose data block holds `available` bytes: 8, 4 (32-bit kernels), 0 (cut short).
+    @property
+    def data_end(self) -> int:
+        """Byte of the file where the values end, if each has 8 bytes."""
+        return self.header.data_offset + self.data_size
+
+    def value_size(self, file_end: int, file_id: str, source: str) -> int:
+        """Bytes of a value in a file that ends at byte `file_end`: 8, or 4 of an old 32-bit kernel.
 
         Before the merge, VM statistics were ``unsigned long`` (from v8 u64), vCPU statistics u64. Nothing follows
         them, so half the size means 4-byte values: a file of 8-byte values cut at exactly half looks the same.
         """
-        if available >= self.data_size:
+        if file_end >= self.data_end or not self.data_size:
             return 8
-        half = available * 2 == self.data_size and self.layout in (Layout.V2, Layout.V5)
-        return 4 if half and kind_of(file_id)[0] == "vm" else 0
-
-    def cut_short(self, available: int, source: str) -> FormatError:
-        """Return the error for a file whose data ends after `available` bytes."""
-        start = self.header.data_offset
-        return truncated(source, start + available, start + self.data_size)
+        half = file_end - self.header.data_offset == self.data_size // 2 and self.layout in (Layout.V2, Layout.V5)
+        if half and kind_of(file_id)[0] == "vm":
+            return 4
+        raise truncated(source, file_end, self.data_end)
 
 
 def decode(raw: bytes) -> str:
@@ -557,10 +565,7 @@ def parse(data: Buffer, *, repair: bool = False) -> StatsImage:
     if schema._repaired:
         return StatsImage(schema, file_id, None)
     start = schema.header.data_offset
-    available = max(len(blob) - start, 0)
-    value_size = schema.value_size(available, file_id)
-    if not value_size:
-        raise schema.cut_short(available, source)
+    value_size = schema.value_size(len(blob), file_id, source)
     values = np.empty(schema.num_values, np.uint64)
     lib.kvmstats_copy_values(
         ffi.from_buffer("char[]", blob) + start,

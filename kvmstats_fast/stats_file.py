@@ -85,29 +85,24 @@ def _pread(fd: int, size: int, position: int) -> bytes:
         raise _refused(error.errno or 0, "pread", fd, _READ_HINTS) from None
 
 
+def _read_on(fd: int, blob: bytes, end: int) -> bytes:
+    """Read on where `blob`, the start of the file, ends, to byte `end` or to the end of the file."""
+    # As much again as the file has shown to hold: a header that promises more must not make us allocate it.
+    while len(blob) < end and (more := _pread(fd, min(end, 2 * len(blob)) - len(blob), len(blob))):
+        blob += more
+    return blob
+
+
 def _read_schema(fd: int) -> tuple[bytes, Schema]:
     """Return the start of the file, at least to the end of its descriptors, and its schema."""
     blob = _pread(fd, _FIRST_READ, 0)
-    known = CACHE.find(blob)
-    if known is not None:
-        return blob, known
-    source = _describe(fd)
-    if len(blob) == _FIRST_READ:
-        end = read_header(blob, source).prefix_size
-        # As much again as the file has shown to hold: a header that promises more must not make us allocate it.
-        while len(blob) < end and (more := _pread(fd, min(end, 2 * len(blob)) - len(blob), len(blob))):
-            blob += more
-    return blob, schema_of(blob, source)
-
-
-def _available(fd: int, blob: bytes, schema: Schema) -> int:
-    """How many bytes of data the file has, as far as the schema asks for them."""
-    start = schema.header.data_offset
-    if len(blob) < _FIRST_READ:  # the whole file
-        return max(len(blob) - start, 0)
-    if start + schema.data_size <= len(blob) or _pread(fd, 1, start + schema.data_size - 1):
-        return schema.data_size
-    return len(_pread(fd, schema.data_size, start))
+    schema = CACHE.find(blob)
+    if schema is None:
+        source = _describe(fd)
+        if len(blob) == _FIRST_READ:
+            blob = _read_on(fd, blob, read_header(blob, source).prefix_size)
+        schema = schema_of(blob, source)
+    return blob, schema
 
 
 class StatsFile:
@@ -154,10 +149,9 @@ class StatsFile:
         blob, schema = _read_schema(fd)
         self.schema = schema
         self._id = file_id = schema.id_of(blob)
-        available = _available(fd, blob, schema)
-        value_size = schema.value_size(available, file_id)
-        if not value_size:
-            raise schema.cut_short(available, _describe(fd))
+        value_size = 8
+        if len(blob) < schema.data_end:
+            value_size = schema.value_size(len(_read_on(fd, blob, schema.data_end)), file_id, _describe(fd))
         self._closefd = closefd
         self._own: npt.NDArray[np.uint64] | None = None
         self._out: npt.NDArray[np.uint64] | None = None

@@ -35,7 +35,7 @@ def made_of(*stats, **options):
         (kf.StatBase.POW10, -9, 1_000_000_001, 1.000000001),
         (kf.StatBase.POW2, -10, 1, 1 / 1024),
         (kf.StatBase.POW10, -400, 1, 0.0),
-        (7, -9, 5, 5),
+        (7, -9, 5, 5),  # no such base
     ],
 )
 def test_scaling_is_exact_while_it_is_an_integer_and_else_the_nearest_float(base, exponent, raw, expected):
@@ -72,16 +72,26 @@ def test_a_boolean_that_is_neither_0_nor_1_stays_a_number():
     assert image["n"] is not True
 
 
-def test_unknown_codes_stay_plain_ints_and_are_not_scaled_in_silence():
-    """Type, unit and base beyond what is known are kept as they are; scaling an unknown base warns."""
-    image = made_of(replace(PLAIN, type=9, unit=10, base=11, exponent=-3))
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ({"type": 9}, "type 9"),
+        ({"unit": 10}, "unit 10"),
+        ({"base": 11}, "base 11"),
+        ({"type": 5, "base": 2}, "type 5, base 2"),
+    ],
+)
+def test_unknown_codes_stay_plain_ints_and_are_not_scaled_in_silence(codes, said):
+    """A type, unit or base beyond what is known is kept as it is; the value stays raw, and si=True warns."""
+    image = made_of(replace(PLAIN, exponent=-3, **codes))
     stat = image.schema["n"]
-    assert (stat.type, stat.unit, stat.base) == (9, 10, 11)
-    assert not isinstance(stat.type, kf.StatType)
-    assert not isinstance(stat.unit, kf.StatUnit)
+    assert {what: getattr(stat, what) for what in codes} == codes
+    assert all(type(getattr(stat, what)) is int for what in codes)
+    assert stat.unknown == said
     image.values[:] = [1234]
-    with pytest.warns(RuntimeWarning, match="n is left unscaled: unknown base 11"):
+    with pytest.warns(RuntimeWarning, match=f"n is left as it is: unknown {said}"):
         assert image.snapshot(si=True) == {"n": 1234}
+    assert not PLAIN.unknown
 
 
 def test_log_histogram_edges_are_powers_of_two_in_base_units():
