@@ -349,7 +349,10 @@ class Schema(Mapping[str, Stat]):
 
     def fits(self, blob: bytes) -> bool:
         """Whether `blob`, the start of a file, holds this schema's header and descriptors (and room for an id)."""
-        return all(blob[window] == raw for window, raw in self._key) and len(blob) >= len(self._prefix)
+        for window, raw in self._key:  # noqa: SIM110 - all() of a generator takes three times as long
+            if blob[window] != raw:
+                return False
+        return len(blob) >= len(self._prefix)
 
     def id_of(self, blob: bytes) -> str:
         """Return the id in `blob`, the start of a file: to its NUL or to the end of its room, whichever is first."""
