@@ -1,4 +1,4 @@
-"""Compile the C core with cffi: the ffibuilder, and the two setuptools commands that pyproject.toml names.
+"""Compile the C core with cffi: the ffibuilder, and the three setuptools commands that pyproject.toml names.
 
 The declarations are cut out of csrc/kvmstats.h, so the header is the one place where they are written.
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from cffi import FFI, setuptools_ext
 from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
 from setuptools.command.build import build as _build
+from setuptools.command.sdist import sdist as _sdist
 
 # setuptools wants source paths relative to the project's folder, which is where it runs.
 SOURCES = ["csrc/layout.c", "csrc/sweep.c"]
@@ -49,7 +50,8 @@ ffibuilder.set_source(
     '#include "kvmstats.h"',
     sources=SOURCES,
     include_dirs=["csrc"],
-    depends=[HEADER],
+    # What the sources depend on is also what the sdist takes along with them.
+    depends=[HEADER, "build_ffi.py"],
     # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
     define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
     extra_compile_args=_compile_args(),
@@ -75,3 +77,12 @@ class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by th
         if not sysconfig.get_config_var("Py_GIL_DISABLED"):
             self.py_limited_api = "cp310"
         super().finalize_options()
+
+
+class sdist(_sdist):  # noqa: N801 - setuptools finds commands by this name
+    """The sources that a build needs; the tests need the captures beside them, which are in the repository."""
+
+    def prune_file_list(self) -> None:
+        """Leave out the part of the tests that setuptools would take along."""
+        super().prune_file_list()
+        self.filelist.exclude_pattern("*", prefix="tests")
