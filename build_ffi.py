@@ -82,7 +82,6 @@ class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by th
 class sdist(_sdist):  # noqa: N801 - setuptools finds commands by this name
     """The sources that a build needs; the tests need the captures beside them, which are in the repository."""
 
-    def prune_file_list(self) -> None:
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         """Leave out the part of the tests that setuptools would take along."""
-        super().prune_file_list()
-        self.filelist.exclude_pattern("*", prefix="tests")
+        super().make_release_tree(base_dir, [name for name in files if not name.startswith("tests/")])

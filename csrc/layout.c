@@ -35,6 +35,11 @@ static int truncated(struct kvmstats_fault *fault, enum kvmstats_block block, si
     return fail(fault, KVMSTATS_E_TRUNCATED, size, 0, needed);
 }
 
+static int is_name_size(uint32_t value)
+{
+    return value != 0 && value <= KVMSTATS_MAX_NAME_SIZE;
+}
+
 /* The name_size of a file of the series is 32 or 48, so it also tells the byte order. */
 static int series_name_size(const uint8_t *at, uint32_t *swapped)
 {
@@ -78,15 +83,14 @@ static int recognise(const uint8_t *bytes, size_t size, struct kvmstats_header *
         header->key_size = HEADER_SIZE_SERIES - ID_SIZE;
         return 0;
     }
-    /* Merged: flags are 0 and have no byte order. No name_size within the limit stays within it when swapped
-     * (its two high bytes are 0, its two low ones are not), so a swapped one gives itself away. */
-    uint32_t native = load_u32(bytes + 4, 0);
-    uint32_t foreign = load_u32(bytes + 4, 1);
+    /* Merged: flags are 0 and have no byte order. Every kernel puts the id right behind the header, which tells it; an
+     * id elsewhere leaves it to name_size: none within the limit stays within it when swapped (its two high bytes are
+     * 0, its two low ones are not). */
     uint32_t flags = load_u32(bytes, 0);
     int native_id = load_u32(bytes + 12, 0) == HEADER_SIZE_MERGED;
     int foreign_id = load_u32(bytes + 12, 1) == HEADER_SIZE_MERGED;
-    header->swapped = (foreign_id && !native_id) ||
-                      (native_id == foreign_id && native > KVMSTATS_MAX_NAME_SIZE && foreign <= KVMSTATS_MAX_NAME_SIZE);
+    int only_foreign_fits = !is_name_size(load_u32(bytes + 4, 0)) && is_name_size(load_u32(bytes + 4, 1));
+    header->swapped = foreign_id || (!native_id && only_foreign_fits);
     if (flags != 0) {
         if (native_id || foreign_id)
             return fail(fault, KVMSTATS_E_FLAGS, 0, load_u32(bytes, header->swapped), 0);
@@ -152,7 +156,7 @@ int kvmstats_read_header(const void *data, size_t size, int repair, struct kvmst
     if (merged)
         header->id_size = header->name_size;
 
-    if (header->name_size == 0 || header->name_size > KVMSTATS_MAX_NAME_SIZE)
+    if (!is_name_size(header->name_size))
         return fail(fault, KVMSTATS_E_NAME_SIZE, field, header->name_size, KVMSTATS_MAX_NAME_SIZE);
     uint64_t stride = DESC_FIXED_SIZE + (uint64_t)header->name_size;
 

@@ -7,7 +7,7 @@
 
 int kvmstats_read(struct kvmstats_source *source)
 {
-    if (source->count > SIZE_MAX / 8)
+    if (source->count > SIZE_MAX / 16) /* what pread can be asked for ends at SSIZE_MAX */
         return -EOVERFLOW;
     size_t wanted = (size_t)source->count * source->value_size;
     size_t got = 0;
