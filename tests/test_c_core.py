@@ -1,0 +1,197 @@
+import os
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+CORE = [str(CSRC / "layout.c"), str(CSRC / "sweep.c")]
+TEST_CORE = str(TESTS / "c" / "test_core.c")
+FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
+CAPTURES = sorted((TESTS / "data" / "captures").glob("*/*.bin"))
+
+CC = shlex.split(os.environ.get("CC", "gcc"))
+FLAGS = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O2", "-D_DEFAULT_SOURCE", f"-I{CSRC}"]
+SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# pread is called pread64 where glibc is told that files are large.
+WRAP = "-Wl,--wrap=pread,--wrap=pread64"
+LARGE_FILES = "-D_FILE_OFFSET_BITS=64"
+
+MUTATIONS = 100_000
+SEED = 20210623
+
+# Of the compiler, not of the core: checks of the stack, addresses, and arithmetic that a machine does not have.
+HELPERS = re.compile(
+    r"__stack_chk_(fail|fail_local|guard)|_GLOBAL_OFFSET_TABLE_|\.TOC\.|__x86\.\S+|__(u?div|u?mod|bswap)[sd]i[23]"
+)
+STRING_FUNCTIONS = {"memcpy", "memset", "memchr", "memcmp"}
+SYSTEM_CALL = {"pread", "pread64", "__errno_location", "___errno_location"}
+
+pytestmark = pytest.mark.skipif(shutil.which(CC[0]) is None, reason=f"there is no C compiler {CC[0]}")
+
+
+def run(*command):
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300, check=False)
+
+
+def build(program, *arguments):
+    """Compile and link; the compiler's own words are the failure."""
+    result = run(*CC, *FLAGS, *arguments, "-o", program)
+    assert result.returncode == 0, result.stderr
+    return program
+
+
+def check(*command):
+    """Run to a good end, and return what was printed."""
+    result = run(*command)
+    assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def core_checks(output):
+    """Return the number that test_core printed, which must be all that it printed."""
+    match = re.fullmatch(r"test_core: (\d+) checks\n", output)
+    assert match, output
+    return int(match[1])
+
+
+@pytest.fixture(scope="module")
+def sanitizers(tmp_path_factory):
+    """Skip where a program cannot be linked or run with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    folder = tmp_path_factory.mktemp("sanitizers")
+    source, program = folder / "probe.c", folder / "probe"
+    source.write_text("int main(void) { return 0; }\n", encoding="ascii")
+    for command in ([*CC, *SANITIZE, source, "-o", program], [program]):
+        result = run(*command)
+        if result.returncode:
+            reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
+            pytest.skip(f"no ASan and UBSan here: {reason}")
+    return SANITIZE
+
+
+def in_order(capture, order):
+    """Return a merged capture as a host of the other byte order would have written it ('>': big endian)."""
+    name_size, count, _, descs, data = struct.unpack_from("<5I", capture, 4)
+    result = bytearray(capture)
+    struct.pack_into(f"{order}6I", result, 0, *struct.unpack_from("<6I", capture))
+    for at in range(descs, descs + count * (16 + name_size), 16 + name_size):
+        struct.pack_into(f"{order}IhHII", result, at, *struct.unpack_from("<IhHII", capture, at))
+    values = (len(capture) - data) // 8
+    struct.pack_into(f"{order}{values}Q", result, data, *struct.unpack_from(f"<{values}Q", capture, data))
+    return bytes(result)
+
+
+def in_series_layout(capture, order, *, id_first):
+    """Return a little-endian merged capture in the layout of v5 (`id_first`) or v9 of the patch series."""
+    name_size, count, _, descs, data = struct.unpack_from("<5I", capture, 4)
+    numbers = struct.pack(f"{order}4I", name_size, count, 80, 80 + data - descs)
+    identity = b"kvm-4711".ljust(64, b"\0")
+    header = identity + numbers if id_first else numbers + identity
+    return header + in_order(capture, order)[descs:]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The real captures, and what the layouts and the byte order that no capture has would make of two of them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    files = list(CAPTURES)
+    for name in ("vm-after.bin", "vcpu0-after.bin"):
+        path = TESTS / "data" / "captures" / "x86_64-6.1" / name
+        capture = path.read_bytes()
+        made = {
+            "merged-big": in_order(capture, ">"),
+            "v5": in_series_layout(capture, "<", id_first=True),
+            "v5-big": in_series_layout(capture, ">", id_first=True),
+            "v9": in_series_layout(capture, "<", id_first=False),
+            "v9-big": in_series_layout(capture, ">", id_first=False),
+        }
+        for form, content in made.items():
+            file = folder / f"{form}-{name}"
+            file.write_bytes(content)
+            files.append(file)
+    return files
+
+
+@pytest.fixture(scope="module")
+def symbols(tmp_path_factory):
+    """Compile the core's two files as the extension does, and return {file: [(type, name)]} of their symbols."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("there is no nm")
+    folder = tmp_path_factory.mktemp("objects")
+    result = {}
+    for source in CORE:
+        file = folder / f"{Path(source).stem}.o"
+        build(file, "-fPIC", LARGE_FILES, "-c", source)
+        # The type is one letter, behind an address where there is one.
+        lines = [line.split() for line in check(nm, file).splitlines()]
+        result[Path(source).name] = [(line[-2], line[-1]) for line in lines]
+    return result
+
+
+@pytest.mark.parametrize("large_files", [[], [LARGE_FILES]], ids=["default", "large-files"])
+def test_the_core_keeps_its_manual(tmp_path, large_files):
+    """Headers, descriptors, values, reads and every error code are as kvmstats.h says, at the edge of the memory."""
+    program = build(tmp_path / "test_core", *large_files, TEST_CORE, *CORE, WRAP)
+    assert core_checks(check(program)) > 1000
+
+
+def test_the_core_is_clean_under_the_sanitizers(tmp_path, sanitizers):
+    """No check of the core has an invalid access or undefined behaviour."""
+    program = build(tmp_path / "test_core", *sanitizers, TEST_CORE, *CORE, WRAP)
+    assert core_checks(check(program)) > 1000
+
+
+def test_the_core_is_clean_under_valgrind(tmp_path):
+    """No check of the core uses an uninitialised value, touches memory that is not its own, or leaks."""
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        pytest.skip("there is no valgrind")
+    program = build(tmp_path / "test_core", "-g", TEST_CORE, *CORE, WRAP)
+    assert core_checks(check(valgrind, "--quiet", "--error-exitcode=99", "--leak-check=full", program)) > 1000
+
+
+def test_mutated_captures_break_no_promise(tmp_path, sanitizers, corpus):
+    """Whatever is done to the bytes of a real file, the core refuses it by the contract or reads it by the contract."""
+    program = build(tmp_path / "fuzz_core", *sanitizers, "-DSTANDALONE", FUZZ_CORE, str(CSRC / "layout.c"))
+    output = check(program, MUTATIONS, SEED, *corpus)
+    match = re.fullmatch(r"fuzz_core: (\d+) inputs, (\d+) accepted\n", output)
+    assert match, output
+    inputs, accepted = int(match[1]), int(match[2])
+    assert inputs == MUTATIONS + len(corpus)
+    # Mutations that all fail, or all pass, would test one half of the core.
+    assert inputs // 10 < accepted < inputs * 9 // 10
+
+
+def test_unmutated_captures_are_accepted(tmp_path, corpus):
+    """The core accepts every real file, and the same statistics in each layout and byte order."""
+    program = build(tmp_path / "fuzz_core", "-DSTANDALONE", FUZZ_CORE, str(CSRC / "layout.c"))
+    assert check(program, 0, SEED, *corpus) == f"fuzz_core: {len(corpus)} inputs, {len(corpus)} accepted\n"
+
+
+def test_the_fuzz_target_compiles_without_its_own_main(tmp_path):
+    """Without STANDALONE there is nothing but the entry point that libFuzzer calls."""
+    build(tmp_path / "fuzz_core.o", "-c", FUZZ_CORE)
+
+
+@pytest.mark.parametrize("source", ["layout.c", "sweep.c"])
+def test_the_core_has_no_writable_data(symbols, source):
+    """Two calls share nothing: no object of the core has a writable variable."""
+    assert [name for kind, name in symbols[source] if kind in "BbDdCcGgSs"] == []
+
+
+@pytest.mark.parametrize("source", ["layout.c", "sweep.c"])
+def test_the_core_imports_no_allocator(symbols, source):
+    """The core calls the string functions, itself and one system call: nothing that allocates, prints or locks."""
+    allowed = STRING_FUNCTIONS
+    if source == "sweep.c":
+        allowed = allowed | SYSTEM_CALL | {"kvmstats_copy_values"}
+    imported = {name for kind, name in symbols[source] if kind in "Uwv"}
+    assert {name for name in imported - allowed if not HELPERS.fullmatch(name)} == set()
+    if source == "sweep.c":
+        assert imported & {"pread", "pread64"}
