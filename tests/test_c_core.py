@@ -2,11 +2,13 @@ import os
 import re
 import shlex
 import shutil
-import struct
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
+
+from kvmstats_fast.testing import SyntheticStats
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -74,46 +76,16 @@ def sanitizers(tmp_path_factory):
     return SANITIZE
 
 
-def in_order(capture, order):
-    """Return a merged capture as a host of the other byte order would have written it ('>': big endian)."""
-    name_size, count, _, descs, data = struct.unpack_from("<5I", capture, 4)
-    result = bytearray(capture)
-    struct.pack_into(f"{order}6I", result, 0, *struct.unpack_from("<6I", capture))
-    for at in range(descs, descs + count * (16 + name_size), 16 + name_size):
-        struct.pack_into(f"{order}IhHII", result, at, *struct.unpack_from("<IhHII", capture, at))
-    values = (len(capture) - data) // 8
-    struct.pack_into(f"{order}{values}Q", result, data, *struct.unpack_from(f"<{values}Q", capture, data))
-    return bytes(result)
-
-
-def in_series_layout(capture, order, *, id_first):
-    """Return a little-endian merged capture in the layout of v5 (`id_first`) or v9 of the patch series."""
-    name_size, count, _, descs, data = struct.unpack_from("<5I", capture, 4)
-    numbers = struct.pack(f"{order}4I", name_size, count, 80, 80 + data - descs)
-    identity = b"kvm-4711".ljust(64, b"\0")
-    header = identity + numbers if id_first else numbers + identity
-    return header + in_order(capture, order)[descs:]
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """The real captures, and what the layouts and the byte order that no capture has would make of two of them."""
+    """The real captures, and made-up files of the layouts and byte orders that no capture has."""
     folder = tmp_path_factory.mktemp("corpus")
     files = list(CAPTURES)
-    for name in ("vm-after.bin", "vcpu0-after.bin"):
-        path = TESTS / "data" / "captures" / "x86_64-6.1" / name
-        capture = path.read_bytes()
-        made = {
-            "merged-big": in_order(capture, ">"),
-            "v5": in_series_layout(capture, "<", id_first=True),
-            "v5-big": in_series_layout(capture, ">", id_first=True),
-            "v9": in_series_layout(capture, "<", id_first=False),
-            "v9-big": in_series_layout(capture, ">", id_first=False),
-        }
-        for form, content in made.items():
-            file = folder / f"{form}-{name}"
-            file.write_bytes(content)
-            files.append(file)
+    for kind, layout, byteorder in product(("vm", "vcpu"), ("merged", "v9", "v5", "v2"), ("little", "big")):
+        file = folder / f"{kind}-{layout}-{byteorder}"
+        with SyntheticStats("x86", kind, layout=layout, byteorder=byteorder) as made:
+            file.write_bytes(made.to_bytes())
+        files.append(file)
     return files
 
 
