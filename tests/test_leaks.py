@@ -55,14 +55,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_call_leaves_no_memory_and_no_fd_behind(name):
-    """After a warm-up, 2000 calls leave less than a byte each and no fd."""
-    call = CALLS[name]
-    for _ in range(50):
-        call()
+def grown(call):
+    """How many bytes 2000 calls leave behind."""
     gc.collect()
-    fds = open_fds()
     tracemalloc.start()
     try:
         call()
@@ -70,10 +65,22 @@ def test_a_call_leaves_no_memory_and_no_fd_behind(name):
         for _ in range(2000):
             call()
         gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        return tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert grown < 2000
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_leaves_no_memory_and_no_fd_behind(name):
+    """After a warm-up, 2000 calls leave less than a byte each, and no fd.
+
+    Tried up to three times: a leak grows each time, a table of the interpreter's that happens to be enlarged does not.
+    """
+    call = CALLS[name]
+    for _ in range(50):
+        call()
+    fds = open_fds()
+    assert any(grown(call) < 2000 for _ in range(3))
     assert open_fds() == fds
 
 
