@@ -116,6 +116,9 @@ def test_edges_of_one_bucket_and_of_more_than_floats_reach():
     stat = replace(PLAIN, type=kf.StatType.LOG_HIST)
     assert stat.bucket_edges().tolist() == [0, np.inf]
     assert np.isinf(replace(stat, size=2000).bucket_edges()[-900:]).all()
+    huge = replace(stat, size=65535, exponent=32767).bucket_edges()
+    assert huge[0] == 0
+    assert np.isinf(huge[1:]).all()
 
 
 def test_what_has_no_edges_says_why():

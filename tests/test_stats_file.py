@@ -280,7 +280,12 @@ def test_a_long_file_of_4_byte_values_is_recognised():
 
 @pytest.mark.parametrize(
     ("file_id", "kind", "vcpu"),
-    [("kvm-1", "vm", None), ("kvm-1/vcpu-0", "vcpu", 0), ("kvm-4194304/vcpu-1023", "vcpu", 1023)],
+    [
+        ("kvm-1", "vm", None),
+        ("kvm-1/vcpu-0", "vcpu", 0),
+        ("kvm-4194304/vcpu-1023", "vcpu", 1023),
+        ("a\n/vcpu-2", "vcpu", 2),
+    ],
 )
 def test_kind_and_number_come_from_the_id(file_id, kind, vcpu):
     """kvm-PID is a VM, kvm-TID/vcpu-N a vCPU."""
