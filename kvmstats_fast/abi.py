@@ -68,9 +68,12 @@ LAYOUT_OF_CODE = {
     lib.KVMSTATS_LAYOUT_MERGED: Layout.MERGED,
 }
 
-_TYPES: dict[int, int] = {int(code): code for code in StatType}
-_UNITS: dict[int, int] = {int(code): code for code in StatUnit}
-_BASES: dict[int, int] = {int(code): code for code in StatBase}
+#: By the name of a Stat's attribute: the codes this package knows.
+KNOWN: dict[str, dict[int, int]] = {
+    "type": {int(code): code for code in StatType},
+    "unit": {int(code): code for code in StatUnit},
+    "base": {int(code): code for code in StatBase},
+}
 
 
 def split_flags(flags: int) -> tuple[int, int, int]:
@@ -82,7 +85,7 @@ def split_flags(flags: int) -> tuple[int, int, int]:
 def _split(flags: int) -> tuple[int, int, int]:
     """Split the 12 bits that are defined; kept, because few combinations occur and each of them often."""
     type_, unit, base = flags & 0xF, flags >> 4 & 0xF, flags >> 8
-    return _TYPES.get(type_, type_), _UNITS.get(unit, unit), _BASES.get(base, base)
+    return KNOWN["type"].get(type_, type_), KNOWN["unit"].get(unit, unit), KNOWN["base"].get(base, base)
 
 
 def join_flags(type_: int, unit: int, base: int) -> int:

@@ -11,16 +11,18 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Iterable, Iterator, KeysView, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
-from kvmstats_fast.abi import LAYOUT_OF_CODE, Layout, StatBase, StatType, StatUnit, split_flags
+from kvmstats_fast.abi import KNOWN, LAYOUT_OF_CODE, Layout, StatBase, StatType, StatUnit, split_flags
 from kvmstats_fast.errors import ErrorCode, KvmStatsError, format_error, truncated
 
 if TYPE_CHECKING:
@@ -75,8 +77,8 @@ class Stat:
     @property
     def unknown(self) -> str:
         """Which codes this package does not know, such as ``"type 7, base 3"``; empty for all that exist so far."""
-        codes = {"type": (self.type, StatType), "unit": (self.unit, StatUnit), "base": (self.base, StatBase)}
-        return ", ".join(f"{what} {code}" for what, (code, known) in codes.items() if not isinstance(code, known))
+        codes = {"type": self.type, "unit": self.unit, "base": self.base}
+        return ", ".join(f"{what} {code}" for what, code in codes.items() if code not in KNOWN[what])
 
     @property
     def scale(self) -> int | float:
@@ -85,10 +87,14 @@ class Stat:
 
     def to_base_units(self, raw: int) -> int | float:
         """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if a code is unknown."""
-        if self.exponent == 0 or not isinstance(self.base, StatBase) or self.unknown:
-            return raw
-        factor: int = self.base.radix ** abs(self.exponent)
-        return raw * factor if self.exponent >= 0 else raw / factor
+        return _scaled(raw, self._factor(), self.exponent)
+
+    def _factor(self) -> int:
+        """Return what to multiply with, or to divide by if the exponent is negative; 1 if a code is unknown."""
+        if self.exponent == 0 or self.unknown:
+            return 1
+        factor: int = StatBase(self.base).radix ** abs(self.exponent)
+        return factor
 
     def bucket_edges(self) -> npt.NDArray[np.float64]:
         """Edges of a histogram's buckets, in base units.
@@ -100,6 +106,7 @@ class Stat:
         -------
         numpy.ndarray
             float64, shape ``(size + 1,)``; the last is inf, because the last bucket also counts all that is above it.
+            Raw where a code is unknown (see `unknown`).
 
         Raises
         ------
@@ -109,18 +116,21 @@ class Stat:
         if self.type == StatType.LINEAR_HIST:
             if self.bucket_size == 0:
                 raise ValueError(f"{self.name} is a linear histogram, but its descriptor has bucket_size 0")
-            raw = [i * self.bucket_size for i in range(self.size)]
+            raw: Iterable[int] = (i * self.bucket_size for i in range(self.size))
         elif self.type == StatType.LOG_HIST:
-            raw = [0, *(1 << i for i in range(self.size - 1))]
+            raw = chain((0,), (1 << i for i in range(self.size - 1)))
         else:
             raise ValueError(f"{self.name} is no histogram: its type is {self.type!r}")
-        return np.array([*map(self._to_float, raw), np.inf])
+        edges = np.full(self.size + 1, np.inf)
+        factor = self._factor()
+        with suppress(OverflowError):  # from the first edge on that no float reaches, they are inf
+            for i, edge in enumerate(raw):
+                edges[i] = float(_scaled(edge, factor, self.exponent))
+        return edges
 
-    def _to_float(self, raw: int) -> float:
-        try:
-            return float(self.to_base_units(raw))
-        except OverflowError:  # an edge no float reaches
-            return float("inf")
+
+def _scaled(raw: int, factor: int, exponent: int) -> int | float:
+    return raw / factor if exponent < 0 and factor != 1 else raw * factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +241,8 @@ class Schema(Mapping[str, Stat]):
     def dtype(self) -> np.dtype[np.void]:
         """Structured dtype with the kernel's offsets: ``values.view(schema.dtype)["exits"]`` copies nothing.
 
-        The view has shape ``(1,)`` for one reading of shape ``(num_values,)``; a histogram is a sub-array.
+        The view has shape ``(1,)`` for one reading of shape ``(num_values,)``; a histogram is a sub-array. (Of a file
+        without descriptors there is no view: numpy has none of a type without fields.)
         """
         if self._dtype is None:
             self._dtype = np.dtype(
@@ -383,7 +394,7 @@ def decode(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-_ID = re.compile(r"(?:.*/)?vcpu-(\d+)")
+_ID = re.compile(r"(?:.*/)?vcpu-([0-9]+)", re.DOTALL)
 
 
 def kind_of(file_id: str) -> tuple[str, int | None]:
