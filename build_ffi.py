@@ -54,6 +54,7 @@ ffibuilder.set_source(
     depends=[HEADER, "build_ffi.py"],
     # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
     define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
+    libraries=["pthread"],  # a part of the C library itself since glibc 2.34
     extra_compile_args=_compile_args(),
     extra_link_args=_sanitize_args(),
 )

@@ -7,7 +7,7 @@
  * sees is what stands here.
  *
  * LIMITATIONS
- *   - Linux only, and only because of pread(2) in sweep.c; layout.c compiles anywhere.
+ *   - Linux only, because of sweep.c; gcc or clang, for their byte swapping and atomic builtins.
  *   - A value is one u64. KVM takes no lock while it copies: each u64 is whole on a 64-bit host, but two values of one
  *     read are not of one instant.
  *   - Nothing here is thread-safe per struct; two threads with two structs never meet (there is no global).
@@ -57,7 +57,7 @@
  *
  * RETURN CONTRACT
  *   The functions of layout.c return 0, or a negative enum kvmstats_error and then *fault says where.
- *   The functions of sweep.c return 0, or a negative errno.
+ *   The functions of sweep.c return 0, or a negative errno; kvmstats_sweep also a number of files.
  *   Nothing allocates, nothing keeps a pointer, nothing reads a byte outside [data, data + size).
  */
 #ifndef KVMSTATS_H
@@ -181,6 +181,97 @@ struct kvmstats_source {
  * After an error the values are unspecified.
  */
 int kvmstats_read(struct kvmstats_source *source);
+
+/*
+ * SWEEPS. One pass over many files, one pread each. A row is what one sweep keeps of one file: `width` values, either
+ * all that were read, or those that `gather` picks. Sweep number s of a run writes the row of a file at
+ * row + s * step, so the rows of the files of one kind make one array (sweeps, files, values).
+ */
+struct kvmstats_file {
+    const struct kvmstats_source *source; /* fd, value_size, swapped; fd is looked up anew at each read */
+    uint64_t position;                    /* of the first value that is read, in the file */
+    uint64_t count;                       /* of values read */
+    const uint32_t *gather;               /* which of them make the row; NULL: all */
+    uint64_t width;                       /* of the row */
+    uint64_t *row;
+    uint64_t step;
+    uint64_t failed_at; /* sweep at which it failed, counted from the start of the run */
+    uint64_t got;       /* with error ENODATA: how many bytes the file still had */
+    int32_t error;      /* errno, once it failed; it is not read again until somebody sets this to 0 */
+};
+
+#define KVMSTATS_MAX_THREADS 64
+
+struct kvmstats_sweep {
+    struct kvmstats_file *files;
+    uint64_t num_files;
+    uint64_t *scratch; /* scratch_size values per thread, for files that gather; may be NULL if none does */
+    uint64_t scratch_size;
+    uint32_t busy; /* set while a call works on this struct */
+};
+
+/*
+ * Read every file once, into slot 0 of its row. Returns how many files failed (their rows are unspecified, `error`
+ * says why), or -EBUSY if another thread is at work on the same struct.
+ */
+int kvmstats_sweep(struct kvmstats_sweep *sweep);
+
+/*
+ * RUNS. Sweeps on a schedule: tick t is due at start + t * interval. A tick that comes late is taken late; ticks that
+ * were overtaken meanwhile are counted as missed: at any time taken + missed = ticks so far. The sweeps are kept in a
+ * ring of `depth` chunks of `chunk` sweeps; sweep j of chunk c is slot (c % depth) * chunk + j of every row and of
+ * time, sweep_ns and tick. A reader takes the chunks in order: chunk c is ready once head > c; when it is done with
+ * it, it calls kvmstats_release. While the ring is full, ticks are missed and also counted as overruns (with interval
+ * 0 there are no ticks to miss: the run waits).
+ */
+enum kvmstats_wait {
+    KVMSTATS_WAIT_SLEEP,  /* clock_nanosleep: no processor time, late by the timer's and scheduler's mood */
+    KVMSTATS_WAIT_SPIN,   /* reads the clock all the time */
+    KVMSTATS_WAIT_HYBRID, /* sleeps, and spins the last spin_ns */
+};
+
+struct kvmstats_chunk {
+    uint64_t used;     /* sweeps in it */
+    uint64_t missed;   /* ticks missed since the sweep before, for each of them */
+    uint64_t overruns; /* those of missed for which the ring had no room */
+};
+
+struct kvmstats_run {
+    struct kvmstats_sweep *sweep;
+    int64_t interval; /* ns; 0: as fast as possible */
+    uint64_t ticks;   /* how many there are; the run ends behind the last */
+    int64_t duration; /* ns: it ends then too; 0: no limit */
+    int64_t spin_ns;
+    int32_t wait; /* enum kvmstats_wait */
+    uint32_t threads;
+    int32_t strict;   /* 1: the first file that fails ends the run; 0: the last one */
+    int32_t event_fd; /* an eventfd that is told of every chunk that is ready and of the end, or -1 */
+    uint64_t depth;
+    uint64_t chunk;
+    struct kvmstats_chunk *chunks; /* depth */
+    int64_t *time;                 /* depth * chunk: CLOCK_MONOTONIC at the start of the sweep */
+    int64_t *sweep_ns;             /* depth * chunk: how long it took */
+    uint64_t *tick;                /* depth * chunk: its number on the schedule */
+    int64_t start;                 /* set by the run: when tick 0 was due */
+    uint64_t taken;                /* set by the run: sweeps */
+    uint64_t missed, overruns;     /* set by the run: in all, those behind the last sweep included */
+    uint64_t head;                 /* set by the run: chunks ready so far */
+    uint64_t tail;                 /* set by kvmstats_release: chunks done with so far */
+    uint32_t stop;                 /* set by kvmstats_stop */
+    int32_t status;                /* set at the end: what kvmstats_run returned */
+};
+
+/*
+ * Do the run, in this thread and threads - 1 more that end with it. Returns 0 at its end (ticks or duration over,
+ * stopped, no file left, strict and a file failed), -EBUSY as kvmstats_sweep does, or -errno if a thread or semaphore
+ * could not be made. The thread's timer slack is set to 1 ns and put back.
+ */
+int kvmstats_run(struct kvmstats_run *run);
+
+/* From another thread: end the run within 20 ms and a sweep; chunks that are ready; done with the oldest chunk. */
+void kvmstats_stop(struct kvmstats_run *run);
+uint64_t kvmstats_ready(const struct kvmstats_run *run);
+void kvmstats_release(struct kvmstats_run *run);
 
 /* ---- cdef: end ---- */
 

@@ -44,6 +44,7 @@ def test_every_code_of_the_core_has_its_enum_member_and_message():
 def test_the_hot_call_takes_exactly_one_pointer():
     """Cffi calls a function of one argument the cheap way."""
     assert len(ffi.typeof(lib.kvmstats_read).args) == 1
+    assert len(ffi.typeof(lib.kvmstats_sweep).args) == 1
 
 
 def test_public_names_are_documented_and_exported():
