@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
@@ -56,9 +56,9 @@ class Stat:
     """
 
     name: str
-    type: int
-    unit: int
-    base: int
+    type: StatType | int
+    unit: StatUnit | int
+    base: StatBase | int
     exponent: int
     size: int
     offset: int
@@ -87,10 +87,11 @@ class Stat:
 
     def to_base_units(self, raw: int) -> int | float:
         """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if a code is unknown."""
-        return _scaled(raw, self._factor(), self.exponent)
+        return _scaled(raw, self.factor, self.exponent)
 
-    def _factor(self) -> int:
-        """Return what to multiply with, or to divide by if the exponent is negative; 1 if a code is unknown."""
+    @property
+    def factor(self) -> int:
+        """What to multiply a raw value with, or to divide it by if the exponent is negative; 1 if a code is unknown."""
         if self.exponent == 0 or self.unknown:
             return 1
         factor: int = StatBase(self.base).radix ** abs(self.exponent)
@@ -122,7 +123,7 @@ class Stat:
         else:
             raise ValueError(f"{self.name} is no histogram: its type is {self.type!r}")
         edges = np.full(self.size + 1, np.inf)
-        factor = self._factor()
+        factor = self.factor
         with suppress(OverflowError):  # from the first edge on that no float reaches, they are inf
             for i, edge in enumerate(raw):
                 edges[i] = float(_scaled(edge, factor, self.exponent))
@@ -153,7 +154,7 @@ class Header:
     """
 
     layout: Layout
-    byteorder: str
+    byteorder: Literal["little", "big"]
     flags: int
     name_size: int
     num_desc: int
@@ -193,7 +194,7 @@ class Schema(Mapping[str, Stat]):
         self.swapped = bool(parsed.swapped)
         self.header = Header(
             layout=LAYOUT_OF_CODE[parsed.layout],
-            byteorder={"little": "big", "big": "little"}[sys.byteorder] if self.swapped else sys.byteorder,
+            byteorder="little" if (sys.byteorder == "little") != self.swapped else "big",
             flags=parsed.flags,
             name_size=parsed.name_size,
             num_desc=parsed.num_desc,
@@ -220,7 +221,12 @@ class Schema(Mapping[str, Stat]):
         for window in windows:
             prefix[window] = blob[window]
         self._prefix = bytes(prefix)
-        self._key = tuple((window, blob[window]) for window in windows)
+        self._key = tuple((window, blob[window]) for window in windows)  # last: from here on nothing can be changed
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(self, "_key") and not name.startswith("_"):
+            raise AttributeError(f"a Schema is shared by all files of its kind: {name} cannot be changed")
+        super().__setattr__(name, value)
 
     @property
     def layout(self) -> Layout:
@@ -228,7 +234,7 @@ class Schema(Mapping[str, Stat]):
         return self.header.layout
 
     @property
-    def byteorder(self) -> str:
+    def byteorder(self) -> Literal["little", "big"]:
         """``"little"`` or ``"big"``: of the file; values are always handed out in this machine's."""
         return self.header.byteorder
 
@@ -275,11 +281,17 @@ class Schema(Mapping[str, Stat]):
         """
         chosen: dict[str, Stat] = {}
         for pattern in patterns:
-            names = [pattern] if pattern in self else [name for name in self if fnmatchcase(name, pattern)]
-            if not names:
+            fitting = self.matches(pattern)
+            if not fitting:
                 raise KeyError(self._no_such_stat(pattern))
-            chosen.update((name, self[name]) for name in names)
+            chosen.update(fitting)
         return tuple(chosen.values())
+
+    def matches(self, pattern: str) -> dict[str, Stat]:
+        """Find the statistics that a name or glob fits, by name; there may be none."""
+        if pattern in self:
+            return {pattern: self[pattern]}
+        return {name: stat for name, stat in self.items() if fnmatchcase(name, pattern)}
 
     def unpack(self, values: npt.NDArray[np.uint64], *, si: bool = False) -> dict[str, Value]:
         """Name the values of one reading.
@@ -298,6 +310,8 @@ class Schema(Mapping[str, Stat]):
             Per statistic an int, a bool (unit BOOLEAN, if it is 0 or 1), a float (`si`), or for a histogram an
             array of counts, a view into `values`.
         """
+        if not isinstance(values, np.ndarray) or values.dtype != np.uint64:
+            raise TypeError(f"values must be a uint64 array, not {getattr(values, 'dtype', type(values).__name__)}")
         if values.shape != (self.num_values,):
             raise ValueError(f"values have shape {values.shape}, this schema has ({self.num_values},)")
         plain = values.tolist()
@@ -319,11 +333,12 @@ class Schema(Mapping[str, Stat]):
     def _unpacking(self) -> list[tuple[Stat, str, int, int, bool, str]]:
         """Per statistic its name, its place among the values (end 0: a plain number), and what its codes are."""
         if self._places is None:
-            self._places = []
+            places = []
             for stat in self.stats:
                 word = stat.offset // 8
                 end = word + stat.size if stat.shape else 0
-                self._places.append((stat, stat.name, word, end, stat.unit == StatUnit.BOOLEAN, stat.unknown))
+                places.append((stat, stat.name, word, end, stat.unit == StatUnit.BOOLEAN, stat.unknown))
+            self._places = places  # whole: other threads share this schema
         return self._places
 
     def _no_such_stat(self, name: str) -> str:
@@ -332,7 +347,13 @@ class Schema(Mapping[str, Stat]):
         return f"no statistic {name!r} in this file; {hint}"
 
     def __getitem__(self, name: str) -> Stat:
-        return self._by_name[name]
+        stat = self._by_name.get(name)
+        if stat is None:
+            raise KeyError(self._no_such_stat(name))
+        return stat
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
@@ -397,10 +418,14 @@ def decode(raw: bytes) -> str:
 _ID = re.compile(r"(?:.*/)?vcpu-([0-9]+)", re.DOTALL)
 
 
-def kind_of(file_id: str) -> tuple[str, int | None]:
+def kind_of(file_id: str) -> tuple[Literal["vm", "vcpu"], int | None]:
     """``("vcpu", 3)`` for ``kvm-PID/vcpu-3``, else ``("vm", None)``."""
     match = _ID.fullmatch(file_id)
     return ("vcpu", int(match[1])) if match else ("vm", None)
+
+
+#: Bytes of header and table; those of today's kernels are below 5000.
+_LARGEST_KEPT = 1 << 20
 
 
 class _Cache:
@@ -421,8 +446,11 @@ class _Cache:
         return None
 
     def add(self, schema: Schema) -> Schema:
-        """Return the one object that stands for `schema` from now on: itself, or the equal one that was first."""
-        return self._put_first(schema)
+        """Return the one object that stands for `schema` from now on: itself, or the equal one that was first.
+
+        A table beyond all measure is not kept: whoever reads strange files must not run out of memory.
+        """
+        return self._put_first(schema) if len(schema._prefix) <= _LARGEST_KEPT else schema
 
     def _put_first(self, schema: Schema) -> Schema:
         with self._lock:
@@ -489,6 +517,8 @@ def schema_of(blob: bytes, source: str, repair: bool = False) -> Schema:
 class StatsImage:
     """A whole stats file in memory: ``image["exits"]`` is a raw value, as `Schema.unpack` gives it.
 
+    Names can be iterated over, counted and looked for with ``in``, and ``dict(image)`` works; `values` is the array.
+
     Attributes
     ----------
     schema : Schema
@@ -498,13 +528,12 @@ class StatsImage:
         uint64, shape ``(schema.num_values,)``; None for a repaired file, which has none.
     """
 
-    __slots__ = ("_unpacked", "id", "schema", "values")
+    __slots__ = ("id", "schema", "values")
 
     def __init__(self, schema: Schema, id: str, values: npt.NDArray[np.uint64] | None) -> None:  # noqa: A002
         self.schema = schema
         self.id = id
         self.values = values
-        self._unpacked: dict[str, Any] | None = None
 
     @property
     def header(self) -> Header:
@@ -523,12 +552,13 @@ class StatsImage:
             )
         return self.values
 
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.schema:
-            raise KeyError(self.schema._no_such_stat(name))
-        if self._unpacked is None:
-            self._unpacked = self.schema.unpack(self._present())
-        return self._unpacked[name]
+    def __getitem__(self, name: str) -> Any:  # Value, but then image["exits"] + 1 would need a cast
+        stat, values = self.schema[name], self._present()
+        word = stat.offset // 8
+        if stat.shape:
+            return values[word : word + stat.size]
+        value = int(values[word])
+        return bool(value) if stat.unit == StatUnit.BOOLEAN and value <= 1 else value
 
     def __contains__(self, name: object) -> bool:
         return name in self.schema
@@ -547,7 +577,7 @@ class StatsImage:
         return f"<StatsImage {self.id!r}: {self.schema!r}{' without values' if self.values is None else ''}>"
 
 
-def parse(data: Buffer, *, repair: bool = False) -> StatsImage:
+def parse(data: Buffer | npt.NDArray[Any], *, repair: bool = False) -> StatsImage:
     """Parse a whole stats file that is in memory, of any layout and byte order.
 
     Parameters
@@ -572,7 +602,7 @@ def parse(data: Buffer, *, repair: bool = False) -> StatsImage:
     A VM file of the v2 and v5 layouts whose data is exactly half as long as its descriptors ask for is taken for one
     of a 32-bit kernel (4-byte values), because that is what those look like.
     """
-    blob = data if isinstance(data, bytes) else memoryview(data).tobytes()
+    blob = data if isinstance(data, bytes) else memoryview(cast("Buffer", data)).tobytes()
     source = f"stats file of {len(blob)} bytes"
     schema = schema_of(blob, source, repair)
     file_id = schema.id_of(blob)

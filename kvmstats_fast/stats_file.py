@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import operator
 import os
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import Layout, ioctl_number
 from kvmstats_fast.errors import truncated
+from kvmstats_fast.owning import Closing, HasFileno, fd_of
 from kvmstats_fast.schema import CACHE, Header, Schema, Value, kind_of, read_header, schema_of
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import numpy.typing as npt
     from typing_extensions import Buffer, Self
 
 __all__ = ["StatsFile"]
 
 
-class HasFileno(Protocol):
-    """Anything with a ``fileno()``."""
-
-    def fileno(self) -> int:
-        """Return the file descriptor."""
-
-
 _SOURCE = ffi.typeof("struct kvmstats_source *")
+_NO_ARRAY = object()  # what no caller can pass
 _read = lib.kvmstats_read  # the hot call: looking it up in lib would cost a tenth of it
 
 #: One read of this many bytes takes in a whole file of today's kernels (4056 bytes on x86), data included.
@@ -61,7 +53,10 @@ _READ_HINTS = {
     errno.EINVAL: _NO_STATS_FILE,
     errno.ESPIPE: _NO_STATS_FILE,
     errno.EISDIR: _NO_STATS_FILE,
-    errno.EIO: "the VM behind the file refuses the read",
+    errno.EIO: "the kernel cannot read it; if it is a stats file, its VM refuses",
+    errno.EPERM: "a security module or seccomp filter of this process forbids the call",
+    errno.EACCES: "a security module of this process forbids the call",
+    errno.EFAULT: "on a kernel with the original series this means that the VM is gone: close its stats files first",
 }
 
 
@@ -105,7 +100,7 @@ def _read_schema(fd: int) -> tuple[bytes, Schema]:
     return blob, schema
 
 
-class StatsFile:
+class StatsFile(Closing):
     """One stats file of a VM or vCPU.
 
     Header and descriptors are read when it is opened, and parsed only if no file of this kind was opened before; then
@@ -113,7 +108,7 @@ class StatsFile:
 
     Parameters
     ----------
-    stats_fd : int
+    stats_fd : int or object with fileno()
         An open stats file, of any layout. If the constructor raises, the fd is still the caller's.
     closefd : bool
         Whether `close` closes `stats_fd`.
@@ -143,9 +138,9 @@ class StatsFile:
 
     __slots__ = ("_closefd", "_id", "_keep", "_out", "_own", "_source", "schema")
 
-    def __init__(self, stats_fd: int, closefd: bool = True) -> None:
+    def __init__(self, stats_fd: int | HasFileno, closefd: bool = True) -> None:
         self._source: Any = None  # what __del__ needs, should the rest fail
-        fd = operator.index(stats_fd)
+        fd = fd_of(stats_fd)
         blob, schema = _read_schema(fd)
         self.schema = schema
         self._id = file_id = schema.id_of(blob)
@@ -154,7 +149,7 @@ class StatsFile:
             value_size = schema.value_size(len(_read_on(fd, blob, schema.data_end)), file_id, _describe(fd))
         self._closefd = closefd
         self._own: npt.NDArray[np.uint64] | None = None
-        self._out: npt.NDArray[np.uint64] | None = None
+        self._out: object = _NO_ARRAY
         self._keep: Any = None
         self._source = ffi.new(_SOURCE, (fd, value_size, schema.swapped, schema.header.data_offset, schema.num_values))
 
@@ -188,7 +183,7 @@ class StatsFile:
         The ioctl of a vCPU waits for that vCPU to leave ``KVM_RUN`` (``vcpu->mutex``): open a vCPU's file before it
         runs, or from its own thread.
         """
-        fd = kvm_fd if isinstance(kvm_fd, int) else kvm_fd.fileno()
+        fd = fd_of(kvm_fd)
         call, number = ioctl_number(Layout(layout))
         try:
             stats_fd = fcntl.ioctl(fd, number)
@@ -246,7 +241,7 @@ class StatsFile:
         return self._id
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["vm", "vcpu"]:
         """``"vm"`` or ``"vcpu"``, as the id says."""
         return kind_of(self._id)[0]
 
@@ -258,7 +253,8 @@ class StatsFile:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._source is None or self._source.fd < 0
+        source = getattr(self, "_source", None)  # none if a subclass failed before it came to us
+        return source is None or source.fd < 0
 
     def fileno(self) -> int:
         """Return the file descriptor; ValueError if closed."""
@@ -292,7 +288,8 @@ class StatsFile:
         out : numpy.ndarray
             uint64 in this machine's byte order, shape ``(schema.num_values,)``, C-contiguous, writable. An array that
             is not the one of the call before is checked and prepared, and kept alive until another one comes or until
-            `close`: pass the same array again and again. (Do not ``resize`` it in place meanwhile.)
+            `close`: pass the same array again and again. It is not checked again, so do not resize it, change its dtype
+            or make it read-only in place meanwhile.
 
         Returns
         -------
@@ -341,7 +338,7 @@ class StatsFile:
         if self.closed:
             return
         fd, self._source.fd = self._source.fd, -1
-        self._out = self._own = self._keep = None
+        self._out, self._own, self._keep = _NO_ARRAY, None, None
         if self._closefd:
             os.close(fd)
 
@@ -365,22 +362,18 @@ class StatsFile:
         self._source.values = self._keep
         self._out = out
 
-    def _failure(self, error: int) -> Exception:
+    def _failure(self, error: int, got: int | None = None) -> Exception:
+        """Return what to raise when the core could not read: `error` is its errno, `got` how far an early end is."""
         self._check_open()
         fd, source = self._source.fd, self._source
         if error == errno.ENODATA:
             wanted = source.position + source.count * source.value_size
-            return truncated(_describe(fd), source.position + source.got, wanted)
+            return truncated(_describe(fd), source.position + source.got if got is None else got, wanted)
         return _refused(error, "pread", fd, _READ_HINTS)
 
     def __enter__(self) -> Self:
         self._check_open()
         return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not self.closed and self._closefd:

@@ -67,6 +67,27 @@ def test_demo_without_kvm_gives_the_reason_and_goes_on_with_made_up_files(monkey
     )
 
 
+@pytest.mark.parametrize("error", [OSError(25, "KVM_GET_STATS_FD: refused"), kvmstats_fast.KvmStatsError("odd exit")])
+def test_demo_goes_on_with_made_up_files_whatever_keeps_a_vm_from_running(monkeypatch, capsys, error):
+    """A kernel without stats files, or a guest that leaves for another reason, is no end of the demonstration."""
+
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(demo, "exit_counter", refuse)
+    assert cli.main(["demo"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("SYNTHETIC")
+    assert "made-up stats files instead" in err
+
+
+def test_no_stdout_is_no_traceback():
+    """A shell's >&- leaves nowhere to print to, and that is all."""
+    command = f"exec {sys.executable} -m kvmstats_fast demo --synthetic >&-"
+    done = subprocess.run(["/bin/sh", "-c", command], stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == ""
+
+
 def test_demo_fails_when_a_counter_is_wrong(monkeypatch, capsys):
     """A wrong number is called wrong and is exit status 1."""
     start = demo._start
@@ -80,7 +101,9 @@ def test_demo_fails_when_a_counter_is_wrong(monkeypatch, capsys):
     assert "exits moved by 999: WRONG" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["demo", "-n", "0"], ["demo", "-n", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["frobnicate"], ["demo", "-n", "0"], ["demo", "-n", "x"], ["demo", "-n", str(2**63)]]
+)
 def test_bad_arguments_are_exit_status_2_and_say_what_is_wrong(arguments):
     """Argparse's convention: usage and reason on stderr, nothing on stdout."""
     done = kvmstats(*arguments)

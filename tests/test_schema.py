@@ -167,8 +167,11 @@ def test_select_finds_names_and_globs_once_each_in_the_order_asked():
 
 def test_an_unknown_name_is_a_key_error_with_near_misses():
     """image["exit"] says what there is instead."""
-    with pytest.raises(KeyError, match="did you mean exits"):
-        kf.parse(REAL)["exit"]
+    image = kf.parse(REAL)
+    for find in (image, image.schema):
+        with pytest.raises(KeyError, match="did you mean exits"):
+            find["exit"]
+    assert image.schema.get("exit") is None
 
 
 def test_parse_takes_any_buffer_and_nothing_else():
@@ -292,6 +295,83 @@ def test_threads_that_meet_a_new_kind_of_file_at_once_get_one_schema():
             thread.join()
         assert len({id(schema) for schema in found}) == 1
         assert len(found) == 8
+
+
+def test_threads_that_meet_a_schema_at_once_all_get_every_statistic():
+    """The first snapshots of a kind, taken in many threads at once, are all complete."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for attempt in range(60):
+            stats = [replace(PLAIN, name=f"s{attempt}n{i}", offset=-1) for i in range(150)]
+            with SyntheticStats(stats=stats) as made:
+                image = kf.parse(made.to_bytes())
+            barrier, sizes = threading.Barrier(4), []
+
+            def work(image=image, barrier=barrier, sizes=sizes):
+                barrier.wait()
+                sizes.append(len(image.snapshot()))
+
+            threads = [threading.Thread(target=work) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sizes == [150] * 4
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_schema_cannot_be_changed():
+    """It is shared by all files of its kind: assigning to it is an AttributeError."""
+    schema = kf.parse(REAL).schema
+    for name in ("stats", "header", "data_size"):
+        with pytest.raises(AttributeError, match="shared"):
+            setattr(schema, name, ())
+    assert len(kf.parse(REAL).schema.stats) == 45
+
+
+def test_a_table_beyond_measure_is_not_kept(monkeypatch):
+    """A schema that takes much memory is parsed each time; what is kept stays small."""
+    cache = schema_module._Cache(capacity=4)
+    monkeypatch.setattr(schema_module, "CACHE", cache)
+    header = struct.pack("=6I", 0, 4096, 300, 24, 4120, 4120 + 300 * 4112)
+    table = b"".join(struct.pack("=IhHII4096s", 0, 0, 1, 8 * i, 0, b"n%d" % i) for i in range(300))
+    data = header + bytes(4096) + table + bytes(2400)
+    assert kf.parse(data).schema == kf.parse(data).schema
+    assert cache._entries == ()
+
+
+def test_a_statistic_of_several_values_that_is_no_histogram_is_a_row():
+    """Size alone makes an array of it, whatever its type."""
+    image = made_of(replace(PLAIN, size=3))
+    image.values[:] = [1, 2, 3]
+    assert image["n"].tolist() == image.snapshot()["n"].tolist() == [1, 2, 3]
+
+
+def test_an_id_that_is_cut_is_refused_also_when_the_schema_is_known():
+    """A file whose id stands behind the table must reach to its end."""
+    with SyntheticStats(stats=[PLAIN]) as made:
+        data = made.to_bytes()
+    moved = struct.pack("=6I", 0, 48, 1, 96, 24, 88) + data[72:136] + bytes(8) + b"kvm-7".ljust(48, b"\0")
+    assert kf.parse(moved).id == "kvm-7"
+    with pytest.raises(kf.FormatError) as caught:
+        kf.parse(moved[:-1])
+    assert (caught.value.code, caught.value.offset) == (kf.ErrorCode.TRUNCATED, len(moved) - 1)
+
+
+def test_no_data_is_asked_of_a_file_without_descriptors():
+    """num_desc 0 and a data_offset behind the end of the file: there is nothing to be cut."""
+    image = kf.parse(struct.pack("=6I", 0, 48, 0, 24, 72, 720) + b"kvm-1".ljust(48, b"\0"))
+    assert image.values.shape == (0,)
+
+
+def test_only_uint64_values_are_unpacked():
+    """Lists and other dtypes are TypeErrors."""
+    schema = kf.parse(REAL).schema
+    for values in ([0] * 138, np.zeros(138), np.zeros(138, np.int64)):
+        with pytest.raises(TypeError, match="uint64"):
+            schema.unpack(values)
 
 
 def test_a_format_error_survives_pickling():

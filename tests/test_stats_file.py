@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 import warnings
 
 import numpy as np
@@ -52,6 +53,7 @@ def test_read_into_fills_the_callers_array_and_returns_it(resources):
 @pytest.mark.parametrize(
     ("out", "error", "message"),
     [
+        (None, TypeError, "NoneType; it must be a numpy array"),
         ([0] * 138, TypeError, "list; it must be a numpy array"),
         (bytearray(1104), TypeError, "bytearray"),
         (np.zeros(138), TypeError, "<f8"),
@@ -66,7 +68,7 @@ def test_read_into_fills_the_callers_array_and_returns_it(resources):
 )
 def test_an_array_that_cannot_take_the_values_is_refused_before_anything_is_read(file, out, error, message):
     """A wrong type, dtype, byte order, shape, stride or a read-only array is an error that says what it must be."""
-    before = bytes(memoryview(np.asarray(out)).tobytes())
+    before = np.asarray(out).tobytes()
     with pytest.raises(error, match=message):
         file.read_into(out)
     assert np.asarray(out).tobytes() == before
@@ -192,6 +194,49 @@ def test_an_fd_that_is_not_open_is_ebadf():
         with pytest.raises(OSError, match=rf"{call} on fd {fd}: Bad file descriptor; .*not open") as caught:
             use(fd)
         assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("wrong", ["3", 1.5, None, b"3"])
+def test_what_is_no_fd_is_a_type_error(wrong):
+    """Both ways to open a file take the same fds: numbers and objects with fileno()."""
+    for use in (kf.StatsFile, kf.StatsFile.open):
+        with pytest.raises(TypeError, match="no file descriptor: pass its number, or an object with"):
+            use(wrong)
+    with SyntheticStats() as made, kf.StatsFile(made, closefd=False) as file:
+        assert file.fileno() == made.fileno()
+
+
+def test_a_subclass_that_fails_early_is_dropped_in_silence():
+    """An object whose constructor never came to ours is closed and says nothing when it is collected."""
+    file = kf.StatsFile.__new__(kf.StatsFile)
+    assert file.closed
+    file.close()
+    del file
+
+
+def test_a_capture_cannot_be_changed_behind_the_reader(file):
+    """The memfd of a capture is sealed and close-on-exec."""
+    with pytest.raises(OSError, match="not permitted"):
+        os.pwrite(file.fileno(), b"x", 0)
+    assert not os.get_inheritable(file.fileno())
+
+
+def test_arrays_are_let_go_at_close(file):
+    """The last array is kept alive until close and no longer."""
+    out = np.zeros(138, np.uint64)
+    file.read_into(out)
+    held = sys.getrefcount(out)
+    file.close()
+    assert sys.getrefcount(out) < held
+
+
+def test_a_file_of_4_byte_values_that_is_cut_says_where_it_should_end():
+    """The end that an error names counts the bytes of the file, not of the array."""
+    with SyntheticStats("x86", "vm", layout="v2", value_size=4) as made, made.open() as file:
+        size = len(made.to_bytes())
+        os.ftruncate(made.fileno(), size - 1)
+        with pytest.raises(kf.FormatError, match=rf"byte {size - 1}: .*reach byte {size}"):
+            file.read()
 
 
 def test_an_fd_that_was_closed_elsewhere_is_ebadf_at_the_next_read():

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.verb(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # a shell's >&-
+            sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has had enough; keep the interpreter from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,8 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest, counts_right, exit_counter
+from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.testing import SyntheticStats, TinyGuest, counts_right, exit_counter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,17 +31,21 @@ def add_parser(verbs: Any) -> None:
         description="Run a tiny VM on /dev/kvm, vCPU i making (i + 1) * EXITS exits, and show the statistics that "
         "moved. Where no VM can be made, made-up stats files take its place, and the output says so.",
     )
-    parser.add_argument("-n", "--exits", type=_count, default=1000, help="exits of vCPU 0 (default: %(default)s)")
-    parser.add_argument("--vcpus", type=_count, default=2, help="number of vCPUs (default: %(default)s)")
+    parser.add_argument(
+        "-n", "--exits", type=_number(10**9), default=1000, help="exits of vCPU 0 (default: %(default)s)"
+    )
+    parser.add_argument("--vcpus", type=_number(4096), default=2, help="number of vCPUs (default: %(default)s)")
     parser.add_argument("--synthetic", action="store_true", help="use made-up stats files even if a VM can be made")
     parser.add_argument("--json", action="store_true", help="print one JSON object per stats file")
     parser.set_defaults(verb=run)
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+def _number(largest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= largest:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {largest}")
+        return int(text)
+
     return number
 
 
@@ -78,10 +83,11 @@ def _start(resources: ExitStack, arguments: argparse.Namespace) -> tuple[list[St
         try:
             counter = exit_counter()
             guest = resources.enter_context(TinyGuest(arguments.vcpus))
-        except KvmUnavailableError as error:
-            print(f"kvmstats: {error.strerror}; made-up stats files instead", file=sys.stderr)
-        else:
             files = [resources.enter_context(file) for file in guest.open_stats()]
+        except (KvmStatsError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            print(f"kvmstats: {reason}; made-up stats files instead", file=sys.stderr)
+        else:
             _say(arguments, f"A real VM on /dev/kvm with {arguments.vcpus} vCPUs, read through its stats files:")
             return files, guest.run, counter, counts_right
     kinds = [("vm", 0), *(("vcpu", i) for i in range(arguments.vcpus))]

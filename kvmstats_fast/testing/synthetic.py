@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import struct
 import sys
@@ -9,14 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvmstats_fast.abi import Layout, join_flags
+from kvmstats_fast.owning import Closing
 from kvmstats_fast.stats_file import StatsFile
 from kvmstats_fast.testing.stat_lists import ARCHITECTURES, OPTIONS, placed, stats_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
-    from types import TracebackType
-
-    from typing_extensions import Self
 
     from kvmstats_fast.schema import Stat
 
@@ -27,7 +26,7 @@ _ID_SIZE = 64  # of the layouts before the merge
 _DEFECT_SIZE = 66896
 
 
-class SyntheticStats:
+class SyntheticStats(Closing):
     """A stats file made up in memory: ``pread`` on it answers as on KVM's own, at any position and length.
 
     Parameters
@@ -43,8 +42,8 @@ class SyntheticStats:
         Kernel configuration options that add statistics. Default: all, ``CONFIG_KVM_MIPS_VZ`` and
         ``CONFIG_CPU_LOONGSON64``.
     stats : iterable of Stat, optional
-        Statistics of your own instead of the architecture's. In the v2 and v5 layouts, which have no offsets, each
-        stands behind the one before.
+        Statistics of your own instead of the architecture's. One with offset -1, and in the v2 and v5 layouts, which
+        have no offsets, each one, stands behind the one before.
     value_size : {8, 4}
         4: a VM file of a 32-bit kernel, in the v2 and v5 layouts.
     vcpu_id, pid : int
@@ -56,7 +55,7 @@ class SyntheticStats:
     Raises
     ------
     ValueError
-        For a combination that no kernel has.
+        For a combination that no kernel has, or a Stat that no descriptor can hold.
 
     Examples
     --------
@@ -82,6 +81,8 @@ class SyntheticStats:
     ) -> None:
         self._fd = -1
         self.layout = Layout(layout)
+        pid = os.getpid() if pid is None else pid
+        positional = self.layout in (Layout.V2, Layout.V5)
         for what, value, allowed in (
             ("arch", arch, ARCHITECTURES),
             ("kind", kind, ("vm", "vcpu")),
@@ -90,15 +91,16 @@ class SyntheticStats:
         ):
             if value not in allowed:
                 raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
-        if unknown := set(options) - OPTIONS:
-            raise ValueError(f"unknown options {sorted(unknown)}; known are {sorted(OPTIONS)}")
-        positional = self.layout in (Layout.V2, Layout.V5)
+        if isinstance(options, str) or not OPTIONS.issuperset(options):
+            raise ValueError(f"unknown options {options!r}; it must be a collection, known are {sorted(OPTIONS)}")
+        if min(vcpu_id, pid) < 0:
+            raise ValueError(f"vcpu_id is {vcpu_id} and pid {pid}; neither can be negative")
         if value_size == 4 and not (positional and kind == "vm"):
             raise ValueError("values have 4 bytes only in VM files of the v2 and v5 layouts")
         if count_defect and (arch, kind, self.layout, stats) != ("x86", "vcpu", Layout.V2, None):
             raise ValueError("the count defect is of x86 vCPU files of the v2 layout")
         self.kind = kind
-        self.id = f"kvm-{os.getpid() if pid is None else pid}" + (f"/vcpu-{vcpu_id}" if kind == "vcpu" else "")
+        self.id = f"kvm-{pid}" + (f"/vcpu-{vcpu_id}" if kind == "vcpu" else "")
         self._order = "<" if byteorder == "little" else ">"
         self._value = self._order + ("Q" if value_size == 8 else "I")
         self._value_size = value_size
@@ -106,10 +108,8 @@ class SyntheticStats:
         name_size = 32 if self.layout is Layout.V2 else 48
         if stats is None:
             stats = stats_of(arch, kind, merged=self.layout is Layout.MERGED, options=options)
-        if positional:
-            stats = placed(replace(stat, offset=-1) for stat in stats)
-        # As the C initialiser of a char[name_size] does with a longer string: it cuts it, and no NUL is left.
-        raw = {_encode(stat.name)[:name_size]: stat for stat in stats}
+        stats = placed(replace(stat, offset=-1) for stat in stats) if positional else placed(stats)
+        raw = _named(stats, name_size)
         #: What the file holds: names (cut to the layout's room) to statistics.
         self.stats = {name.decode("utf-8", "surrogateescape"): stat for name, stat in raw.items()}
 
@@ -193,7 +193,7 @@ class SyntheticStats:
             the file has the count defect and so no values.
         """
         stat, position = self._find(name)
-        numbers = (value,) if isinstance(value, int) else tuple(value)
+        numbers = _numbers(value)
         if len(numbers) != stat.size:
             raise ValueError(f"{name} has {stat.size} values, not {len(numbers)}")
         for number in numbers:
@@ -210,6 +210,7 @@ class SyntheticStats:
             As `set`. IndexError: if there is no such bucket.
         """
         stat, position = self._find(name)
+        increment = operator.index(increment)
         if not 0 <= bucket < stat.size:
             raise IndexError(f"{name} has {stat.size} values; there is no bucket {bucket}")
         position += bucket * self._value_size
@@ -230,14 +231,6 @@ class SyntheticStats:
         if fd >= 0:
             os.close(fd)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         self.close()
 
@@ -247,3 +240,41 @@ class SyntheticStats:
 
 def _encode(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
+
+
+def _numbers(value: int | Iterable[int]) -> tuple[int, ...]:
+    """Return one integer or several, of whatever integer type, as Python's."""
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{value!r} is no integer and no row of them")
+    try:
+        return (operator.index(value),)  # type: ignore[arg-type]
+    except TypeError:
+        return tuple(operator.index(number) for number in value)  # type: ignore[union-attr]
+
+
+def _named(stats: tuple[Stat, ...], name_size: int) -> dict[bytes, Stat]:
+    """Return the statistics by the bytes of their names in the file.
+
+    As the C initialiser of a char[name_size] does with a longer string: it cuts it, and no NUL is left.
+    """
+    for stat in stats:
+        _check(stat)
+    raw = {_encode(stat.name)[:name_size]: stat for stat in stats}
+    if len(raw) < len(stats):
+        raise ValueError(f"two statistics have the same name (of which this layout keeps {name_size} bytes)")
+    return raw
+
+
+def _check(stat: Stat) -> None:
+    """Refuse what no descriptor can say."""
+    codes = {"type": stat.type, "unit": stat.unit, "base": stat.base}
+    ranges = {**{what: (code, 0, 15) for what, code in codes.items()}, "size": (stat.size, 1, 0xFFFF)}
+    ranges |= {"exponent": (stat.exponent, -0x8000, 0x7FFF), "bucket_size": (stat.bucket_size, 0, 0xFFFFFFFF)}
+    ranges |= {"offset": (stat.offset, 0, 0xFFFFFFF8)}
+    for what, (number, low, high) in ranges.items():
+        if not low <= number <= high:
+            raise ValueError(f"{stat.name}: {what} is {number}; a descriptor holds {low} to {high}")
+    if stat.offset % 8:
+        raise ValueError(f"{stat.name}: offset is {stat.offset}; it must be a multiple of 8")
+    if not stat.name or "\0" in stat.name:
+        raise ValueError(f"{stat.name!r} is no name: it must not be empty or contain NUL")

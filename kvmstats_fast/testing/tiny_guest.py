@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import mmap
+import operator
 import os
 import platform
 import struct
@@ -15,13 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.owning import Closing
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import TracebackType
-
-    from typing_extensions import Self
 
 __all__ = ["KvmUnavailableError", "TinyGuest", "counts_right", "exit_counter"]
 
@@ -49,6 +48,8 @@ _HINTS = {
     errno.EPERM: "a security module or the container's device rules forbid it",
     errno.ENODEV: "this machine offers no hardware virtualisation",
     errno.EBUSY: "another hypervisor has the processor's virtualisation",
+    errno.EINVAL: "are these more vCPUs than KVM makes (KVM_CAP_MAX_VCPUS)?",
+    errno.EMFILE: "raise `ulimit -n` (RLIMIT_NOFILE): a guest has an fd per vCPU",
 }
 
 
@@ -56,7 +57,7 @@ class KvmUnavailableError(KvmStatsError, OSError):
     """No VM can be made here; the message says why and what to do, ``errno`` what the kernel said."""
 
 
-class TinyGuest:
+class TinyGuest(Closing):
     """A real VM of a few pages, on x86-64 hosts: each vCPU runs a real-mode loop of one `out` instruction.
 
     Each `out` makes the vCPU leave ``KVM_RUN`` once, so how much the exit counters must have moved is known exactly.
@@ -133,9 +134,17 @@ class TinyGuest:
         ------
         KvmStatsError
             If the guest leaves for any other reason.
+        OSError
+            If the kernel refuses to run it.
+
+        Notes
+        -----
+        A signal that arrives meanwhile ends a ``KVM_RUN`` early, which is tried again; KVM may count that too.
         """
-        if not self._fds:
-            raise ValueError("this TinyGuest is closed")
+        self._check_open()
+        exits = operator.index(exits)
+        if exits < 0 or not 0 <= vcpu < len(self.vcpu_fds):
+            raise ValueError(f"no {exits} exits of vCPU {vcpu}: this guest has {len(self.vcpu_fds)} vCPUs, from 0 on")
         fd = self.vcpu_fds[vcpu]
         run = self._runs[vcpu] or self._start(vcpu)
         while exits > 0:
@@ -143,10 +152,17 @@ class TinyGuest:
                 fcntl.ioctl(fd, _KVM_RUN, 0)
             except InterruptedError:  # a signal, whose handler has run by now
                 continue
+            except OSError as error:
+                hint = "; only the process that made the VM may run it" if error.errno == errno.EIO else ""
+                raise OSError(error.errno, f"KVM_RUN of vCPU {vcpu}: {error.strerror}{hint}") from None
             (reason,) = struct.unpack_from("=I", run, _EXIT_REASON_AT)
             if reason != _KVM_EXIT_IO:
                 raise KvmStatsError(f"vCPU {vcpu} left the guest with exit reason {reason}, not KVM_EXIT_IO")
             exits -= 1
+
+    def _check_open(self) -> None:
+        if not self._fds:
+            raise ValueError("this TinyGuest is closed")
 
     def _start(self, vcpu: int) -> mmap.mmap:
         """Set the registers to the start of the loop, and map what KVM says about an exit."""
@@ -165,6 +181,7 @@ class TinyGuest:
 
     def open_stats(self) -> list[StatsFile]:
         """Open all stats files: the VM's, then each vCPU's. They are the caller's to close."""
+        self._check_open()
         with ExitStack() as opened:
             files = [opened.enter_context(StatsFile.open(fd)) for fd in (self.vm_fd, *self.vcpu_fds)]
             opened.pop_all()
@@ -176,14 +193,6 @@ class TinyGuest:
             os.close(self._fds.pop())
         while self._maps:
             self._maps.pop().close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()
@@ -221,11 +230,11 @@ def counts_right(change: Mapping[str, int], exits: int) -> bool:
     Returns
     -------
     bool
-        ``io_exits`` must be exact. ``exits`` too, except that the host may take the processor away in mid-exit, and
-        KVM then counts the second try: it may be more by as much as the preemptions in `change`.
+        ``io_exits`` must be exact. ``exits`` too, except that the host may take the processor away in mid-exit, or a
+        signal end it, and KVM then counts the second try: it may be more by the preemptions and signals in `change`.
     """
     counter = exit_counter()
     more = change.get(counter, 0) - exits
     if counter == "io_exits":
         return more == 0
-    return 0 <= more <= change.get("preemption_other", 0) + change.get("preemption_reported", 0)
+    return 0 <= more <= sum(change.get(name, 0) for name in ("preemption_other", "preemption_reported", "signal_exits"))
