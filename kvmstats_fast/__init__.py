@@ -9,15 +9,21 @@ from importlib.metadata import version
 
 from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
 from kvmstats_fast.errors import ErrorCode, FormatError, KvmStatsError
+from kvmstats_fast.sampler import Sampler, Stream, measure
+from kvmstats_fast.samples import FileInfo, SampleError, Samples
 from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
 from kvmstats_fast.stats_file import StatsFile
 
 __all__ = [
     "ErrorCode",
+    "FileInfo",
     "FormatError",
     "Header",
     "KvmStatsError",
     "Layout",
+    "SampleError",
+    "Sampler",
+    "Samples",
     "Schema",
     "Stat",
     "StatBase",
@@ -25,6 +31,8 @@ __all__ = [
     "StatUnit",
     "StatsFile",
     "StatsImage",
+    "Stream",
+    "measure",
     "parse",
 ]
 

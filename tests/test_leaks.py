@@ -15,6 +15,8 @@ DEFECT = (DATA / "captures" / "v2-x86_64-defect" / "vcpu0-after.bin").read_bytes
 FILE = kf.StatsFile.from_bytes(REAL)
 OUT = np.zeros(FILE.schema.num_values, np.uint64)
 MADE = SyntheticStats()
+SAMPLER = kf.Sampler([FILE])
+SAMPLES = SAMPLER.run(0, count=10)
 
 
 def refused(call, *arguments):
@@ -51,6 +53,13 @@ CALLS = {
     "Schema.select": lambda: FILE.schema.select("exits", "halt_*"),
     "Schema.unpack": lambda: FILE.schema.unpack(OUT),
     "Schema.fingerprint": lambda: FILE.schema.fingerprint,
+    "Schema.matches": lambda: FILE.schema.matches("halt_*"),
+    "Sampler": lambda: kf.Sampler([FILE], "halt_*"),
+    "Sampler.sweep": SAMPLER.sweep,
+    "Sampler.view": lambda: SAMPLER.view("exits"),
+    "Samples": lambda: (SAMPLES.delta("exits"), SAMPLES.rate("halt_wait_hist"), SAMPLES.resets("exits")),
+    "Samples slice": lambda: SAMPLES[2:8].vcpu["exits"],
+    "Samples.concatenate": lambda: kf.Samples.concatenate([SAMPLES[:3], SAMPLES[3:]]),
     "Stat.bucket_edges": FILE.schema["halt_wait_hist"].bucket_edges,
 }
 
@@ -89,7 +98,7 @@ def test_every_public_method_is_in_the_list():
     exempt = {"close", "closed", "fileno", "header", "id", "kind", "vcpu_id", "open"}  # no work, or need a VM
     exempt |= {"keys", "values", "items", "get"}  # of Mapping
     exempt |= {"layout", "byteorder", "num_values", "dtype", "fits", "id_of", "value_size", "data_end"}
-    exempt |= {"is_histogram", "shape", "scale", "to_base_units", "unknown"}
+    exempt |= {"is_histogram", "shape", "scale", "to_base_units", "unknown", "factor"}
     for cls in (kf.StatsFile, kf.Schema, kf.Stat):
         slots = set(getattr(cls, "__slots__", ()))
         public = {name for name in dir(cls) if not name.startswith("_")} - slots - exempt

@@ -1,17 +1,33 @@
 """What users test their own code with does what it says, and refuses what it cannot do."""
 
+import copy
 import errno
 import os
+import pickle
 import platform
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from helpers import open_fds
+from helpers import DATA, open_fds
 
 import kvmstats_fast as kf
 from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest, counts_right, tiny_guest
+
+OPEN = kf.StatsFile.from_bytes((DATA / "captures" / "arm64-6.1" / "vm-after.bin").read_bytes())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close():
+    """The file of this module is closed at its end."""
+    yield
+    OPEN.close()
+
+
+STAT = kf.Stat("n", kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, -1)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +43,14 @@ from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest
         ({"count_defect": True}, "x86 vCPU files of the v2 layout"),
         ({"count_defect": True, "layout": "v2", "kind": "vm"}, "x86 vCPU files of the v2 layout"),
         ({"options": ["CONFIG_KVM"]}, r"unknown options \['CONFIG_KVM'\]"),
+        ({"options": "CONFIG_KVM_MIPS_VZ"}, "must be a collection"),
+        ({"vcpu_id": -1}, "vcpu_id is -1"),
+        ({"stats": [STAT, STAT]}, "two statistics have the same name"),
+        ({"stats": [replace(STAT, type=16)]}, "type is 16; a descriptor holds 0 to 15"),
+        ({"stats": [replace(STAT, size=0)]}, "size is 0"),
+        ({"stats": [replace(STAT, offset=4)]}, "multiple of 8"),
+        ({"stats": [replace(STAT, name="a\0b")]}, "is no name"),
+        ({"stats": [replace(STAT, name="")]}, "is no name"),
     ],
 )
 def test_a_file_no_kernel_has_is_not_made(arguments, message):
@@ -42,8 +66,8 @@ def test_set_and_add_are_seen_by_open_files_at_once():
     with SyntheticStats() as made, made.open() as file:
         made.set("exits", 2**64 - 1)
         made.add("exits", 3)
-        made.set("halt_wait_hist", range(32))
-        made.add("halt_wait_hist", 100, bucket=31)
+        made.set("halt_wait_hist", np.arange(32, dtype=np.uint64))
+        made.add("halt_wait_hist", np.uint64(100), bucket=31)
         made.add("irq_exits", -1)
         snapshot = file.snapshot()
     assert snapshot["exits"] == 2
@@ -60,6 +84,8 @@ def test_set_and_add_are_seen_by_open_files_at_once():
         (lambda made: made.set("exits", 2**64), ValueError, "8 bytes"),
         (lambda made: made.set("halt_wait_hist", 1), ValueError, "has 32 values, not 1"),
         (lambda made: made.set("exits", [1, 2]), ValueError, "has 1 values, not 2"),
+        (lambda made: made.set("exits", b"a"), TypeError, "no integer"),
+        (lambda made: made.add("exits", 1.5), TypeError, "float"),
         (lambda made: made.add("halt_wait_hist", 1, bucket=32), IndexError, "no bucket 32"),
         (lambda made: made.add("halt_wait_hist", 1, bucket=-1), IndexError, "no bucket -1"),
     ],
@@ -150,12 +176,40 @@ def test_a_guest_that_cannot_have_so_many_vcpus_leaves_nothing_behind():
 
 @pytest.mark.real_vm
 def test_a_closed_guest_says_so(guest):
-    """Close twice and run after close."""
+    """Close twice, and run and open after close."""
     guest.run(1)
     guest.close()
     guest.close()
-    with pytest.raises(ValueError, match="closed"):
-        guest.run(1)
+    for use in (lambda: guest.run(1), guest.open_stats):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+
+
+@pytest.mark.real_vm
+@pytest.mark.parametrize(("exits", "vcpu", "error"), [(-1, 0, ValueError), (1, 2, ValueError), (1, -1, ValueError)])
+def test_a_run_that_cannot_be_is_refused(guest, exits, vcpu, error):
+    """No negative exits, and no vCPU that the guest has not."""
+    with pytest.raises(error, match="this guest has 2 vCPUs"):
+        guest.run(exits, vcpu)
+
+
+@pytest.mark.real_vm
+def test_a_child_process_may_not_run_the_guest(guest):
+    """KVM answers EIO to a forked child, and the error names the call."""
+    guest.run(1)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            guest.run(1)
+        except OSError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert "KVM_RUN of vCPU 0: Input/output error; only the process that made the VM" in pipe.read()
 
 
 @pytest.mark.real_vm
@@ -182,14 +236,25 @@ def test_vcpus_run_side_by_side(guest, stats):
         ("exits", {"exits": 11}, False),
         ("exits", {"exits": 11, "preemption_other": 1}, True),
         ("exits", {"exits": 12, "preemption_other": 1}, False),
+        ("exits", {"exits": 13, "preemption_other": 1, "signal_exits": 2}, True),
         ("exits", {"exits": 9, "preemption_other": 9}, False),
         ("exits", {}, False),
     ],
 )
-def test_only_a_preemption_excuses_an_exit_too_many(monkeypatch, counter, change, right):
-    """io_exits is exact; exits may be more by the preemptions, never less."""
+def test_only_a_preemption_or_signal_excuses_an_exit_too_many(monkeypatch, counter, change, right):
+    """io_exits is exact; exits may be more by the preemptions and signals, never less."""
     monkeypatch.setattr(tiny_guest, "exit_counter", lambda: counter)
     assert counts_right(change, 10) is right
+
+
+@pytest.mark.parametrize("owner", [SyntheticStats, lambda: SyntheticStats().open(), lambda: kf.Sampler([OPEN])])
+def test_what_owns_files_cannot_be_copied(owner):
+    """A copy would close the other's fd, or write into its memory: copy, deepcopy and pickle are TypeErrors."""
+    one = owner()
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            duplicate(one)
+    getattr(one, "close", int)()
 
 
 def test_the_core_imports_nothing_of_testing():
