@@ -32,9 +32,17 @@ def stats_fd():
             yield made.fileno()
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_addoption(parser):
+    """--json FILE writes the table for programs."""
+    parser.addoption("--json", metavar="FILE", help="write the benchmark table to FILE")
+
+
+def pytest_terminal_summary(terminalreporter, config):
     """Print the table."""
-    if table.ROWS:
-        terminalreporter.write_line("")
-        for line in table.lines():
-            terminalreporter.write_line(line)
+    if not table.ROWS:
+        return
+    terminalreporter.write_line("")
+    for line in table.lines():
+        terminalreporter.write_line(line)
+    if config.getoption("--json"):
+        table.write_json(config.getoption("--json"))

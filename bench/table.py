@@ -1,5 +1,6 @@
 """Interleaved rounds, and the table they make: this machine's speed drifts, so only neighbours compare."""
 
+import json
 import os
 import platform
 import statistics
@@ -18,54 +19,85 @@ def per_call(call, loops):
     return (time.perf_counter_ns() - start) / loops
 
 
+def nothing():
+    """An empty call: what the loop itself costs."""
+
+
 def compare(benchmark, title, contenders, loops=2000):
-    """Time the contenders in turn, ROUNDS times, and keep their medians and the ratios to the first.
+    """Compare Python calls; see `compare_timers`. The empty loop's cost is measured in each round and taken off."""
+    empty = [0.0]
 
-    contenders: {label: (call, target)}; the first is ours. target: our ratio to reach (rival / ours), or None. The
-    ratio is the median over the rounds of what stood side by side in a round, with its quartiles. The loop's own cost
-    is measured in the same rounds and taken off everything alike.
+    def overhead():
+        empty[0] = per_call(nothing, loops)
+        return empty[0]
+
+    for call, _ in contenders.values():
+        per_call(call, max(1, loops // 10))
+    timers = {
+        label: (lambda call=call: per_call(call, loops) - empty[0], target)
+        for label, (call, target) in contenders.items()
+    }
+    compare_timers(benchmark, title, timers, before=overhead)
+    # pytest-benchmark's own record, for --benchmark-json and comparisons over time, is of the first call alone.
+    benchmark.pedantic(next(iter(contenders.values()))[0], rounds=ROUNDS, iterations=loops)
+
+
+def compare_timers(benchmark, title, timers, *, before=nothing, rounds=ROUNDS):
+    """Run the timers in turn, `rounds` times, and keep their medians and their ratios to the first.
+
+    timers: {label: (timer, target)}. A timer gives nanoseconds. target: ("at least" or "at most", ratio), or None. The
+    ratio is the median over the rounds of what stood side by side in a round, with its quartiles.
     """
-    calls = {"(empty loop)": lambda: None} | {label: call for label, (call, _) in contenders.items()}
-    times = {label: [] for label in calls}
-    for call in calls.values():
-        per_call(call, loops // 10)
-    for _ in range(ROUNDS):
-        for label, call in calls.items():
-            times[label].append(per_call(call, loops))
-    empty = times.pop("(empty loop)")
-    times = {label: [ns - e for ns, e in zip(values, empty, strict=True)] for label, values in times.items()}
-    ours = next(iter(contenders))
+    times = {label: [] for label in timers}
+    for _ in range(rounds):
+        before()
+        for label, (timer, _) in timers.items():
+            times[label].append(timer())
+    first = next(iter(timers))
     for label, values in times.items():
-        ratios = [value / own for value, own in zip(values, times[ours], strict=True)]
+        ratios = [value / own for value, own in zip(values, times[first], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        target = contenders[label][1]
-        verdict = "" if target is None else ("reached" if middle >= target else "MISSED")
-        row = (title, label, statistics.median(values), middle, low, high, target, verdict)
-        ROWS.append(row)
-        benchmark.extra_info[label] = {"ns": round(row[2], 1), "ratio": round(middle, 3)}
-    # pytest-benchmark's own record, for --benchmark-json and comparisons over time, is of our call alone.
-    benchmark.pedantic(calls[ours], rounds=ROUNDS, iterations=loops)
+        target = timers[label][1]
+        verdict = ""
+        if target:
+            what, limit = target
+            reached = middle >= limit if what == "at least" else middle <= limit
+            verdict = f"{what} {limit}x: {'reached' if reached else 'MISSED'}"
+        add(title, label, statistics.median(values), ratio=middle, quartiles=(low, high), verdict=verdict)
+        benchmark.extra_info[f"{title}: {label}"] = {"ns": round(statistics.median(values), 1), "ratio": middle}
 
 
-def note(title, label, ns, limit_ns):
-    """A row that has a limit in nanoseconds instead of a rival."""
-    verdict = "reached" if ns <= limit_ns else "MISSED"
-    ROWS.append((title, label, ns, None, None, None, None, f"to stay under {limit_ns:.0f} ns: {verdict}"))
+def add(title, label, ns, *, ratio=None, quartiles=None, verdict=""):  # noqa: PLR0913 - the columns of the table
+    """Keep a row of the table."""
+    ROWS.append({"group": title, "what": label, "ns": ns, "ratio": ratio, "quartiles": quartiles, "verdict": verdict})
+
+
+def machine():
+    """Where and when this is."""
+    names = (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines())
+    cpu = next((name for name in names if "CPU" in name or "Processor" in name), platform.machine())
+    python = f"CPython {platform.python_version()}"
+    return f"{time.strftime('%Y-%m-%d')}  {cpu}, {os.cpu_count()} CPUs, Linux {platform.release()}, {python}"
 
 
 def lines():
     """Give the table, line by line: every row, those that lose too."""
-    names = (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines())
-    cpu = next((name for name in names if "CPU" in name or "Processor" in name), platform.machine())
-    python = f"CPython {platform.python_version()}"
-    yield f"{time.strftime('%Y-%m-%d')}  {cpu}, {os.cpu_count()} CPUs, Linux {platform.release()}, {python}"
-    yield f"median of {ROUNDS} interleaved rounds, the empty loop's cost taken off; ratio to the first row [quartiles]"
+    yield machine()
+    yield "medians of interleaved rounds, an empty loop's cost taken off; ratio to the first row of a group [quartiles]"
     title = None
-    for group, label, ns, ratio, low, high, target, verdict in ROWS:
-        if group != title:
+    for row in ROWS:
+        if row["group"] != title:
+            title = row["group"]
             yield ""
-            yield group
-            title = group
-        ratios = "" if ratio is None else f"{ratio:7.2f}x [{low:.2f}, {high:.2f}]"
-        aim = f"to reach {target}x: {verdict}" if target else verdict
-        yield f"  {label:<46} {ns:>10.0f} ns  {ratios:<24}  {aim}".rstrip()
+            yield title
+        ratio = ""
+        if row["ratio"] is not None:
+            low, high = row["quartiles"]
+            ratio = f"{row['ratio']:8.3g}x [{low:.3g}, {high:.3g}]"
+        ns = "" if row["ns"] is None else f"{row['ns']:>11.0f} ns"
+        yield f"  {row['what']:<46} {ns:>14}  {ratio:<26} {row['verdict']}".rstrip()
+
+
+def write_json(path):
+    """Write the table for programs."""
+    Path(path).write_text(json.dumps({"machine": machine(), "rows": ROWS}, indent=1) + "\n", encoding="utf-8")

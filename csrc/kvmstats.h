@@ -197,7 +197,7 @@ struct kvmstats_file {
     uint64_t step;
     uint64_t failed_at; /* sweep at which it failed, counted from the start of the run */
     uint64_t got;       /* with error ENODATA: how many bytes the file still had */
-    int32_t error;      /* errno, once it failed; it is not read again until somebody sets this to 0 */
+    int32_t error;      /* errno, once it failed: a run does not read it again, kvmstats_sweep does */
 };
 
 #define KVMSTATS_MAX_THREADS 64
@@ -207,7 +207,8 @@ struct kvmstats_sweep {
     uint64_t num_files;
     uint64_t *scratch; /* scratch_size values per thread, for files that gather; may be NULL if none does */
     uint64_t scratch_size;
-    uint32_t busy; /* set while a call works on this struct */
+    uint32_t busy;   /* set while a call works on this struct */
+    uint32_t failed; /* files that failed in the last kvmstats_sweep */
 };
 
 /*

@@ -94,7 +94,11 @@ int kvmstats_sweep(struct kvmstats_sweep *sweep)
 {
     if (__atomic_exchange_n(&sweep->busy, 1, __ATOMIC_ACQUIRE))
         return -EBUSY;
+    if (sweep->failed) /* tried again, each time */
+        for (uint64_t i = 0; i < sweep->num_files; ++i)
+            sweep->files[i].error = 0;
     int failed = sweep_part(sweep, 0, sweep->num_files, sweep->scratch, 0, 0);
+    sweep->failed = (uint32_t)failed;
     __atomic_store_n(&sweep->busy, 0, __ATOMIC_RELEASE);
     return failed;
 }

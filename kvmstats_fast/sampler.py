@@ -128,15 +128,15 @@ class Sampler(Unique):
         self._threads = threads
         self._sampled = sampled
         self.files = tuple(FileInfo(file.id, file.kind, file.vcpu_id) for file in sampled)
-        #: Files that failed in the last `sweep`.
-        self.errors: tuple[SampleError, ...] = ()
         self._lock = threading.Lock()
         self._groups = self._make_groups(plans)
         self._keep: list[Any] = []  # what the C structs point to
         self._files = self._make_files(plans)
         span = max((plan.count for plan in plans.values() if plan.gather is not None), default=0)
         scratch = np.zeros(span * threads, np.uint64)
-        self._sweep = ffi.new("struct kvmstats_sweep *", (self._files, len(sampled), self._address(scratch), span, 0))
+        self._sweep = ffi.new(
+            "struct kvmstats_sweep *", (self._files, len(sampled), self._address(scratch), span, 0, 0)
+        )
 
     def _make_groups(self, plans: dict[Schema, _Plan]) -> tuple[Group, ...]:
         members: dict[tuple[Schema, str], list[int]] = {}
@@ -194,18 +194,16 @@ class Sampler(Unique):
             If all files failed, or with `strict` one.
         """
         status = _sweep(self._sweep)
-        if status or self.errors:
-            self._take_stock(status, strict)
+        if status:
+            if status < 0:
+                raise RuntimeError(_BUSY)
+            if strict or status == len(self.files):
+                raise self.errors[0].error
 
-    def _take_stock(self, status: int, strict: bool) -> None:
-        """See to the errors of a sweep that had some, or that followed one that had."""
-        if status == -errno.EBUSY:
-            raise RuntimeError(_BUSY)
-        self.errors = tuple(self._errors(self._files, 0, 1))
-        for error in self.errors:
-            self._files[error.file].error = 0
-        if self.errors and (strict or len(self.errors) == len(self.files)):
-            raise self.errors[0].error
+    @property
+    def errors(self) -> tuple[SampleError, ...]:
+        """Files that failed in the last `sweep`, and why."""
+        return tuple(self._errors(self._files, 0, 1))
 
     def _errors(self, files: Any, start: int, stop: int) -> Iterator[SampleError]:
         """Files that had failed by sweep `stop` of a run; the index counts from sweep `start`."""
