@@ -80,3 +80,12 @@ def test_the_top_level_has_what_a_user_looks_for(name):
 def test_the_version_is_in_the_changelog():
     """The installed version has an entry."""
     assert f"## [{kvmstats_fast.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(document):
+    """Every relative link of the documents names a file that is there."""
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
