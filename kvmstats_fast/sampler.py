@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import math
 import os
@@ -499,7 +500,13 @@ class _Run:
         self._wall_offset = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         self._taken = 0  # sweeps in the chunks that were handed on
         self._sampler._sweep.files = self._files
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._sampler._sweep.files = self._sampler._files
+            self._free()
+            raise
+        _RUNNING.add(self)
         return self
 
     def __exit__(
@@ -508,6 +515,7 @@ class _Run:
         self.stop()
         self._ended.wait()
         self._thread.join()
+        _RUNNING.discard(self)
         self._sampler._sweep.files = self._sampler._files
         self._free()
 
@@ -579,6 +587,19 @@ class _Run:
         )
 
 
+#: Runs whose thread is in C. It must not be there any more when the interpreter takes its memory back; in a forked
+#: child it is not there at all.
+_RUNNING: set[_Run] = set()
+os.register_at_fork(after_in_child=_RUNNING.clear)
+
+
+@atexit.register
+def _end_runs() -> None:
+    for run in list(_RUNNING):
+        run.stop()
+        run._ended.wait(1)
+
+
 def _check_memory(size: int, slots: int) -> None:
     """Refuse what would not fit: the kernel would hand the memory out, and kill somebody when it is filled."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
@@ -626,6 +647,11 @@ class Stream(Unique):
         run = self._running()
         run.__exit__(exc_type, exc, traceback)
         self.missed, self.overruns = run.totals
+
+    def __del__(self) -> None:
+        run = getattr(self, "_run", None)
+        if run is not None:
+            run.stop()  # nobody is left to read
 
     def _running(self) -> _Run:
         if self._run is None:

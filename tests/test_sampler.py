@@ -570,6 +570,34 @@ def test_nothing_is_left_of_ten_thousand_samplers(files):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 2048  # KiB: 210 bytes for each
 
 
+@pytest.mark.parametrize("entered", ["with kf.Sampler([made.open()]).stream(0, depth=1000) as s", "while True"])
+def test_a_program_may_end_while_a_stream_runs(entered):
+    """The end of the interpreter ends the thread in C first; nothing crashes, nothing hangs."""
+    code = (
+        "import sys, kvmstats_fast as kf\n"
+        "from kvmstats_fast.testing import SyntheticStats\n"
+        "made = SyntheticStats()\n"
+        f"{entered}:\n"
+        "    stream = kf.Sampler([made.open()]).stream(0.0001)\n"
+        "    stream.__enter__(); next(stream)\n"
+        "    sys.exit(3)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_a_stream_that_is_dropped_stops(files):
+    """A stream that was entered by hand and forgotten does not sample for ever."""
+    stream = kf.Sampler(files).stream(0.001)
+    stream.__enter__()
+    next(stream)
+    thread = next(thread for thread in threading.enumerate() if thread.name == "kvmstats")
+    del stream
+    thread.join(1)
+    assert not thread.is_alive()
+
+
 # ---- measure
 
 
