@@ -207,9 +207,16 @@ struct kvmstats_sweep {
     uint64_t num_files;
     uint64_t *scratch; /* scratch_size values per thread, for files that gather; may be NULL if none does */
     uint64_t scratch_size;
-    uint32_t busy;   /* set while a call works on this struct */
+    uint32_t busy;   /* see kvmstats_lock */
     uint32_t failed; /* files that failed in the last kvmstats_sweep */
 };
+
+/*
+ * Take the struct for this thread, or -EBUSY; and give it back. kvmstats_sweep does both by itself; whoever starts a run
+ * over the same files and scratch holds it from before the run until after it.
+ */
+int kvmstats_lock(struct kvmstats_sweep *sweep);
+void kvmstats_unlock(struct kvmstats_sweep *sweep);
 
 /*
  * Read every file once, into slot 0 of its row. Returns how many files failed (their rows are unspecified, `error`
@@ -222,7 +229,7 @@ int kvmstats_sweep(struct kvmstats_sweep *sweep);
  * were overtaken meanwhile are counted as missed: at any time taken + missed = ticks so far. The sweeps are kept in a
  * ring of `depth` chunks of `chunk` sweeps; sweep j of chunk c is slot (c % depth) * chunk + j of every row and of
  * time, sweep_ns and tick. A reader takes the chunks in order: chunk c is ready once head > c; when it is done with
- * it, it calls kvmstats_release. While the ring is full, ticks are missed and also counted as overruns (with interval
+ * it, it calls kvmstats_release with c + 1. While the ring is full, ticks are missed and also counted as overruns (with interval
  * 0 there are no ticks to miss: the run waits).
  */
 enum kvmstats_wait {
@@ -232,13 +239,17 @@ enum kvmstats_wait {
 };
 
 struct kvmstats_chunk {
+    uint64_t first;    /* number of its first sweep, counted from the start of the run */
     uint64_t used;     /* sweeps in it */
     uint64_t missed;   /* ticks missed since the sweep before, for each of them */
     uint64_t overruns; /* those of missed for which the ring had no room */
 };
 
 struct kvmstats_run {
-    struct kvmstats_sweep *sweep;
+    struct kvmstats_file *files; /* of this run alone, with rows of depth * chunk slots */
+    uint64_t num_files;
+    uint64_t *scratch; /* as in kvmstats_sweep */
+    uint64_t scratch_size;
     int64_t interval; /* ns; 0: as fast as possible */
     uint64_t ticks;   /* how many there are; the run ends behind the last */
     int64_t duration; /* ns: it ends then too; 0: no limit */
@@ -264,15 +275,14 @@ struct kvmstats_run {
 
 /*
  * Do the run, in this thread and threads - 1 more that end with it. Returns 0 at its end (ticks or duration over,
- * stopped, no file left, strict and a file failed), -EBUSY as kvmstats_sweep does, or -errno if a thread or semaphore
- * could not be made. The thread's timer slack is set to 1 ns and put back.
+ * stopped, no file left, strict and a file failed), or -errno if a thread or semaphore could not be made. The thread's timer slack is set to 1 ns and put back.
  */
 int kvmstats_run(struct kvmstats_run *run);
 
-/* From another thread: end the run within 20 ms and a sweep; chunks that are ready; done with the oldest chunk. */
+/* From another thread: end the run within 20 ms and a sweep; how many chunks are ready; done with the first `chunks`. */
 void kvmstats_stop(struct kvmstats_run *run);
 uint64_t kvmstats_ready(const struct kvmstats_run *run);
-void kvmstats_release(struct kvmstats_run *run);
+void kvmstats_release(struct kvmstats_run *run, uint64_t chunks);
 
 /* ---- cdef: end ---- */
 

@@ -63,13 +63,13 @@ int kvmstats_read(struct kvmstats_source *source)
 /* ---- one pass over many */
 
 /* Read files [begin, end) into a slot; returns how many failed. */
-static int sweep_part(struct kvmstats_sweep *sweep, uint64_t begin, uint64_t end, uint64_t *scratch, uint64_t slot,
+static int sweep_part(struct kvmstats_file *files, uint64_t begin, uint64_t end, uint64_t *scratch, uint64_t slot,
                       uint64_t number)
 {
     int failed = 0;
 
     for (uint64_t i = begin; i < end; ++i) {
-        struct kvmstats_file *file = &sweep->files[i];
+        struct kvmstats_file *file = &files[i];
         if (file->error)
             continue;
         uint64_t *row = file->row + slot * file->step;
@@ -90,16 +90,26 @@ static int sweep_part(struct kvmstats_sweep *sweep, uint64_t begin, uint64_t end
     return failed;
 }
 
+int kvmstats_lock(struct kvmstats_sweep *sweep)
+{
+    return __atomic_exchange_n(&sweep->busy, 1, __ATOMIC_ACQUIRE) ? -EBUSY : 0;
+}
+
+void kvmstats_unlock(struct kvmstats_sweep *sweep)
+{
+    __atomic_store_n(&sweep->busy, 0, __ATOMIC_RELEASE);
+}
+
 int kvmstats_sweep(struct kvmstats_sweep *sweep)
 {
-    if (__atomic_exchange_n(&sweep->busy, 1, __ATOMIC_ACQUIRE))
+    if (kvmstats_lock(sweep))
         return -EBUSY;
     if (sweep->failed) /* tried again, each time */
         for (uint64_t i = 0; i < sweep->num_files; ++i)
             sweep->files[i].error = 0;
-    int failed = sweep_part(sweep, 0, sweep->num_files, sweep->scratch, 0, 0);
+    int failed = sweep_part(sweep->files, 0, sweep->num_files, sweep->scratch, 0, 0);
     sweep->failed = (uint32_t)failed;
-    __atomic_store_n(&sweep->busy, 0, __ATOMIC_RELEASE);
+    kvmstats_unlock(sweep);
     return failed;
 }
 
@@ -175,7 +185,7 @@ static void *work(void *argument)
         take(&worker->go);
         if (worker->quit)
             return NULL;
-        worker->failed = sweep_part(worker->run->sweep, worker->begin, worker->end, worker->scratch, worker->slot,
+        worker->failed = sweep_part(worker->run->files, worker->begin, worker->end, worker->scratch, worker->slot,
                                     worker->number);
         sem_post(&worker->done);
     }
@@ -195,7 +205,6 @@ static void end_workers(struct worker *workers, int n)
 /* Start threads 1 .. n-1; worker 0 is the caller. Returns how many there are, itself included, or -errno. */
 static int start_workers(struct kvmstats_run *run, struct worker *workers)
 {
-    struct kvmstats_sweep *sweep = run->sweep;
     uint64_t n = run->threads < 1 ? 1 : run->threads > KVMSTATS_MAX_THREADS ? KVMSTATS_MAX_THREADS : run->threads;
     sigset_t all, before;
     int error = 0;
@@ -203,19 +212,21 @@ static int start_workers(struct kvmstats_run *run, struct worker *workers)
 
     for (i = 0; i < n; ++i) {
         workers[i].run = run;
-        workers[i].begin = sweep->num_files / n * i + (sweep->num_files % n < i ? sweep->num_files % n : i);
-        workers[i].scratch = sweep->scratch ? sweep->scratch + i * sweep->scratch_size : NULL;
+        workers[i].begin = run->num_files / n * i + (run->num_files % n < i ? run->num_files % n : i);
+        workers[i].scratch = run->scratch ? run->scratch + i * run->scratch_size : NULL;
         workers[i].quit = 0;
     }
     for (i = 0; i < n; ++i)
-        workers[i].end = i + 1 < n ? workers[i + 1].begin : sweep->num_files;
+        workers[i].end = i + 1 < n ? workers[i + 1].begin : run->num_files;
 
     /* Signals are for the threads that the program knows. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (i = 1; i < n && !error; ++i) {
-        sem_init(&workers[i].go, 0, 0);
-        sem_init(&workers[i].done, 0, 0);
+        if (sem_init(&workers[i].go, 0, 0) || sem_init(&workers[i].done, 0, 0)) {
+            error = errno;
+            break;
+        }
         error = pthread_create(&workers[i].thread, NULL, work, &workers[i]);
         if (error) {
             sem_destroy(&workers[i].go);
@@ -237,7 +248,7 @@ static int sweep_all(struct kvmstats_run *run, struct worker *workers, int n, ui
         workers[i].number = run->taken;
         sem_post(&workers[i].go);
     }
-    int failed = sweep_part(run->sweep, workers[0].begin, workers[0].end, workers[0].scratch, slot, run->taken);
+    int failed = sweep_part(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, run->taken);
     for (int i = 1; i < n; ++i) {
         take(&workers[i].done);
         failed += workers[i].failed;
@@ -272,8 +283,8 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
     uint64_t alive = 0, tick = 0, missed = 0, overruns = 0; /* the latter two since the last sweep */
     struct kvmstats_chunk *chunk = NULL;                    /* the one that is being filled, if any */
 
-    for (uint64_t i = 0; i < run->sweep->num_files; ++i)
-        alive += run->sweep->files[i].error == 0;
+    for (uint64_t i = 0; i < run->num_files; ++i)
+        alive += run->files[i].error == 0;
     run->start = now_ns();
     while (tick < run->ticks && alive && !stopped(run)) {
         int64_t now = now_ns();
@@ -306,6 +317,7 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
                 continue;
             }
             chunk = &run->chunks[place];
+            chunk->first = run->taken;
             chunk->used = chunk->missed = chunk->overruns = 0;
         }
         uint64_t slot = place * run->chunk + chunk->used;
@@ -333,8 +345,6 @@ int kvmstats_run(struct kvmstats_run *run)
 {
     struct worker workers[KVMSTATS_MAX_THREADS];
 
-    if (__atomic_exchange_n(&run->sweep->busy, 1, __ATOMIC_ACQUIRE))
-        return run->status = -EBUSY;
     int slack = prctl(TIMER_SLACK_GET, 0L, 0L, 0L, 0L);
     prctl(TIMER_SLACK_SET, 1L, 0L, 0L, 0L);
     int n = start_workers(run, workers);
@@ -344,7 +354,6 @@ int kvmstats_run(struct kvmstats_run *run)
     }
     if (slack > 0)
         prctl(TIMER_SLACK_SET, (long)slack, 0L, 0L, 0L);
-    __atomic_store_n(&run->sweep->busy, 0, __ATOMIC_RELEASE);
     run->status = n > 0 ? 0 : n;
     tell(run);
     return run->status;
@@ -360,7 +369,8 @@ uint64_t kvmstats_ready(const struct kvmstats_run *run)
     return __atomic_load_n(&run->head, __ATOMIC_ACQUIRE);
 }
 
-void kvmstats_release(struct kvmstats_run *run)
+void kvmstats_release(struct kvmstats_run *run, uint64_t chunks)
 {
-    __atomic_store_n(&run->tail, run->tail + 1, __ATOMIC_RELEASE);
+    if (chunks <= kvmstats_ready(run))
+        __atomic_store_n(&run->tail, chunks, __ATOMIC_RELEASE);
 }

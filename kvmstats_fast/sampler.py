@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import atexit
-import errno
-import math
+import operator
 import os
 import select
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from kvmstats_fast.samples import FileInfo, Group, SampleError, Samples, find_gr
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     import numpy.typing as npt
@@ -50,6 +49,7 @@ _POLL = 0.05
 _CHUNK_SECONDS = 0.1
 _CHUNK_BYTES = 4 << 20
 _FOREVER = 1 << 62
+_LONGEST = 1e9  # seconds, 30 years; of it the clock's ns have room for some
 _BUSY = "this Sampler is at work already, in a run, a stream or another thread: each needs a Sampler of its own"
 
 
@@ -115,6 +115,7 @@ class Sampler(Unique):
             if not isinstance(file, StatsFile):
                 raise TypeError(f"files has a {type(file).__name__}; it must be StatsFiles only")
             file._check_open()
+        threads = operator.index(threads)
         if not 1 <= threads <= lib.KVMSTATS_MAX_THREADS:
             raise ValueError(f"threads is {threads}; it must be from 1 to {lib.KVMSTATS_MAX_THREADS}")
         patterns = None if stats is None else (stats,) if isinstance(stats, str) else tuple(stats)
@@ -129,7 +130,6 @@ class Sampler(Unique):
         self._threads = threads
         self._sampled = sampled
         self.files = tuple(FileInfo(file.id, file.kind, file.vcpu_id) for file in sampled)
-        self._lock = threading.Lock()
         self._groups = self._make_groups(plans)
         self._keep: list[Any] = []  # what the C structs point to
         self._files = self._make_files(plans)
@@ -283,7 +283,8 @@ class Sampler(Unique):
         if not schedule.is_bounded:
             return self._run_unbounded(schedule, strict)
         with _Run(self, schedule, schedule.ticks, 1, strict) as run:
-            interrupted = run.join()
+            interrupted = _await(run, run.stop)
+            run.check()
             samples = run.samples(0, copy=False)
             samples.missed, samples.overruns = run.totals
             samples.interrupted = interrupted
@@ -293,31 +294,18 @@ class Sampler(Unique):
 
     def _run_unbounded(self, schedule: _Schedule, strict: bool) -> Samples:
         """Collect a stream to its end, which Ctrl-C may make."""
-        parts: list[Samples] = []
-        failures: list[BaseException] = []
-        with Stream(self, schedule, None, 8, strict=False) as stream:
-            ended = threading.Event()
-
-            def collect() -> None:
-                try:
-                    for part in stream:
-                        parts.append(part)
-                        if strict and part.errors:
-                            break
-                except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-                    failures.append(error)
-                finally:
-                    ended.set()
-
+        collector = _Collector(Stream(self, schedule, None, 8, strict=strict))
+        with collector.stream:
             # In a thread of its own, because Ctrl-C may come between any two steps of this one, and lose a part.
-            threading.Thread(target=collect, name="kvmstats-collector", daemon=True).start()
-            interrupted = _await(ended, stream.stop)
-        if failures:
-            raise failures[0]
-        samples = Samples.concatenate(parts)
+            threading.Thread(target=collector.work, name="kvmstats-collector", daemon=True).start()
+            interrupted = _await(collector, collector.stream.stop)
+        if not collector.parts and collector.failure is not None:
+            raise collector.failure
+        samples = Samples.concatenate(collector.parts)
         samples.interrupted = interrupted
-        if strict and samples.errors:
-            raise _with_samples(samples)
+        if collector.failure is not None:
+            collector.failure.samples = samples  # type: ignore[attr-defined]
+            raise collector.failure
         return samples
 
     def stream(  # noqa: PLR0913 - a schedule has that many sides
@@ -366,19 +354,48 @@ def _with_samples(samples: Samples) -> Exception:
     return error
 
 
-def _await(ended: threading.Event, stop: Callable[[], None]) -> bool:
+class _Ends(Protocol):
+    """Something in another thread that sets an event at its end."""
+
+    ended: threading.Event
+
+
+def _await(work: _Ends, stop: Callable[[], None]) -> bool:
     """Wait for an end; Ctrl-C makes it `stop`, and the result True.
 
     An Event, because Thread.join takes a thread for ended when Ctrl-C interrupts it (before Python 3.13).
     """
     interrupted = False
-    while not ended.is_set():
+    while not work.ended.is_set():
         try:
-            ended.wait(_POLL)
+            work.ended.wait(_POLL)
         except KeyboardInterrupt:  # noqa: PERF203 - this is what the loop waits for
             interrupted = True
             stop()
     return interrupted
+
+
+class _Collector:
+    """Takes all that a stream gives, in a thread."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.parts: list[Samples] = []
+        self.failure: BaseException | None = None
+        self.ended = threading.Event()
+
+    def work(self) -> None:
+        """Collect until the stream ends or fails, or memory does."""
+        size = 0
+        try:
+            for part in self.stream:
+                self.parts.append(part)
+                size += sum(group.values.nbytes for group in part._groups)
+                _check_memory(size, sum(map(len, self.parts)))  # as much again, to put the parts together
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            self.failure = error
+        finally:
+            self.ended.set()
 
 
 def _point_rows(files: Any, groups: Iterable[Group], keep: list[Any]) -> None:
@@ -390,6 +407,7 @@ def _point_rows(files: Any, groups: Iterable[Group], keep: list[Any]) -> None:
         for place, index in enumerate(group.columns.tolist()):
             files[index].row = base + place * width
             files[index].step = columns * width
+            files[index].error = 0
 
 
 class _Schedule:
@@ -403,12 +421,13 @@ class _Schedule:
         wait: str,
         cpu: int | Iterable[int] | None,
     ) -> None:
-        if not (math.isfinite(interval) and interval >= 0):
-            raise ValueError(f"interval is {interval}; it must be 0 or a number of seconds")
+        count = None if count is None else operator.index(count)
+        if not 0 <= interval <= _LONGEST:
+            raise ValueError(f"interval is {interval}; it must be 0 or a number of seconds, at most {_LONGEST:g}")
         if count is not None and count < 1:
             raise ValueError(f"count is {count}; it must be at least 1")
-        if duration is not None and not (math.isfinite(duration) and duration > 0):
-            raise ValueError(f"duration is {duration}; it must be a number of seconds above 0")
+        if duration is not None and not 0 < duration <= _LONGEST:
+            raise ValueError(f"duration is {duration}; it must be a number of seconds above 0, at most {_LONGEST:g}")
         if wait not in _WAITS:
             raise ValueError(f"wait is {wait!r}; it must be one of {', '.join(map(repr, _WAITS))}")
         self.interval_ns = round(interval * 1e9)
@@ -423,32 +442,42 @@ class _Schedule:
                 ticks = min(ticks, -(-nanoseconds // self.interval_ns))
             else:
                 self.duration_ns = nanoseconds
-        self.is_bounded = count is not None or (duration is not None and self.interval_ns > 0)
+        #: Whether the number of sweeps is known beforehand, so that they can have one array from the start.
+        self.is_bounded = (
+            duration is not None
+            if self.interval_ns and count is None
+            else (count is not None and (duration is None or self.interval_ns > 0))
+        )
         self.ticks = ticks if count is None else min(ticks, count)
         self.cpus: set[int] | None = None
         if cpu is not None:
-            self.cpus = {cpu} if isinstance(cpu, int) else set(cpu)
+            self.cpus = {operator.index(one) for one in (cpu if isinstance(cpu, Iterable) else (cpu,))}
             if not self.cpus or not self.cpus <= os.sched_getaffinity(0):
                 allowed = ", ".join(map(str, sorted(os.sched_getaffinity(0))))
                 raise ValueError(f"cpu is {cpu}; this process may run on {allowed}")
 
 
 class _Run:
-    """A C run, its buffers, and the thread that is in it."""
+    """A C run, its buffers, and the thread that is in it.
+
+    The thread holds this object, and this object all that C writes to: whatever happens to the caller, memory that the
+    run writes to is there until the thread has left C.
+    """
 
     def __init__(self, sampler: Sampler, schedule: _Schedule, chunk: int, depth: int, strict: bool) -> None:
-        if not sampler._lock.acquire(blocking=False):
-            raise RuntimeError(_BUSY)
         self._sampler = sampler
         self._event = -1
+        self._failure: BaseException | None = None
+        self.ended = threading.Event()
+        if lib.kvmstats_lock(sampler._sweep):
+            raise RuntimeError(_BUSY)
+        self._is_locked = True
         try:
             self._prepare(sampler, schedule, chunk, depth, strict)
         except BaseException:
             self._free()
             raise
         self._thread = threading.Thread(target=self._work, args=(schedule.cpus,), name="kvmstats", daemon=True)
-        self._failure: BaseException | None = None
-        self._ended = threading.Event()
 
     def _prepare(self, sampler: Sampler, schedule: _Schedule, chunk: int, depth: int, strict: bool) -> None:
         slots = chunk * depth
@@ -469,7 +498,8 @@ class _Run:
         self._chunks = ffi.new("struct kvmstats_chunk[]", depth)
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         run = self.c = ffi.new("struct kvmstats_run *")
-        run.sweep = sampler._sweep
+        run.files, run.num_files = self._files, len(sampler.files)
+        run.scratch, run.scratch_size = sampler._sweep.scratch, sampler._sweep.scratch_size
         run.interval, run.ticks, run.duration = schedule.interval_ns, schedule.ticks, schedule.duration_ns
         run.spin_ns, run.wait = _HYBRID_SPIN_NS, schedule.wait
         run.threads, run.strict, run.event_fd = sampler._threads, strict, self._event
@@ -494,53 +524,58 @@ class _Run:
         except BaseException as error:  # noqa: BLE001 - raised again where the run is waited for
             self._failure = error
         finally:
-            self._ended.set()
+            self.ended.set()
 
     def __enter__(self) -> Self:
         self._wall_offset = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        self._taken = 0  # sweeps in the chunks that were handed on
-        self._sampler._sweep.files = self._files
+        _RUNNING.add(self)
         try:
             self._thread.start()
-        except BaseException:
-            self._sampler._sweep.files = self._sampler._files
+        except RuntimeError:  # no thread could be made
             self._free()
             raise
-        _RUNNING.add(self)
+        except BaseException:  # Ctrl-C while the thread was starting
+            self.close()
+            raise
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the run and wait for that; Ctrl-C meanwhile is raised when all is put away."""
         self.stop()
-        self._ended.wait()
-        self._thread.join()
-        _RUNNING.discard(self)
-        self._sampler._sweep.files = self._sampler._files
+        interrupted = _await(self, self.stop)
         self._free()
+        if interrupted:
+            raise KeyboardInterrupt
 
     def _free(self) -> None:
-        if self._event >= 0:
-            os.close(self._event)
-            self._event = -1
-        self._sampler._lock.release()
+        _RUNNING.discard(self)
+        event, self._event = self._event, -1
+        if event >= 0:
+            os.close(event)
+        if self._is_locked:
+            self._is_locked = False
+            lib.kvmstats_unlock(self._sampler._sweep)
+
+    def abandon(self) -> None:
+        """In a forked child, where the thread is not."""
+        self._failure = RuntimeError("this run or stream stayed in the parent process: start one of your own")
+        self.ended = threading.Event()
+        self.ended.set()
+        self._free()
 
     def stop(self) -> None:
         """Ask the run to end."""
         lib.kvmstats_stop(self.c)
 
-    def join(self) -> bool:
-        """Wait for the end; True if Ctrl-C made it."""
-        interrupted = _await(self._ended, self.stop)
-        self.check()
-        return interrupted
-
     def check(self) -> None:
         """Raise what kept an ended run from running."""
         if self._failure is not None:
             raise self._failure
-        if self.c.status == -errno.EBUSY:
-            raise RuntimeError(_BUSY)
         if self.c.status:
             raise KvmStatsError(f"the threads of the run could not be made: {os.strerror(-self.c.status)}")
 
@@ -551,12 +586,14 @@ class _Run:
 
     def wait(self, number: int) -> bool:
         """Wait for a chunk; False if the run is over without it."""
-        poll = select.poll()
-        poll.register(self._event, select.POLLIN)
         while lib.kvmstats_ready(self.c) <= number:
-            if self._ended.is_set() and lib.kvmstats_ready(self.c) <= number:
+            if self.ended.is_set():
+                if lib.kvmstats_ready(self.c) > number:
+                    break
                 self.check()
                 return False
+            poll = select.poll()
+            poll.register(self._event, select.POLLIN)
             if poll.poll(_POLL * 1000):
                 os.eventfd_read(self._event)
         return True
@@ -573,8 +610,8 @@ class _Run:
         if copy:
             arrays = [array.copy() for array in arrays]
             values = [array.copy() for array in values]
-        errors = tuple(self._sampler._errors(self._files, self._taken, self._taken + used))
-        self._taken += used
+        first = chunk.first if is_there else self.c.taken
+        errors = tuple(self._sampler._errors(self._files, first, first + used if is_there else _FOREVER))
         return Samples(
             tuple(replace(group, values=array) for group, array in zip(self._groups, values, strict=True)),
             self._sampler.files,
@@ -590,14 +627,21 @@ class _Run:
 #: Runs whose thread is in C. It must not be there any more when the interpreter takes its memory back; in a forked
 #: child it is not there at all.
 _RUNNING: set[_Run] = set()
-os.register_at_fork(after_in_child=_RUNNING.clear)
 
 
 @atexit.register
 def _end_runs() -> None:
     for run in list(_RUNNING):
         run.stop()
-        run._ended.wait(1)
+        run.ended.wait(1)
+
+
+def _abandon_runs() -> None:
+    for run in list(_RUNNING):
+        run.abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_runs)
 
 
 def _check_memory(size: int, slots: int) -> None:
@@ -624,6 +668,7 @@ class Stream(Unique):
             row = sum(group.values.nbytes for group in sampler._groups) + 24
             wanted = _CHUNK_SECONDS * 1e9 / schedule.interval_ns if schedule.interval_ns else 1000
             chunk = max(1, min(round(wanted), _CHUNK_BYTES // row, schedule.ticks))
+        chunk, depth = operator.index(chunk), operator.index(depth)
         if chunk < 1 or depth < 1:
             raise ValueError(f"chunk is {chunk} and depth {depth}; both must be at least 1")
         self._make = partial(_Run, sampler, schedule, chunk, depth, strict)
@@ -632,6 +677,7 @@ class Stream(Unique):
         self._number = 0
         self._reported = [0, 0]
         self._error: Exception | None = None
+        self._reader = threading.Lock()
         self.missed = self.overruns = 0
 
     def __enter__(self) -> Self:
@@ -645,13 +691,15 @@ class Stream(Unique):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         run = self._running()
-        run.__exit__(exc_type, exc, traceback)
-        self.missed, self.overruns = run.totals
+        try:
+            run.close()
+        finally:
+            self.missed, self.overruns = run.totals
 
     def __del__(self) -> None:
         run = getattr(self, "_run", None)
         if run is not None:
-            run.stop()  # nobody is left to read
+            run.close()  # nobody is left to read
 
     def _running(self) -> _Run:
         if self._run is None:
@@ -667,12 +715,20 @@ class Stream(Unique):
 
     def __next__(self) -> Samples:
         run = self._running()
+        if not self._reader.acquire(blocking=False):
+            raise RuntimeError("another thread is reading this stream: it has one reader")
+        try:
+            return self._take(run)
+        finally:
+            self._reader.release()
+
+    def _take(self, run: _Run) -> Samples:
         if self._error is not None:
             raise self._error
         if run.wait(self._number):
             samples = run.samples(self._number, copy=True)
             self._number += 1
-            lib.kvmstats_release(run.c)
+            lib.kvmstats_release(run.c, self._number)
         else:
             # What was missed behind the last sweep; and a run that took none still says of which files.
             rest = [total - reported for total, reported in zip(run.totals, self._reported, strict=True)]
@@ -747,14 +803,20 @@ class measure:  # noqa: N801 - used as a function is
         self._readings.append((start, took, values, self._sampler.errors))
 
     def __enter__(self) -> Self:
-        self._readings.clear()
+        if self._readings:
+            raise RuntimeError("this measure has been used: make another one")
         self._read()
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._read()
+        try:
+            self._read()
+        except (KvmStatsError, OSError, ValueError):
+            if exc is not None:
+                return  # what went wrong in the block is the news
+            raise
         sampler = self._sampler
         starts, took, values, errors = zip(*self._readings, strict=True)
         failed = {error.file: error._replace(sweep=i) for i in (1, 0) for error in errors[i]}

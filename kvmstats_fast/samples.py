@@ -22,6 +22,8 @@ __all__ = ["FileInfo", "SampleError", "Samples"]
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
+_LARGEST = 10**300  # beyond it floats end; no kernel has such an exponent
+
 #: Statistics of these types never fall, unless somebody clears them.
 _GROWING = (StatType.CUMULATIVE, StatType.PEAK, StatType.LINEAR_HIST, StatType.LOG_HIST)
 
@@ -115,7 +117,7 @@ class Samples:
         Ticks that were not sampled because something took longer than an interval: ``len(samples) + missed`` is the
         number of ticks there were.
     overruns : int
-        Those of `missed` for which a slow reader of a stream had left no room.
+        Those of `missed` for which a slow reader of a stream had left no room. (0 for a slice: not known of parts.)
     files : tuple of FileInfo
         The files, in the order they were given.
     errors : tuple of SampleError
@@ -175,7 +177,6 @@ class Samples:
             interval=self.interval,
             wall_offset=self.wall_offset,
             missed=missed,
-            overruns=min(self.overruns, missed),
             errors=errors,
             interrupted=self.interrupted,
         )
@@ -196,8 +197,18 @@ class Samples:
         return self._of_kind("vcpu")
 
     def _of_kind(self, kind: str) -> Samples:
-        groups = tuple(group for group in self._groups if group.kind == kind)
-        return self._like(groups, (self.time, self.sweep_ns, self.tick), self.missed, self.errors)
+        kept = [index for index, info in enumerate(self.files) if info.kind == kind]
+        place = {index: new for new, index in enumerate(kept)}
+        groups = tuple(
+            replace(group, columns=np.array([place[index] for index in group.columns.tolist()], np.intp))
+            for group in self._groups
+            if group.kind == kind
+        )
+        errors = tuple(error._replace(file=place[error.file]) for error in self.errors if error.file in place)
+        part = self._like(groups, (self.time, self.sweep_ns, self.tick), self.missed, errors)
+        part.files = tuple(self.files[index] for index in kept)
+        part.overruns = self.overruns
+        return part
 
     def stat(self, name: str) -> Stat:
         """Return the descriptor of a statistic: its type, unit and scale."""
@@ -218,6 +229,8 @@ class Samples:
     def __getitem__(self, key: str | slice) -> npt.NDArray[np.uint64] | Samples:
         if isinstance(key, slice):
             return self._slice(key)
+        if not isinstance(key, str):
+            raise TypeError(f"{key!r} is neither the name of a statistic nor a slice of sweeps")
         found = find_groups(self._groups, key)
         if len(found) == 1:
             return found[0].view(key)
@@ -233,9 +246,15 @@ class Samples:
             raise ValueError("samples are in the order of time: a slice's step must be positive")
         clock = (self.time[key], self.sweep_ns[key], self.tick[key])
         groups = tuple(replace(group, values=group.values[key]) for group in self._groups)
-        whole = (start, stop, step) == (0, len(self), 1)
-        # Of a part, what is missing is what is missing between its own sweeps.
-        missed = self.missed if whole else self._gaps(self.tick[start:stop])
+        if (start, stop, step) == (0, len(self), 1):
+            part = self._like(groups, clock, self.missed, self.errors)
+            part.overruns = self.overruns
+            return part
+        # The ticks that were missed before a sweep go with it, so that parts add up to the whole.
+        missed = 0
+        if stop > start:
+            before = int(self.tick[start - 1]) if start else int(self.tick[0]) - 1 - self._missed_before_first()
+            missed = int(self.tick[stop - 1]) - before - (stop - start)
         errors = tuple(
             error._replace(sweep=max(0, -(-(error.sweep - start) // step)))
             for error in self.errors
@@ -243,9 +262,8 @@ class Samples:
         )
         return self._like(groups, clock, missed, errors)
 
-    @staticmethod
-    def _gaps(tick: npt.NDArray[np.uint64]) -> int:
-        return int(tick[-1] - tick[0]) + 1 - len(tick) if len(tick) else 0
+    def _missed_before_first(self) -> int:
+        return self.missed - (int(self.tick[-1]) - int(self.tick[0]) + 1 - len(self))
 
     def delta(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
         """Change of a statistic from each sweep to the next, raw.
@@ -300,11 +318,11 @@ class Samples:
         stat = self.stat(name)
         rate = change.astype(np.float64)
         if not stat.is_histogram:
-            factor = float(stat.factor)  # 10**9 is exact as a float, 10**-9 is not
+            factor = float(min(stat.factor, _LARGEST))  # 10**9 is exact as a float, 10**-9 is not
             rate = rate / factor if stat.exponent < 0 else rate * factor
         seconds = np.diff(self.time) / 1e9
-        with np.errstate(divide="ignore", invalid="ignore"):  # two sweeps in one ns: the rate is not known
-            rate /= seconds.reshape(-1, *[1] * (rate.ndim - 1))
+        seconds[seconds == 0] = np.nan  # two sweeps in one ns: the rate is not known
+        rate /= seconds.reshape(-1, *[1] * (rate.ndim - 1))
         return self._blank(name, rate, np.nan)
 
     def _blank(self, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:

@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 CORE = [str(CSRC / "layout.c"), str(CSRC / "sweep.c")]
 TEST_CORE = str(TESTS / "c" / "test_core.c")
+TEST_RUN = str(TESTS / "c" / "test_run.c")
 FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
 CAPTURES = sorted((TESTS / "data" / "captures").glob("*/*.bin"))
 
@@ -132,6 +133,16 @@ def test_the_core_is_clean_under_valgrind(tmp_path):
         pytest.skip("there is no valgrind")
     program = build(tmp_path / "test_core", "-g", TEST_CORE, *CORE, WRAP)
     assert core_checks(check(valgrind, "--quiet", "--error-exitcode=99", "--leak-check=full", program)) > 1000
+
+
+@pytest.mark.parametrize("sanitize", [[], ["-g", "-fsanitize=thread"], SANITIZE], ids=["plain", "threads", "addresses"])
+def test_runs_account_for_every_tick(tmp_path, sanitizers, sanitize):
+    """Sweeps and runs, with up to 64 threads, a reader and a stopper, keep their contract and have no data race."""
+    assert sanitizers
+    program = build(tmp_path / "test_run", *sanitize, TEST_RUN, *CORE, WRAP)
+    match = re.fullmatch(r"test_run: (\d+) checks\n", check(program))
+    assert match
+    assert int(match[1]) > 1000
 
 
 def test_mutated_captures_break_no_promise(tmp_path, sanitizers, corpus):

@@ -1,0 +1,612 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * Sweeps and runs against their manual, csrc/kvmstats.h. Link with layout.c, sweep.c, -pthread and
+ * -Wl,--wrap=pread,--wrap=pread64. Made to be built with -fsanitize=thread too: readers, stoppers and the run meet only
+ * through kvmstats_ready, kvmstats_release and kvmstats_stop, and files fail by script, not by a close in mid-run.
+ *
+ * Value w of file i is i * 1000 + w, until a test says otherwise.
+ */
+#define _GNU_SOURCE
+#include "kvmstats.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
+
+/* ---- checks ---- */
+
+static unsigned long checks, failures;
+static char context[128];
+
+#define CHECK(expression) check(__LINE__, !!(expression), #expression)
+
+static void check(int line, int good, const char *expression)
+{
+    __atomic_add_fetch(&checks, 1, __ATOMIC_RELAXED);
+    if (good)
+        return;
+    __atomic_add_fetch(&failures, 1, __ATOMIC_RELAXED);
+    printf("%s:%d: %s [%s]\n", __FILE__, line, expression, context);
+}
+
+static void need(int good, const char *what)
+{
+    if (good)
+        return;
+    printf("test_run: %s: %s\n", what, strerror(errno));
+    exit(1);
+}
+
+/* ---- files, and a pread that fails by script ---- */
+
+enum { FILES = 7, WORDS = 12, POSITION = 64, MOST_SLOTS = 4096, MOST_FD = 1024 };
+
+static int fds[FILES];
+
+/* By fd. After `left` more calls of pread: with error EINTR once, with any other for good. 0: no script. */
+static struct script {
+    long left;
+    int error;
+    int split; /* every read is handed out in two pieces */
+} scripts[MOST_FD];
+static long calls;
+
+ssize_t __real_pread(int fd, void *buffer, size_t count, off_t offset);
+ssize_t __real_pread64(int fd, void *buffer, size_t count, int64_t offset);
+ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset);
+ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset);
+
+/* A file is read by one thread at a time, so its script needs no lock; 0: read on, else what to return. */
+static ssize_t by_script(int fd, size_t *count)
+{
+    __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
+    if (fd < 0 || fd >= MOST_FD)
+        return 0;
+    struct script *script = &scripts[fd];
+    if (script->split && *count > 8)
+        *count = *count / 2 + 3;
+    if (!script->error)
+        return 0;
+    if (script->left-- > 0)
+        return 0;
+    errno = script->error;
+    if (script->error == EINTR)
+        script->left = 1;
+    return -1;
+}
+
+ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset)
+{
+    return by_script(fd, &count) ? -1 : __real_pread(fd, buffer, count, offset);
+}
+
+ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset)
+{
+    return by_script(fd, &count) ? -1 : __real_pread64(fd, buffer, count, offset);
+}
+
+static void put_values(int file, uint64_t add)
+{
+    uint64_t values[WORDS];
+    for (uint64_t w = 0; w < WORDS; ++w)
+        values[w] = (uint64_t)file * 1000 + w + add;
+    need(pwrite(fds[file], values, sizeof values, POSITION) == sizeof values, "pwrite");
+}
+
+static void make_files(void)
+{
+    for (int i = 0; i < FILES; ++i) {
+        fds[i] = memfd_create("test_run", MFD_CLOEXEC);
+        need(fds[i] >= 0 && fds[i] < MOST_FD, "memfd_create");
+        put_values(i, 0);
+    }
+}
+
+/* ---- one sampler, all of it in one struct, every buffer of its exact size on the heap (for the sanitizers) ---- */
+
+static const uint32_t picked[] = {5, 0, 9}; /* of the values from word 1 on */
+
+struct sampler {
+    struct kvmstats_source sources[FILES];
+    struct kvmstats_file files[FILES];
+    struct kvmstats_sweep sweep;
+    struct kvmstats_run run;
+    uint64_t *rows[FILES];
+};
+
+static void *new_zeros(uint64_t n, size_t size)
+{
+    void *memory = calloc((size_t)n, size);
+    need(memory != NULL, "calloc");
+    return memory;
+}
+
+/* Odd files gather, the others keep every word. */
+static struct sampler *new_sampler(uint64_t n, uint32_t threads, uint64_t chunk, uint64_t depth)
+{
+    struct sampler *s = new_zeros(1, sizeof *s);
+    uint64_t slots = chunk * depth;
+
+    memset(scripts, 0, sizeof scripts);
+    need(n <= FILES && slots <= MOST_SLOTS, "sampler");
+    for (uint64_t i = 0; i < n; ++i) {
+        int gathers = i % 2 == 1;
+        s->sources[i].fd = fds[i];
+        s->sources[i].value_size = 8;
+        s->files[i].source = &s->sources[i];
+        s->files[i].position = POSITION + (gathers ? 8 : 0);
+        s->files[i].count = gathers ? WORDS - 2 : WORDS;
+        s->files[i].gather = gathers ? picked : NULL;
+        s->files[i].width = gathers ? LENGTH(picked) : WORDS;
+        s->files[i].step = s->files[i].width;
+        s->rows[i] = s->files[i].row = new_zeros(slots * s->files[i].width, sizeof(uint64_t));
+    }
+    s->sweep.files = s->files;
+    s->sweep.num_files = n;
+    s->sweep.scratch_size = WORDS - 2;
+    s->sweep.scratch = new_zeros(threads * s->sweep.scratch_size, sizeof(uint64_t));
+    s->run.files = s->files;
+    s->run.num_files = n;
+    s->run.scratch = s->sweep.scratch;
+    s->run.scratch_size = s->sweep.scratch_size;
+    s->run.ticks = UINT64_MAX >> 2;
+    s->run.threads = threads;
+    s->run.event_fd = -1;
+    s->run.spin_ns = 100000;
+    s->run.wait = KVMSTATS_WAIT_SLEEP;
+    s->run.chunk = chunk;
+    s->run.depth = depth;
+    s->run.chunks = new_zeros(depth, sizeof *s->run.chunks);
+    s->run.time = new_zeros(slots, sizeof *s->run.time);
+    s->run.sweep_ns = new_zeros(slots, sizeof *s->run.sweep_ns);
+    s->run.tick = new_zeros(slots, sizeof *s->run.tick);
+    return s;
+}
+
+static void end_sampler(struct sampler *s)
+{
+    for (uint64_t i = 0; i < s->sweep.num_files; ++i)
+        free(s->rows[i]);
+    free(s->sweep.scratch);
+    free(s->run.chunks);
+    free(s->run.time);
+    free(s->run.sweep_ns);
+    free(s->run.tick);
+    free(s);
+}
+
+static int row_is(const struct sampler *s, uint64_t file, uint64_t slot, uint64_t add)
+{
+    uint64_t width = s->files[file].width;
+    const uint64_t *row = s->rows[file] + slot * width;
+    for (uint64_t w = 0; w < width; ++w)
+        if (row[w] != file * 1000 + (s->files[file].gather ? picked[w] + 1 : w) + add)
+            return 0;
+    return 1;
+}
+
+static int row_is_zero(const struct sampler *s, uint64_t file, uint64_t slot)
+{
+    uint64_t width = s->files[file].width;
+    for (uint64_t w = 0; w < width; ++w)
+        if (s->rows[file][slot * width + w])
+            return 0;
+    return 1;
+}
+
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static void nap(int64_t ns)
+{
+    struct timespec time = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+    clock_nanosleep(CLOCK_MONOTONIC, 0, &time, NULL);
+}
+
+/* ---- a run with others around it ---- */
+
+struct reading {
+    struct sampler *s;
+    int64_t pause;      /* ns with each chunk */
+    uint64_t most;      /* chunks to take; then read no more */
+    int ended;          /* set, atomically, when kvmstats_run is back */
+    uint64_t chunks;    /* read */
+    uint64_t sweeps, missed, overruns, zeros;
+    uint64_t last_tick; /* and the order of it all */
+    int64_t last_time;
+};
+
+static void read_chunk(struct reading *r)
+{
+    struct kvmstats_run *run = &r->s->run;
+    uint64_t place = r->chunks % run->depth;
+    const struct kvmstats_chunk *chunk = &run->chunks[place];
+
+    CHECK(chunk->used >= 1 && chunk->used <= run->chunk);
+    CHECK(chunk->first == r->sweeps);
+    CHECK(chunk->overruns <= chunk->missed);
+    for (uint64_t j = 0; j < chunk->used; ++j) {
+        uint64_t slot = place * run->chunk + j;
+        CHECK(r->sweeps == 0 || run->tick[slot] > r->last_tick);
+        CHECK(r->sweeps == 0 || run->time[slot] >= r->last_time);
+        CHECK(run->sweep_ns[slot] >= 0);
+        if (run->interval) { /* not early, and no tick that another has overtaken */
+            int64_t due = run->start + (int64_t)run->tick[slot] * run->interval;
+            CHECK(run->time[slot] >= due);
+            CHECK(run->time[slot] < due + run->interval || run->tick[slot] == run->ticks - 1);
+        }
+        r->last_tick = run->tick[slot];
+        r->last_time = run->time[slot];
+        for (uint64_t i = 0; i < r->s->sweep.num_files; ++i)
+            if (row_is_zero(r->s, i, slot))
+                ++r->zeros;
+            else
+                CHECK(row_is(r->s, i, slot, 0));
+        ++r->sweeps;
+    }
+    r->missed += chunk->missed;
+    r->overruns += chunk->overruns;
+}
+
+static void *read_all(void *argument)
+{
+    struct reading *r = argument;
+
+    for (;;) {
+        int ended = __atomic_load_n(&r->ended, __ATOMIC_ACQUIRE); /* before what is ready is looked at */
+        if (r->chunks < r->most && kvmstats_ready(&r->s->run) > r->chunks) {
+            if (r->pause)
+                nap(r->pause);
+            read_chunk(r);
+            ++r->chunks;
+            kvmstats_release(&r->s->run, r->chunks);
+        } else if (ended) {
+            return NULL;
+        } else {
+            nap(100000);
+        }
+    }
+}
+
+struct stopper {
+    struct kvmstats_run *run;
+    int64_t after, at; /* ns; when it stopped */
+};
+
+static void *stop_later(void *argument)
+{
+    struct stopper *stopper = argument;
+    nap(stopper->after);
+    stopper->at = now_ns();
+    kvmstats_stop(stopper->run);
+    return NULL;
+}
+
+static int run_with(struct reading *reading, struct stopper *stopper)
+{
+    pthread_t reader, other;
+    need(pthread_create(&reader, NULL, read_all, reading) == 0, "pthread_create");
+    if (stopper)
+        need(pthread_create(&other, NULL, stop_later, stopper) == 0, "pthread_create");
+    int status = kvmstats_run(&reading->s->run);
+    __atomic_store_n(&reading->ended, 1, __ATOMIC_RELEASE);
+    pthread_join(reader, NULL);
+    if (stopper)
+        pthread_join(other, NULL);
+    return status;
+}
+
+/* All that was taken was read, and all that was not taken was missed. */
+static void check_accounts(const struct reading *r, uint64_t ticks)
+{
+    const struct kvmstats_run *run = &r->s->run;
+    CHECK(run->status == 0);
+    CHECK(run->taken + run->missed == ticks);
+    CHECK(run->overruns <= run->missed);
+    CHECK(r->sweeps == run->taken);
+    CHECK(r->chunks == run->head && r->chunks == run->tail);
+    CHECK(r->missed <= run->missed && r->overruns <= run->overruns);
+    CHECK(r->last_tick + 1 + (run->missed - r->missed) == ticks);
+}
+
+/* ---- the tests ---- */
+
+static const uint32_t thread_counts[] = {1, 2, 4, 64};
+static const int waits[] = {KVMSTATS_WAIT_SLEEP, KVMSTATS_WAIT_SPIN, KVMSTATS_WAIT_HYBRID};
+
+static void test_sweep(void)
+{
+    struct sampler *s = new_sampler(FILES, 1, 1, 1);
+
+    snprintf(context, sizeof context, "sweep");
+    CHECK(kvmstats_sweep(&s->sweep) == 0);
+    for (uint64_t i = 0; i < FILES; ++i)
+        CHECK(row_is(s, i, 0, 0));
+
+    /* One pread a file; more only where it is interrupted or handed out in pieces. */
+    calls = 0;
+    CHECK(kvmstats_sweep(&s->sweep) == 0);
+    CHECK(calls == FILES);
+    for (int i = 0; i < FILES; ++i)
+        scripts[fds[i]] = (struct script){.left = 0, .error = EINTR, .split = 1};
+    for (uint64_t i = 0; i < FILES; ++i)
+        memset(s->rows[i], 0xa5, s->files[i].width * 8);
+    CHECK(kvmstats_sweep(&s->sweep) == 0);
+    for (uint64_t i = 0; i < FILES; ++i)
+        CHECK(row_is(s, i, 0, 0));
+    memset(scripts, 0, sizeof scripts);
+
+    /* Files fail, each for its own reason, and are tried again by the next sweep. */
+    scripts[fds[0]] = (struct script){.error = EIO};
+    s->sources[3].fd = -1;
+    need(ftruncate(fds[4], POSITION + 20) == 0, "ftruncate");
+    CHECK(kvmstats_sweep(&s->sweep) == 3);
+    CHECK(s->sweep.failed == 3);
+    CHECK(s->files[0].error == EIO && s->files[3].error == EBADF && s->files[4].error == ENODATA);
+    CHECK(s->files[4].got == 20);
+    for (uint64_t i = 0; i < FILES; ++i)
+        CHECK(i == 0 || i == 3 || i == 4 ? row_is_zero(s, i, 0) : row_is(s, i, 0, 0));
+    CHECK(kvmstats_sweep(&s->sweep) == 3);
+    memset(scripts, 0, sizeof scripts);
+    s->sources[3].fd = fds[3];
+    put_values(4, 0);
+    CHECK(kvmstats_sweep(&s->sweep) == 0);
+    for (uint64_t i = 0; i < FILES; ++i)
+        CHECK(s->files[i].error == 0 && row_is(s, i, 0, 0));
+
+    /* In use elsewhere. */
+    CHECK(kvmstats_lock(&s->sweep) == 0);
+    CHECK(kvmstats_lock(&s->sweep) == -EBUSY);
+    CHECK(kvmstats_sweep(&s->sweep) == -EBUSY);
+    kvmstats_unlock(&s->sweep);
+    CHECK(kvmstats_sweep(&s->sweep) == 0);
+    end_sampler(s);
+}
+
+/* As fast as possible: every sweep is taken, in order, however few chunks there are, however many threads. */
+static void test_interval_0(void)
+{
+    static const uint64_t shapes[][2] = {{1, 1}, {1, 3}, {7, 1}, {10, 4}}; /* chunk, depth */
+
+    for (size_t t = 0; t < LENGTH(thread_counts); ++t)
+        for (size_t k = 0; k < LENGTH(shapes); ++k) {
+            struct sampler *s = new_sampler(t == 0 ? 1 : FILES, thread_counts[t], shapes[k][0], shapes[k][1]);
+            struct reading r = {.s = s, .most = UINT64_MAX};
+            snprintf(context, sizeof context, "interval 0, %u threads, chunk %d, depth %d", thread_counts[t],
+                     (int)shapes[k][0], (int)shapes[k][1]);
+            s->run.ticks = 45;
+            CHECK(run_with(&r, NULL) == 0);
+            check_accounts(&r, 45);
+            CHECK(s->run.missed == 0 && s->run.overruns == 0 && r.zeros == 0);
+            CHECK(r.chunks == (45 + shapes[k][0] - 1) / shapes[k][0]);
+            CHECK(s->run.chunks[(r.chunks - 1) % shapes[k][1]].used == (45 - 1) % shapes[k][0] + 1);
+            end_sampler(s);
+        }
+}
+
+/* A schedule that can be kept, and one that cannot: taken + missed are all ticks, and no tick comes early. */
+static void test_schedule(void)
+{
+    static const int64_t intervals[] = {1, 3000, 200000};
+
+    for (size_t w = 0; w < LENGTH(waits); ++w)
+        for (size_t i = 0; i < LENGTH(intervals); ++i)
+            for (size_t t = 0; t < LENGTH(thread_counts) - 1; ++t) {
+                struct sampler *s = new_sampler(FILES, thread_counts[t], 16, 64);
+                struct reading r = {.s = s, .most = UINT64_MAX};
+                snprintf(context, sizeof context, "interval %d ns, wait %d, %u threads", (int)intervals[i], waits[w],
+                         thread_counts[t]);
+                s->run.interval = intervals[i];
+                s->run.wait = waits[w];
+                s->run.ticks = 100;
+                CHECK(run_with(&r, NULL) == 0);
+                check_accounts(&r, 100);
+                CHECK(r.zeros == 0 && s->run.overruns == 0 && r.last_tick == 99);
+                CHECK(r.last_time >= s->run.start + 99 * intervals[i]);
+                end_sampler(s);
+            }
+}
+
+/* A reader that is slow, or stops reading: the ring overruns, and every lost tick is counted. */
+static void test_overruns(void)
+{
+    uint64_t overruns = 0;
+
+    for (uint64_t depth = 1; depth <= 3; ++depth)
+        for (uint64_t most = 1; most <= 100; most += 99) {
+            struct sampler *s = new_sampler(3, 2, 2, depth);
+            struct reading r = {.s = s, .most = most, .pause = 5000000};
+            snprintf(context, sizeof context, "overruns, depth %d, reader takes %d", (int)depth, (int)most);
+            s->run.interval = 100000;
+            s->run.ticks = 300;
+            CHECK(run_with(&r, NULL) == 0);
+            CHECK(s->run.taken + s->run.missed == 300);
+            CHECK(s->run.overruns <= s->run.missed);
+            overruns += s->run.overruns;
+            CHECK(s->run.head - s->run.tail <= depth);
+            if (most == 1) { /* nobody reads: what fills the ring, and no more */
+                CHECK(r.chunks == 1 && s->run.head <= 1 + depth && s->run.taken <= 2 * (1 + depth));
+                CHECK(r.sweeps == 2);
+            } else {
+                check_accounts(&r, 300);
+            }
+            end_sampler(s);
+        }
+
+    CHECK(overruns > 0);
+
+    /* Without a schedule the run waits for its reader; a stop ends that too. */
+    struct sampler *s = new_sampler(2, 1, 4, 2);
+    struct reading r = {.s = s, .most = 0};
+    struct stopper stopper = {.run = &s->run, .after = 20000000};
+    snprintf(context, sizeof context, "a full ring without a schedule");
+    CHECK(run_with(&r, &stopper) == 0);
+    CHECK(s->run.taken == 8 && s->run.head == 2 && s->run.missed == 0 && s->run.overruns == 0);
+    end_sampler(s);
+}
+
+static void test_failures(void)
+{
+    for (size_t t = 0; t < LENGTH(thread_counts); ++t)
+        for (int strict = 0; strict < 2; ++strict) {
+            struct sampler *s = new_sampler(FILES, thread_counts[t], 50, 1);
+            struct reading r = {.s = s, .most = UINT64_MAX};
+            snprintf(context, sizeof context, "failures, %u threads, strict %d", thread_counts[t], strict);
+            for (int i = 0; i < 3; ++i) /* sweeps 10, 20 and 30 */
+                scripts[fds[2 * i + 1]] = (struct script){.left = 10 * (i + 1), .error = i == 1 ? EBADF : EIO};
+            s->run.ticks = 50;
+            s->run.strict = strict;
+            CHECK(run_with(&r, NULL) == 0);
+            CHECK(s->files[1].error == EIO && s->files[1].failed_at == 10);
+            if (strict) {
+                check_accounts(&r, 11);
+                CHECK(r.zeros == 1 && row_is_zero(s, 1, 10) && row_is(s, 1, 9, 0));
+            } else {
+                check_accounts(&r, 50);
+                CHECK(r.zeros == 40 + 30 + 20);
+                CHECK(s->files[3].error == EBADF && s->files[3].failed_at == 20);
+                CHECK(s->files[5].error == EIO && s->files[5].failed_at == 30);
+                CHECK(row_is(s, 5, 29, 0) && row_is_zero(s, 5, 30));
+            }
+            CHECK(s->files[0].error == 0 && s->files[6].error == 0);
+            end_sampler(s);
+        }
+
+    /* No file is left: the run ends with the sweep that says so. */
+    struct sampler *s = new_sampler(2, 2, 8, 1);
+    struct reading r = {.s = s, .most = UINT64_MAX};
+    snprintf(context, sizeof context, "no file left");
+    scripts[fds[0]] = (struct script){.left = 2, .error = EIO};
+    scripts[fds[1]] = (struct script){.left = 5, .error = EIO};
+    s->run.interval = 1000;
+    s->run.wait = KVMSTATS_WAIT_SPIN;
+    CHECK(run_with(&r, NULL) == 0);
+    CHECK(s->run.taken == 6 && r.sweeps == 6 && r.zeros == 4 + 1 && s->files[1].failed_at == 5);
+    end_sampler(s);
+
+    /* A file that becomes shorter, in a run: after how many bytes it ends. */
+    s = new_sampler(2, 1, 4, 1);
+    r = (struct reading){.s = s, .most = UINT64_MAX};
+    snprintf(context, sizeof context, "a short file");
+    need(ftruncate(fds[0], POSITION + 17) == 0, "ftruncate");
+    s->run.ticks = 4;
+    CHECK(run_with(&r, NULL) == 0);
+    check_accounts(&r, 4);
+    CHECK(s->files[0].error == ENODATA && s->files[0].got == 17 && s->files[0].failed_at == 0 && r.zeros == 4);
+    put_values(0, 0);
+    end_sampler(s);
+}
+
+/* Stopped, from a third thread, far from the next tick and in the middle of work; ended by time. */
+static void test_stop(void)
+{
+    static const int64_t intervals[] = {0, 20000, 3600000000000};
+
+    for (size_t w = 0; w < LENGTH(waits); ++w)
+        for (size_t i = 0; i < LENGTH(intervals); ++i) {
+            struct sampler *s = new_sampler(FILES, 4, 5, 3);
+            struct reading r = {.s = s, .most = UINT64_MAX};
+            struct stopper stopper = {.run = &s->run, .after = 15000000};
+            snprintf(context, sizeof context, "stop, interval %lld, wait %d", (long long)intervals[i], waits[w]);
+            s->run.interval = intervals[i];
+            s->run.wait = waits[w];
+            CHECK(run_with(&r, &stopper) == 0);
+            CHECK(now_ns() - stopper.at < 500000000); /* 20 ms, on a machine that lets us run */
+            CHECK(s->run.taken >= 1 && r.sweeps == s->run.taken && r.chunks == s->run.head);
+            CHECK(r.zeros == 0);
+            if (intervals[i] == 3600000000000)
+                CHECK(s->run.taken == 1 && s->run.missed == 0 && s->run.chunks[0].used == 1);
+            end_sampler(s);
+        }
+
+    /* Before it starts. */
+    struct sampler *s = new_sampler(1, 4, 5, 1);
+    snprintf(context, sizeof context, "stopped before");
+    kvmstats_stop(&s->run);
+    CHECK(kvmstats_run(&s->run) == 0);
+    CHECK(s->run.taken == 0 && s->run.missed == 0 && kvmstats_ready(&s->run) == 0);
+    end_sampler(s);
+
+    s = new_sampler(2, 1, 64, 32);
+    struct reading r = {.s = s, .most = UINT64_MAX};
+    snprintf(context, sizeof context, "duration");
+    s->run.duration = 20000000;
+    int64_t begin = now_ns();
+    CHECK(run_with(&r, NULL) == 0);
+    CHECK(now_ns() - begin >= 20000000);
+    CHECK(r.sweeps == s->run.taken && s->run.taken > 1);
+    CHECK(r.last_time < s->run.start + 20000000);
+    end_sampler(s);
+}
+
+/* The eventfd is told of every chunk and of the end; a run that could not start says so there too. */
+static void test_event(void)
+{
+    struct sampler *s = new_sampler(1, 1, 4, 8);
+    uint64_t told = 0;
+
+    snprintf(context, sizeof context, "eventfd");
+    s->run.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    need(s->run.event_fd >= 0, "eventfd");
+    s->run.ticks = 10;
+    CHECK(kvmstats_run(&s->run) == 0);
+    CHECK(s->run.head == 3 && s->run.chunks[2].used == 2);
+    CHECK(read(s->run.event_fd, &told, sizeof told) == sizeof told && told == 3 + 1);
+
+    /* Full: the run goes on. */
+    told = UINT64_MAX - 1;
+    need(write(s->run.event_fd, &told, sizeof told) == sizeof told, "write");
+    kvmstats_release(&s->run, 4); /* more than are ready: nothing is done with */
+    CHECK(s->run.tail == 0);
+    kvmstats_release(&s->run, 2);
+    CHECK(kvmstats_run(&s->run) == 0);
+    CHECK(s->run.taken == 20 && s->run.head == 6);
+    close(s->run.event_fd);
+    end_sampler(s);
+}
+
+static void test_timer_slack(void)
+{
+    struct sampler *s = new_sampler(1, 2, 4, 1);
+    snprintf(context, sizeof context, "timer slack");
+    need(prctl(PR_SET_TIMERSLACK, 12345L, 0L, 0L, 0L) == 0, "prctl");
+    s->run.ticks = 3;
+    s->run.interval = 1000;
+    CHECK(kvmstats_run(&s->run) == 0);
+    CHECK(prctl(PR_GET_TIMERSLACK, 0L, 0L, 0L, 0L) == 12345);
+    end_sampler(s);
+}
+
+int main(void)
+{
+    make_files();
+
+    test_sweep();
+    test_interval_0();
+    test_schedule();
+    test_overruns();
+    test_failures();
+    test_stop();
+    test_event();
+    test_timer_slack();
+
+    if (failures) {
+        printf("test_run: %lu checks, %lu failed\n", checks, failures);
+        return 1;
+    }
+    printf("test_run: %lu checks\n", checks);
+    return 0;
+}
