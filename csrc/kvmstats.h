@@ -207,16 +207,17 @@ struct kvmstats_sweep {
     uint64_t num_files;
     uint64_t *scratch; /* scratch_size values per thread, for files that gather; may be NULL if none does */
     uint64_t scratch_size;
-    uint32_t busy;   /* see kvmstats_lock */
+    uint64_t owner;  /* see kvmstats_lock; 0: nobody */
     uint32_t failed; /* files that failed in the last kvmstats_sweep */
 };
 
 /*
- * Take the struct for this thread, or -EBUSY; and give it back. kvmstats_sweep does both by itself; whoever starts a run
- * over the same files and scratch holds it from before the run until after it.
+ * Take the struct for an owner (any number from 2 on), or -EBUSY; and give it back, which does nothing if it is not that
+ * owner's. kvmstats_sweep does both by itself, as owner 1; whoever starts a run over the same files and scratch holds it
+ * from before the run until after it.
  */
-int kvmstats_lock(struct kvmstats_sweep *sweep);
-void kvmstats_unlock(struct kvmstats_sweep *sweep);
+int kvmstats_lock(struct kvmstats_sweep *sweep, uint64_t owner);
+void kvmstats_unlock(struct kvmstats_sweep *sweep, uint64_t owner);
 
 /*
  * Read every file once, into slot 0 of its row. Returns how many files failed (their rows are unspecified, `error`

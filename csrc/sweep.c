@@ -90,26 +90,27 @@ static int sweep_part(struct kvmstats_file *files, uint64_t begin, uint64_t end,
     return failed;
 }
 
-int kvmstats_lock(struct kvmstats_sweep *sweep)
+int kvmstats_lock(struct kvmstats_sweep *sweep, uint64_t owner)
 {
-    return __atomic_exchange_n(&sweep->busy, 1, __ATOMIC_ACQUIRE) ? -EBUSY : 0;
+    uint64_t nobody = 0;
+    return __atomic_compare_exchange_n(&sweep->owner, &nobody, owner, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED) ? 0 : -EBUSY;
 }
 
-void kvmstats_unlock(struct kvmstats_sweep *sweep)
+void kvmstats_unlock(struct kvmstats_sweep *sweep, uint64_t owner)
 {
-    __atomic_store_n(&sweep->busy, 0, __ATOMIC_RELEASE);
+    __atomic_compare_exchange_n(&sweep->owner, &owner, 0, 0, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
 }
 
 int kvmstats_sweep(struct kvmstats_sweep *sweep)
 {
-    if (kvmstats_lock(sweep))
+    if (kvmstats_lock(sweep, 1))
         return -EBUSY;
     if (sweep->failed) /* tried again, each time */
         for (uint64_t i = 0; i < sweep->num_files; ++i)
             sweep->files[i].error = 0;
     int failed = sweep_part(sweep->files, 0, sweep->num_files, sweep->scratch, 0, 0);
     sweep->failed = (uint32_t)failed;
-    kvmstats_unlock(sweep);
+    kvmstats_unlock(sweep, 1);
     return failed;
 }
 

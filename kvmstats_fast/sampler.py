@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import operator
 import os
 import select
@@ -14,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import WeakSet
 
 import numpy as np
 
@@ -467,11 +469,11 @@ class _Run:
     def __init__(self, sampler: Sampler, schedule: _Schedule, chunk: int, depth: int, strict: bool) -> None:
         self._sampler = sampler
         self._event = -1
+        self._owner = next(_OWNERS)
         self._failure: BaseException | None = None
         self.ended = threading.Event()
-        if lib.kvmstats_lock(sampler._sweep):
+        if lib.kvmstats_lock(sampler._sweep, self._owner):
             raise RuntimeError(_BUSY)
-        self._is_locked = True
         try:
             self._prepare(sampler, schedule, chunk, depth, strict)
         except BaseException:
@@ -557,9 +559,10 @@ class _Run:
         event, self._event = self._event, -1
         if event >= 0:
             os.close(event)
-        if self._is_locked:
-            self._is_locked = False
-            lib.kvmstats_unlock(self._sampler._sweep)
+        lib.kvmstats_unlock(self._sampler._sweep, self._owner)
+
+    # For when Ctrl-C or an error kept `close` from being reached. The thread holds us, so it is not in C any more.
+    __del__ = _free
 
     def abandon(self) -> None:
         """In a forked child, where the thread is not."""
@@ -626,7 +629,8 @@ class _Run:
 
 #: Runs whose thread is in C. It must not be there any more when the interpreter takes its memory back; in a forked
 #: child it is not there at all.
-_RUNNING: set[_Run] = set()
+_RUNNING: WeakSet[_Run] = WeakSet()
+_OWNERS = itertools.count(2)
 
 
 @atexit.register

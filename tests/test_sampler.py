@@ -146,6 +146,8 @@ def test_what_cannot_be_sampled_is_refused(files):
         ({"interval": -1}, "interval is -1"),
         ({"interval": float("nan")}, "interval is nan"),
         ({"interval": 1e-10}, "clock counts ns"),
+        ({"interval": 1e10}, "interval is 10000000000.0; .* at most 1e"),
+        ({"interval": 1, "duration": 1e300}, "duration is 1e.300"),
         ({"interval": 1, "count": 0}, "count is 0"),
         ({"interval": 1, "duration": 0}, "duration is 0"),
         ({"interval": 1, "wait": "nap"}, "wait is 'nap'"),
@@ -216,6 +218,7 @@ def test_interval_0_samples_as_fast_as_it_can(files):
     assert (len(samples), samples.missed, samples.interval) == (5000, 0, 0)
     assert samples.tick.tolist() == list(range(5000))
     assert (np.diff(samples.time) >= samples.sweep_ns[:-1]).all()
+    assert len(sampler.run(0, count=10**12, duration=0.02)) > 100
     timed = sampler.run(0, duration=0.1)
     assert 0.09e9 < timed.time[-1] - timed.time[0] <= 0.1e9
     assert timed.tick.tolist() == list(range(len(timed)))
@@ -549,8 +552,9 @@ def test_runs_that_do_not_fit_into_memory_are_refused_before_they_start(files):
     """A MemoryError says how much it would be and what to do; the Sampler is free afterwards."""
     sampler = kf.Sampler(files)
     before = open_fds()
-    with pytest.raises(MemoryError, match=r"MiB.*stats=.*stream\(\)"):
+    with pytest.raises(MemoryError, match=r"MiB.*stats=.*stream\(\)") as caught:
         sampler.run(0.001, count=1 << 40)
+    assert caught.value.__traceback__ is not None  # what it holds does not keep the Sampler busy
     assert open_fds() == before
     assert len(sampler.run(0, count=1)) == 1
 
@@ -568,6 +572,181 @@ def test_nothing_is_left_of_ten_thousand_samplers(files):
             sampler.run(0, count=2)
     assert (open_fds(), threading.active_count()) == (fds, threads)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 2048  # KiB: 210 bytes for each
+
+
+RANDOM_CTRL_C = """
+import os, random, signal, sys, threading, time
+import kvmstats_fast as kf
+from kvmstats_fast.testing import SyntheticStats
+
+made = [SyntheticStats(vcpu_id=i) for i in range(3)]
+files = [one.open() for one in made]
+sampler = kf.Sampler(files, threads=2)
+random.seed(5)
+stop = threading.Event()
+
+def interrupt():
+    while not stop.wait(random.uniform(0.0005, 0.008)):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def attempt(i):
+    kind = i % 3
+    if kind == 0:
+        sampler.run(0.0002, count=20)
+    elif kind == 1:
+        sampler.run(0.0002, duration=None if i % 2 else 0.004)
+    else:
+        with sampler.stream(0.0002, chunk=5, count=20) as stream:
+            for part in stream:
+                assert part["exits"].shape[1] == 3
+
+thread = threading.Thread(target=interrupt)
+thread.start()
+ended, i, end = 0, 0, time.monotonic() + 4
+while True:
+    try:
+        while time.monotonic() < end:
+            i += 1
+            attempt(i)
+            ended += 1
+        break
+    except KeyboardInterrupt:
+        continue
+    except RuntimeError as error:  # one that Ctrl-C kept from being closed is still on its way out
+        assert "at work already" in str(error)
+        time.sleep(0.001)
+while True:
+    try:
+        stop.set()
+        thread.join()
+        break
+    except KeyboardInterrupt:
+        continue
+time.sleep(0.2)
+samples = sampler.run(0.001, count=5)
+assert len(samples) + samples.missed == 5, samples
+assert len(os.listdir("/proc/self/fd")) < 20, os.listdir("/proc/self/fd")
+print("fine" if ended > 50 else f"only {ended} of {i}")
+"""
+
+
+def test_ctrl_c_at_any_moment_leaves_the_sampler_as_it_was():
+    """Under a hail of SIGINTs nothing crashes, no fd stays open, and the Sampler is free afterwards."""
+    command = [sys.executable, "-W", "ignore", "-c", RANDOM_CTRL_C]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+
+
+def test_a_forked_child_has_no_part_in_its_parents_stream(files):
+    """In the child the stream raises and the Sampler is free; the parent's stream goes on."""
+    sampler = kf.Sampler(files)
+    reading, writing = os.pipe()
+    with sampler.stream(0.001, chunk=10, count=300) as stream:
+        parts = [next(stream)]
+        child = os.fork()
+        if not child:
+            try:
+                for _ in range(20):
+                    next(stream)
+            except RuntimeError as error:
+                stream.__exit__(None, None, None)
+                samples = sampler.run(0.001, count=3)
+                os.write(writing, f"{len(samples) + samples.missed} {error}".encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        os.waitpid(child, 0)
+        parts.extend(stream)
+    with os.fdopen(reading) as pipe:
+        assert pipe.read().startswith("3 this run or stream stayed in the parent process")
+    assert sum(len(part) + part.missed for part in parts) == 300
+
+
+def test_a_stream_has_one_reader(files):
+    """A second thread that reads the same stream is told so, and takes nothing away from the first."""
+    refused = []
+    with kf.Sampler(files).stream(0.02, chunk=10, count=20) as stream:
+
+        def read():
+            try:
+                next(stream)
+            except RuntimeError as error:
+                refused.append(str(error))
+
+        timer = threading.Timer(0.05, read)
+        timer.start()
+        parts = list(stream)
+        timer.join()
+    assert sum(len(part) + part.missed for part in parts) == 20
+    assert refused == ["another thread is reading this stream: it has one reader"]
+
+
+def test_a_stopped_stream_ends_at_once_and_what_it_has_can_be_read(files):
+    """stop() ends the run within 100 ms; the samples taken before still come, after the with block too."""
+    with kf.Sampler(files).stream(0.001, chunk=7) as stream:
+        time.sleep(0.1)
+        start = time.monotonic()
+        stream.stop()
+        first = next(stream)
+    assert time.monotonic() - start < 0.1
+    rest = list(stream)
+    whole = kf.Samples.concatenate([first, *rest])
+    assert 40 < len(whole) + whole.missed < 400
+    assert (np.diff(whole.tick.astype(np.int64)) > 0).all()
+
+
+def test_a_run_starts_afresh_after_a_sweep_that_failed(made, files):
+    """Files that failed in a sweep and came back are sampled by the next run from its first tick."""
+    size = len(made[1].to_bytes())
+    sampler = kf.Sampler(files)
+    os.ftruncate(made[1].fileno(), size - 8)
+    sampler.sweep()
+    assert len(sampler.errors) == 1
+    os.ftruncate(made[1].fileno(), size)
+    samples = sampler.run(0.001, count=5, strict=True)
+    assert samples.errors == ()
+    assert len(samples) + samples.missed == 5
+
+
+def test_a_sweep_while_a_stream_is_open_is_refused_and_harms_nothing(made, files):
+    """From the begin of the with block to its end the Sampler is the stream's, also when its run is over."""
+    sampler = kf.Sampler(files)
+    made[1].set("exits", 42)
+    with sampler.stream(0, chunk=2, depth=3, count=6) as stream:
+        time.sleep(0.05)
+        with pytest.raises(RuntimeError, match="at work already"):
+            sampler.sweep()
+        parts = list(stream)
+    assert (kf.Samples.concatenate(parts)["exits"][:, 0] == 42).all()
+    sampler.sweep()
+    assert sampler.view("exits").tolist() == [42, 0]
+
+
+def test_an_endless_strict_run_ends_at_the_failing_sweep(made, resources):
+    """strict=True without count or duration is as strict as with them."""
+    fds = [os.dup(one.fileno()) for one in made]
+    files = [kf.StatsFile(fd, closefd=False) for fd in fds]
+    resources.callback(os.close, fds[0])
+    resources.callback(os.close, fds[1])
+    timer = threading.Timer(0.1, os.close, (fds[2],))
+    timer.start()
+    with pytest.raises(OSError, match="closed elsewhere") as caught:
+        kf.Sampler(files).run(0.001, strict=True)
+    assert caught.value.samples.errors[0].sweep == len(caught.value.samples) - 1
+
+
+@pytest.mark.parametrize("integer", [int, np.int64, np.uint8])
+def test_any_integer_is_an_integer(files, integer):
+    """Counts, chunks, threads and processors may be numpy's."""
+    sampler = kf.Sampler(files, threads=integer(1))
+    cpu = integer(min(os.sched_getaffinity(0)))
+    assert len(sampler.run(0, count=integer(3), cpu=cpu)) == 3
+    with sampler.stream(0, chunk=integer(2), depth=integer(2), count=integer(4)) as stream:
+        assert [len(part) for part in stream] == [2, 2]
+    with pytest.raises(TypeError):
+        sampler.run(0, count=2.5)
+    with pytest.raises(TypeError):
+        kf.Sampler(files, threads=2.0)
 
 
 @pytest.mark.parametrize("entered", ["with kf.Sampler([made.open()]).stream(0, depth=1000) as s", "while True"])
@@ -617,6 +796,20 @@ def test_measure_says_what_happened_in_between(made, files):
     assert len(m.samples) == len(m.rate["exits"]) == 2
     with pytest.raises(KeyError, match="io_exits"):
         m.delta["io_exits"]
+    with pytest.raises(RuntimeError, match="has been used"), m:
+        pass
+
+
+def test_measure_does_not_hide_what_went_wrong_in_the_block(files):
+    """An error of the block comes out, also when it took the files with it."""
+
+    def close_and_fail():
+        for file in files:
+            file.close()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), kf.measure(files):
+        close_and_fail()
 
 
 # ---- the real kernel

@@ -106,11 +106,15 @@ def test_parts_put_together_are_the_whole():
     """Slices concatenate to what they were cut from; missed ticks add up; one part alone is not copied."""
     x = samples_of([[{"count": i}] for i in range(9)], ticks=[0, 1, 2, 5, 6, 7, 8, 10, 11])
     x.missed = 3
-    whole = kf.Samples.concatenate([x[:4], x[4:6], x[6:]])
-    assert whole["count"].tolist() == x["count"].tolist()
-    assert whole.tick.tolist() == x.tick.tolist()
-    assert (x[:4].missed, x[4:6].missed, x[6:].missed) == (2, 0, 1)
-    assert (whole.missed, x[:].missed) == (3, 3)
+    for cuts in ((4, 6), (3, 7), (1, 2)):
+        parts = [x[: cuts[0]], x[cuts[0] : cuts[1]], x[cuts[1] :]]
+        whole = kf.Samples.concatenate(parts)
+        assert whole["count"].tolist() == x["count"].tolist()
+        assert whole.tick.tolist() == x.tick.tolist()
+        assert whole.missed == x[:].missed == 3
+    assert [part.missed for part in (x[:3], x[3:7], x[7:])] == [0, 2, 1]
+    x.missed = 5  # two before the first, as a stream's chunk may have
+    assert [part.missed for part in (x[:3], x[3:7], x[7:])] == [2, 2, 1]
     assert kf.Samples.concatenate([x]) is x
 
 
@@ -126,6 +130,8 @@ def test_parts_that_do_not_belong_together_are_refused():
         kf.Samples.concatenate([x[2:], x[:2]])
     with pytest.raises(ValueError, match="must be positive"):
         x[::-1]
+    with pytest.raises(TypeError, match="3 is neither"):
+        x[3]
 
 
 def test_a_name_in_vm_and_vcpu_files_must_be_asked_for_by_kind():
@@ -140,6 +146,8 @@ def test_a_name_in_vm_and_vcpu_files_must_be_asked_for_by_kind():
             assert x.vm["count"].tolist() == [[1], [1]]
             assert x.vcpu["count"].tolist() == [[2], [2]]
             assert [info.kind for info in x.vm.columns("count")] == ["vm"]
+            assert [info.kind for info in x.vcpu.files] == ["vcpu"]
+            assert "1 VM and 0 vCPU files" in repr(x.vm)
             assert x.vcpu.delta("count").tolist() == [[0]]
             with pytest.raises(KeyError, match="did you mean count"):
                 x["counts"]

@@ -368,10 +368,11 @@ static void test_sweep(void)
         CHECK(s->files[i].error == 0 && row_is(s, i, 0, 0));
 
     /* In use elsewhere. */
-    CHECK(kvmstats_lock(&s->sweep) == 0);
-    CHECK(kvmstats_lock(&s->sweep) == -EBUSY);
+    CHECK(kvmstats_lock(&s->sweep, 7) == 0);
+    CHECK(kvmstats_lock(&s->sweep, 7) == -EBUSY);
+    kvmstats_unlock(&s->sweep, 8); /* not its owner */
     CHECK(kvmstats_sweep(&s->sweep) == -EBUSY);
-    kvmstats_unlock(&s->sweep);
+    kvmstats_unlock(&s->sweep, 7);
     CHECK(kvmstats_sweep(&s->sweep) == 0);
     end_sampler(s);
 }
