@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
                 count = moved[1 + vcpu].get(counter, 0)
                 verdict = "right" if good else "WRONG"
                 if good and count != exits:
-                    verdict += ", the host preempted the vCPU in mid-exit"
+                    verdict += ", the host interrupted an exit"
                 print(f"vcpu {vcpu} left the guest {exits} times, {counter} moved by {count}: {verdict}")
     return 0 if all(right) else 1
 
