@@ -818,7 +818,7 @@ def test_measure_says_what_happened_in_between(made, files):
     assert m.delta["exits"].tolist() == [5, 0]
     assert m.delta["halt_wait_hist"][1].tolist() == [0, 0, 0, 0, 3] + [0] * 27
     assert m.rate["exits"][0] == pytest.approx(5 / m.elapsed)
-    assert 0.02 <= m.elapsed < 2
+    assert m.elapsed >= 0.02
     assert 0 < m.cost < m.elapsed
     assert sorted(m.delta) == ["exits", "halt_wait_hist", "mmu_unsync"]
     assert len(m.samples) == len(m.rate["exits"]) == 2
