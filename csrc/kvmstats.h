@@ -197,7 +197,7 @@ struct kvmstats_file {
     uint64_t step;
     uint64_t failed_at; /* sweep at which it failed, counted from the start of the run */
     uint64_t got;       /* with error ENODATA: how many bytes the file still had */
-    int32_t error;      /* errno, once it failed: a run does not read it again, kvmstats_sweep does */
+    int32_t error;      /* errno, once it failed: a run then writes rows of 0, kvmstats_sweep tries again */
 };
 
 #define KVMSTATS_MAX_THREADS 64

@@ -62,6 +62,12 @@ int kvmstats_read(struct kvmstats_source *source)
 
 /* ---- one pass over many */
 
+static void clear(uint64_t *row, uint64_t width)
+{
+    for (uint64_t i = 0; i < width; ++i)
+        row[i] = 0;
+}
+
 /* Read files [begin, end) into a slot; returns how many failed. */
 static int sweep_part(struct kvmstats_file *files, uint64_t begin, uint64_t end, uint64_t *scratch, uint64_t slot,
                       uint64_t number)
@@ -70,17 +76,18 @@ static int sweep_part(struct kvmstats_file *files, uint64_t begin, uint64_t end,
 
     for (uint64_t i = begin; i < end; ++i) {
         struct kvmstats_file *file = &files[i];
-        if (file->error)
-            continue;
         uint64_t *row = file->row + slot * file->step;
+        if (file->error) {
+            clear(row, file->width); /* the slot may have been used before */
+            continue;
+        }
         const uint32_t *gather = file->gather;
         int status = read_values(file->source, file->position, file->count, gather ? scratch : row, &file->got);
         if (status) {
             file->failed_at = number;
             /* Last: whoever sees the error in another thread sees the rest too. */
             __atomic_store_n(&file->error, -status, __ATOMIC_RELEASE);
-            for (uint64_t j = 0; j < file->width; ++j)
-                row[j] = 0; /* nothing of a read that failed half way */
+            clear(row, file->width); /* nothing of a read that failed half way */
             ++failed;
         } else if (gather) {
             for (uint64_t j = 0; j < file->width; ++j)
