@@ -22,7 +22,7 @@ import numpy as np
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.owning import Unique
-from kvmstats_fast.samples import FileInfo, Group, SampleError, Samples, find_groups
+from kvmstats_fast.samples import Block, FileInfo, SampleError, Samples, find_groups
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
@@ -141,12 +141,12 @@ class Sampler(Unique):
             "struct kvmstats_sweep *", (self._files, len(sampled), self._address(scratch), span, 0, 0)
         )
 
-    def _make_groups(self, plans: dict[Schema, _Plan]) -> tuple[Group, ...]:
+    def _make_groups(self, plans: dict[Schema, _Plan]) -> tuple[Block, ...]:
         members: dict[tuple[Schema, str], list[int]] = {}
         for index, file in enumerate(self._sampled):
             members.setdefault((file.schema, file.kind), []).append(index)
         return tuple(
-            Group(
+            Block(
                 schema,
                 kind,
                 plans[schema].places,
@@ -392,7 +392,7 @@ class _Collector:
         try:
             for part in self.stream:
                 self.parts.append(part)
-                size += sum(group.values.nbytes for group in part._groups)
+                size += sum(cast("Block", group).values.nbytes for group in part._groups)
                 _check_memory(size, sum(map(len, self.parts)))  # as much again, to put the parts together
         except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
             self.failure = error
@@ -400,7 +400,7 @@ class _Collector:
             self.ended.set()
 
 
-def _point_rows(files: Any, groups: Iterable[Group], keep: list[Any]) -> None:
+def _point_rows(files: Any, groups: Iterable[Block], keep: list[Any]) -> None:
     """Tell each C file where its rows are in its group's array, and how far apart."""
     for group in groups:
         base = ffi.from_buffer("uint64_t[]", group.values, True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
@@ -66,19 +67,63 @@ class SampleError(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """The files of one kind and schema, and the one array of their values."""
+class Group(ABC):
+    """The files of one kind and schema, and their values."""
 
     schema: Schema
     kind: str
-    places: dict[str, tuple[Stat, int]]  #: name to the statistic and its first word in a row
+    places: dict[str, tuple[Stat, int]]  #: name to the statistic and where its values are
     columns: npt.NDArray[np.intp]  #: index of each file
+
+    @abstractmethod
+    def view(self, name: str) -> npt.NDArray[np.uint64]:
+        """Give the values of a statistic, (sweeps, files) or (sweeps, files, buckets), without a copy."""
+
+    @abstractmethod
+    def part(self, key: slice) -> Group:
+        """Those sweeps, without a copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block(Group):
+    """What a Sampler fills: one array for all statistics, a reading a row. A place is a word of the row."""
+
     values: npt.NDArray[np.uint64]  #: (sweeps, files, words)
 
     def view(self, name: str) -> npt.NDArray[np.uint64]:
-        """Give the values of a statistic, (sweeps, files) or (sweeps, files, buckets), without a copy."""
+        """Give the values of a statistic."""
         stat, word = self.places[name]
         return self.values[:, :, word : word + stat.size] if stat.shape else self.values[:, :, word]
+
+    def part(self, key: slice) -> Block:
+        """Those sweeps."""
+        return replace(self, values=self.values[key])
+
+
+@dataclass(frozen=True, slots=True)
+class Columns(Group):
+    """What comes out of a file: an array for each statistic. A place is an index into them."""
+
+    arrays: tuple[npt.NDArray[np.uint64], ...]  #: each (sweeps, files) or (sweeps, files, buckets)
+
+    def view(self, name: str) -> npt.NDArray[np.uint64]:
+        """Give the values of a statistic."""
+        return self.arrays[self.places[name][1]]
+
+    def part(self, key: slice) -> Columns:
+        """Those sweeps."""
+        return replace(self, arrays=tuple(array[key] for array in self.arrays))
+
+
+def _joined(groups: Sequence[Group]) -> Group:
+    """Put the sweeps of equal groups one behind the other."""
+    first = groups[0]
+    if all(isinstance(group, Block) for group in groups):
+        blocks = cast("Sequence[Block]", groups)
+        return replace(blocks[0], values=np.concatenate([block.values for block in blocks]))
+    places = {name: (stat, index) for index, (name, (stat, _)) in enumerate(first.places.items())}
+    arrays = tuple(np.concatenate([group.view(name) for group in groups]) for name in places)
+    return Columns(first.schema, first.kind, places, first.columns, arrays)
 
 
 def find_groups(groups: Sequence[Group], name: str) -> list[Group]:
@@ -245,7 +290,7 @@ class Samples:
         if step <= 0:
             raise ValueError("samples are in the order of time: a slice's step must be positive")
         clock = (self.time[key], self.sweep_ns[key], self.tick[key])
-        groups = tuple(replace(group, values=group.values[key]) for group in self._groups)
+        groups = tuple(group.part(key) for group in self._groups)
         if (start, stop, step) == (0, len(self), 1):
             part = self._like(groups, clock, self.missed, self.errors)
             part.overruns = self.overruns
@@ -348,17 +393,11 @@ class Samples:
         if len(parts) == 1:
             return first
         for before, after in pairwise(parts):
-            same = [(group.kind, group.schema, group.columns.tolist()) for group in before._groups]
-            if after.files != before.files or same != [
-                (group.kind, group.schema, group.columns.tolist()) for group in after._groups
-            ]:
+            if after.files != before.files or after._sampled != before._sampled:
                 raise ValueError("these samples are of different files or statistics")
             if len(before) and len(after) and after.time[0] < before.time[-1]:
                 raise ValueError("these samples are not in the order of time")
-        groups = tuple(
-            replace(group, values=np.concatenate([part._groups[i].values for part in parts]))
-            for i, group in enumerate(first._groups)
-        )
+        groups = tuple(_joined(groups) for groups in zip(*(part._groups for part in parts), strict=True))
         clock = (
             np.concatenate([part.time for part in parts]),
             np.concatenate([part.sweep_ns for part in parts]),
@@ -374,6 +413,11 @@ class Samples:
         result.overruns = sum(part.overruns for part in parts)
         result.interrupted = any(part.interrupted for part in parts)
         return result
+
+    @property
+    def _sampled(self) -> list[tuple[str, Schema, list[str], list[int]]]:
+        """What was sampled of which files."""
+        return [(group.kind, group.schema, list(group.places), group.columns.tolist()) for group in self._groups]
 
     def __len__(self) -> int:
         return len(self.time)

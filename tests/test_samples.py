@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kvmstats_fast as kf
-from kvmstats_fast.samples import Group
+from kvmstats_fast.samples import Block
 from kvmstats_fast.testing import SyntheticStats
 
 STATS = [
@@ -32,7 +32,7 @@ def samples_of(rows, *, times=None, ticks=None, errors=(), kind="vcpu"):
     time = np.array(times if times is not None else [i * 10**9 for i in range(len(rows))], np.int64)
     tick = np.array(ticks if ticks is not None else range(len(rows)), np.uint64)
     files = tuple(kf.FileInfo(f"kvm-1/vcpu-{i}", kind, i) for i in range(n))
-    group = Group(schema, kind, places, np.arange(n), values)
+    group = Block(schema, kind, places, np.arange(n), values)
     return kf.Samples((group,), files, (time, np.ones(len(rows), np.int64), tick), errors=tuple(errors))
 
 
