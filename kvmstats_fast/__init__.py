@@ -8,17 +8,24 @@
 from importlib.metadata import version
 
 from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
+from kvmstats_fast.derived import DutyCycle, Figure, Figures, HaltPollAdvice
 from kvmstats_fast.errors import ErrorCode, FormatError, KvmStatsError
+from kvmstats_fast.histogram import Histogram
 from kvmstats_fast.sampler import Sampler, Stream, measure
 from kvmstats_fast.samples import FileInfo, SampleError, Samples
 from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
 from kvmstats_fast.stats_file import StatsFile
 
 __all__ = [
+    "DutyCycle",
     "ErrorCode",
+    "Figure",
+    "Figures",
     "FileInfo",
     "FormatError",
+    "HaltPollAdvice",
     "Header",
+    "Histogram",
     "KvmStatsError",
     "Layout",
     "SampleError",

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast, overload
 import numpy as np
 
 from kvmstats_fast.abi import StatType
+from kvmstats_fast.derived import DutyCycle, Figures, HaltPollAdvice, duty_cycle, figures, halt_poll_advice
+from kvmstats_fast.histogram import Histogram
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -139,6 +141,37 @@ def find_groups(groups: Sequence[Group], name: str) -> list[Group]:
     return found
 
 
+#: Small enough for a processor's cache, large enough that numpy's calls do not count.
+_BLOCK_BYTES = 1 << 18
+_TOTAL_ROWS = 1 << 14
+
+
+def _block_rows(values: npt.NDArray[np.uint64]) -> int:
+    return max(1, _BLOCK_BYTES // max(values.strides[0], 8))
+
+
+def _blocks(values: npt.NDArray[np.uint64]) -> Iterator[slice]:
+    """Cut the changes between sweeps into parts whose arrays stay in the cache."""
+    step = _block_rows(values)
+    for start in range(0, len(values) - 1, step):
+        yield slice(start, min(start + step, len(values) - 1))
+
+
+def _fell(before: npt.NDArray[np.uint64], after: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    fell: npt.NDArray[np.bool_] = after < before
+    return np.any(fell, axis=2) if fell.ndim == 3 else fell  # a histogram is cleared as a whole
+
+
+def _change(values: npt.NDArray[np.uint64], rows: slice, out: npt.NDArray[np.uint64], *, growing: bool) -> None:
+    """Write the changes of some rows; where what only grows fell, somebody cleared it, and its value is the change."""
+    before, after = values[rows], values[rows.start + 1 : rows.stop + 1]
+    np.subtract(after, before, out=out)
+    if growing:
+        fell = _fell(before, after)
+        if fell.any():
+            np.copyto(out, after, where=fell if fell.ndim == out.ndim else fell[..., None])
+
+
 class Samples:
     """The sweeps of a run, in numpy arrays: T sweeps of n files.
 
@@ -242,12 +275,15 @@ class Samples:
         return self._of_kind("vcpu")
 
     def _of_kind(self, kind: str) -> Samples:
-        kept = [index for index, info in enumerate(self.files) if info.kind == kind]
+        groups = [group for group in self._groups if group.kind == kind]
+        return self._with(groups, [index for index, info in enumerate(self.files) if info.kind == kind])
+
+    def _with(self, groups: Iterable[Group], kept: list[int]) -> Samples:
+        """Return the same sweeps, of these groups and files only."""
         place = {index: new for new, index in enumerate(kept)}
         groups = tuple(
             replace(group, columns=np.array([place[index] for index in group.columns.tolist()], np.intp))
-            for group in self._groups
-            if group.kind == kind
+            for group in groups
         )
         errors = tuple(error._replace(file=place[error.file]) for error in self.errors if error.file in place)
         part = self._like(groups, (self.time, self.sweep_ns, self.tick), self.missed, errors)
@@ -321,21 +357,19 @@ class Samples:
             value. int64 for what goes up and down. 0 where a file had failed.
         """
         values = self[name]
-        before, after = values[:-1], values[1:]
-        change = after - before
-        if self.stat(name).type not in _GROWING:
-            signed = change.view(np.int64)
-            return self._blank(name, signed, 0)
-        fell = self._fell(name, before, after)
-        if fell.any():
-            change = np.where(fell if change.ndim == fell.ndim else fell[..., None], after, change)
-        return self._blank(name, change, 0)
+        growing = self.stat(name).type in _GROWING
+        change = np.empty((max(len(values) - 1, 0), *values.shape[1:]), np.uint64)
+        for rows in _blocks(values):
+            _change(values, rows, change[rows], growing=growing)
+        return self._blank(name, change if growing else change.view(np.int64), 0)
 
-    def _fell(self, name: str, before: npt.NDArray[np.uint64], after: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        fell: npt.NDArray[np.bool_] = after < before
-        if fell.ndim == 3:
-            fell = np.any(fell, axis=2)  # a histogram is cleared as a whole
-        return self._blank(name, fell, 0)
+    def _total(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
+        """Sum of `delta` over time, without an array of that size."""
+        total = None
+        for start in range(0, max(len(self) - 1, 1), _TOTAL_ROWS):
+            change = self[start : start + _TOTAL_ROWS + 1].delta(name).sum(axis=0)
+            total = change if total is None else total + change
+        return cast("npt.NDArray[np.uint64]", total)
 
     def resets(self, name: str) -> npt.NDArray[np.bool_]:
         """Where a statistic that only grows went backwards, because it was cleared (through debugfs).
@@ -348,7 +382,7 @@ class Samples:
         values = self[name]
         if self.stat(name).type not in _GROWING:
             return np.zeros((max(len(values) - 1, 0), values.shape[1]), np.bool_)
-        return self._fell(name, values[:-1], values[1:])
+        return self._blank(name, _fell(values[:-1], values[1:]), 0)
 
     def rate(self, name: str) -> npt.NDArray[np.float64]:
         """Change per second in base units, from each sweep to the next.
@@ -359,16 +393,147 @@ class Samples:
             float64, the shape of `delta`. ``halt_wait_ns`` gives seconds per second; a histogram counts per second
             and bucket. NaN where a file had failed.
         """
-        change = self.delta(name)
+        values = self[name]
         stat = self.stat(name)
-        rate = change.astype(np.float64)
-        if not stat.is_histogram:
-            factor = float(min(stat.factor, _LARGEST))  # 10**9 is exact as a float, 10**-9 is not
-            rate = rate / factor if stat.exponent < 0 else rate * factor
+        growing = stat.type in _GROWING
         seconds = np.diff(self.time) / 1e9
         seconds[seconds == 0] = np.nan  # two sweeps in one ns: the rate is not known
-        rate /= seconds.reshape(-1, *[1] * (rate.ndim - 1))
+        factor = 1.0 if stat.is_histogram else float(min(stat.factor, _LARGEST))
+        if stat.exponent < 0:
+            seconds, factor = seconds * factor, 1.0  # 10**9 is exact as a float, 10**-9 is not
+        seconds = seconds.reshape(-1, *[1] * (values.ndim - 1))
+        rate = np.empty((len(seconds), *values.shape[1:]))
+        room = np.empty((min(len(rate), _block_rows(values)), *values.shape[1:]), np.uint64)
+        for rows in _blocks(values):
+            part = rate[rows]
+            change = room[: len(part)]
+            _change(values, rows, change, growing=growing)
+            np.divide(change if growing else change.view(np.int64), seconds[rows], out=part)
+            if factor != 1:
+                part *= factor
         return self._blank(name, rate, np.nan)
+
+    def si(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.float64]:
+        """Values of a statistic in base units: seconds, bytes ... (``samples.stat(name).units(si=True)``).
+
+        Returns
+        -------
+        numpy.ndarray
+            The shape of ``samples[name]``. uint64, and exact, where raw values are multiplied by a whole number and
+            none becomes too large; else float64. A histogram's values are counts, which have no unit; neither do
+            statistics with an unknown code: both stay as they are.
+        """
+        values, stat = self[name], self.stat(name)
+        if stat.is_histogram or stat.factor == 1:
+            return values
+        if stat.exponent < 0:
+            return np.divide(values, float(min(stat.factor, _LARGEST)))
+        if not values.size or int(values.max()) * stat.factor < 1 << 64:
+            return values * np.uint64(min(stat.factor, (1 << 64) - 1))
+        return values * float(min(stat.factor, _LARGEST))
+
+    def histogram(self, name: str, sweep: int | None = None) -> Histogram:
+        """Return what a histogram counted in this run, file by file; ``.sum()`` adds the files up.
+
+        Parameters
+        ----------
+        name : str
+        sweep : int, optional
+            Instead: what it had counted by that sweep, since its VM was made (-1: the last).
+
+        Returns
+        -------
+        Histogram
+            Of shape ``(n, buckets)``, the files of `columns`. It has a `mean` if the kernel adds the same values up in
+            a counter that was sampled too (``halt_wait_ns`` for ``halt_wait_hist``).
+
+        Raises
+        ------
+        ValueError
+            If `name` is no histogram.
+        """
+        stat = self.stat(name)
+        stat.bucket_edges()  # no histogram: its error says so
+        counts = self._total(name) if sweep is None else self[name][sweep]
+        total = None
+        adder = name.removesuffix("_hist") + "_ns"
+        if adder != name and adder in self.names:
+            of = self.stat(adder)
+            same_scale = (of.unit, of.base, of.exponent) == (stat.unit, stat.base, stat.exponent)
+            if same_scale and self.columns(adder) == self.columns(name):
+                total = self._total(adder) if sweep is None else self[adder][sweep]
+        return Histogram(stat, counts.astype(np.uint64), None if total is None else total.astype(np.uint64))
+
+    def duty_cycle(self, name: str, confidence: float = 0.95) -> DutyCycle:
+        """Estimate how much of the time a boolean was 1 (``blocking``, ``guest_mode``), as polled.
+
+        Parameters
+        ----------
+        name : str
+        confidence : float
+            Of the interval.
+
+        Returns
+        -------
+        DutyCycle
+            ``fraction``, ``low`` and ``high``, each float64 (n,).
+
+        Raises
+        ------
+        ValueError
+            If it is no boolean, or other values than 0 and 1 were read.
+
+        Notes
+        -----
+        Wilson's interval, for the number of independent sweeps that as many correlated ones are worth (from the
+        correlation of neighbours). A value that never changed shows no correlation: then the sweeps are taken as
+        independent. A guest whose rhythm is a multiple of the sampling interval misleads any polling.
+        """
+        return duty_cycle(self, name, confidence)
+
+    def figures(self) -> Figures:
+        """Derive figures of the run: exits by kind, halt polling, halted time, page faults, large pages, imbalance.
+
+        Returns
+        -------
+        Figures
+            A mapping of names to `Figure`, each with values of shape ``(n,)``; ``print`` shows a table. A figure for
+            which these files lack a part is not in it.
+
+        Notes
+        -----
+        A halt is counted when it ends: `halted_fraction` of a short run can be 0, or above 1.
+        """
+        return figures(self)
+
+    def halt_poll_advice(self, settings: Iterable[int] | None = None) -> HaltPollAdvice | None:
+        """Say what different settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.
+
+        Parameters
+        ----------
+        settings : iterable of int, optional
+            In ns. Default: from 0 to 1.6 ms.
+
+        Returns
+        -------
+        HaltPollAdvice or None
+            ``print(advice)`` is a table. None if these files lack a halt histogram (kernels before 5.15).
+
+        Notes
+        -----
+        For every halt of the run, as if each polled up to the setting; KVM's own polling grows towards it from 10 us
+        and shrinks (``grow_halt_poll_ns``, ``virt/kvm/kvm_main.c``), so it catches and costs less. Buckets are ranges,
+        so all figures are bounds. What it does to the guest (it finds its CPU warm, or a neighbour finds it taken) is
+        not in them.
+        """
+        return halt_poll_advice(self) if settings is None else halt_poll_advice(self, settings)
+
+    def split(self) -> tuple[Samples, ...]:
+        """Take files of different kinds and kernels apart: Samples of one kind and schema each."""
+        return tuple(self._of(group) for group in self._groups)
+
+    def _of(self, group: Group) -> Samples:
+        return self._with([group], group.columns.tolist())
 
     def _blank(self, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:
         """Overwrite the changes of files that had failed; the array is ours to write to, whatever its dtype."""

@@ -89,6 +89,24 @@ class Stat:
         """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if a code is unknown."""
         return _scaled(raw, self.factor, self.exponent)
 
+    def units(self, si: bool = False) -> str:
+        """Return the unit's symbol: of raw values (``"ns"``, ``"KiB"``), or with `si` of base units (``"s"``, ``"B"``).
+
+        Returns
+        -------
+        str
+            Empty for plain counts and booleans. A histogram's unit is of its buckets' edges; its values are counts. The
+            code in words where this package does not know it (``"unit 9"``), because then the value is left raw.
+        """
+        if self.unknown:
+            return self.unknown
+        symbol = _SYMBOLS[StatUnit(self.unit)]
+        if si or not self.exponent:
+            return symbol
+        radix = StatBase(self.base).radix
+        prefix = _PREFIXES.get((radix, self.exponent)) if symbol in ("s", "B") else None
+        return f"{radix}^{self.exponent} {symbol}".rstrip() if prefix is None else prefix + symbol
+
     @property
     def factor(self) -> int:
         """What to multiply a raw value with, or to divide it by if the exponent is negative; 1 if a code is unknown."""
@@ -128,6 +146,12 @@ class Stat:
             for i, edge in enumerate(raw):
                 edges[i] = float(_scaled(edge, factor, self.exponent))
         return edges
+
+
+_SYMBOLS = {StatUnit.NONE: "", StatUnit.BYTES: "B", StatUnit.SECONDS: "s", StatUnit.CYCLES: "cycles"}
+_SYMBOLS[StatUnit.BOOLEAN] = ""
+_PREFIXES = dict(zip(((10, exponent) for exponent in (-12, -9, -6, -3, 3, 6, 9, 12)), "pnumkMGT", strict=True))
+_PREFIXES |= {(2, 10 * power): f"{letter}i" for power, letter in enumerate("KMGTPE", 1)}
 
 
 def _scaled(raw: int, factor: int, exponent: int) -> int | float:
