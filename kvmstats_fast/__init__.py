@@ -10,6 +10,9 @@ from importlib.metadata import version
 from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
 from kvmstats_fast.derived import DutyCycle, Figure, Figures, HaltPollAdvice
 from kvmstats_fast.errors import ErrorCode, FormatError, KvmStatsError
+from kvmstats_fast.formats.merged import to_merged
+from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
+from kvmstats_fast.formats.tables import to_csv, to_parquet
 from kvmstats_fast.histogram import Histogram
 from kvmstats_fast.sampler import Sampler, Stream, measure
 from kvmstats_fast.samples import FileInfo, SampleError, Samples
@@ -28,6 +31,9 @@ __all__ = [
     "Histogram",
     "KvmStatsError",
     "Layout",
+    "Recorder",
+    "Recording",
+    "RecordingWarning",
     "SampleError",
     "Sampler",
     "Samples",
@@ -41,6 +47,9 @@ __all__ = [
     "Stream",
     "measure",
     "parse",
+    "to_csv",
+    "to_merged",
+    "to_parquet",
 ]
 
 __version__ = version("kvmstats-fast")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -82,7 +81,7 @@ class Figures(Mapping[str, Figure]):
         for figure in self.values():
             known = figure.values[~np.isnan(figure.values)]
             numbers = (known.min(), known.mean(), known.max()) if known.size else (np.nan,) * 3
-            cells = [f"{number:.4g}" for number in numbers]
+            cells = [_number(number, ".4g") for number in numbers]
             whose = f"of {len(figure.files)} files" if figure.files else "over all"
             rows.append((figure.name, *cells, figure.units, f"{whose}: {figure.formula}"))
         return _table(rows)
@@ -235,6 +234,8 @@ def duty_cycle(samples: Samples, name: str, confidence: float = 0.95) -> DutyCyc
     lives = np.full(len(samples.files), len(values))
     for error in samples.errors:
         lives[error.file] = min(error.sweep, len(values))
+    from statistics import NormalDist  # noqa: PLC0415 - imports half of the library
+
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     rows = []
     for column, file in zip(values.T.astype(np.float64), samples._columns(name).tolist(), strict=True):
@@ -285,10 +286,11 @@ class HaltPollAdvice:
         for row in self.rows.tolist():
             setting, *bounds = row
             pairs = zip(bounds[::2], bounds[1::2], strict=True)
-            table.append((f"{setting}", *(f"{100 * low:.1f} to {100 * high:.1f} %" for low, high in pairs)))
+            percent = ((_number(100 * low, ".1f"), _number(100 * high, ".1f")) for low, high in pairs)
+            table.append((f"{setting}", *(f"{low} to {high} %" for low, high in percent)))
         return (
-            f"{self.halts} halts; as it was set, polling caught {100 * self.caught:.1f} % of them and took "
-            f"{100 * self.poll:.2f} % of the vCPUs' time\n" + _table(table)
+            f"{self.halts} halts; as it was set, polling caught {_number(100 * self.caught, '.1f')} % of them and took "
+            f"{_number(100 * self.poll, '.2f')} % of the vCPUs' time\n" + _table(table)
         )
 
 
@@ -346,6 +348,10 @@ def _durations(success: Histogram, fail: Histogram, wait: Histogram) -> Iterator
     least = fail.edges[polls[0]] if polls.size and fail.count >= wait.count else 0.0
     most = fail.edges[polls[-1] + 1] if polls.size else 0.0
     yield wait.counts.astype(np.float64), wait.edges[:-1] + least, wait.edges[1:] + most
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if np.isnan(value) else format(value, form)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

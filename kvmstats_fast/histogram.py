@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,6 +141,8 @@ class Histogram:
         """
         if not 0 <= q <= 1:
             raise ValueError(f"q is {q}; it must be from 0 to 1")
+        from fractions import Fraction  # noqa: PLC0415 - imports decimal, which few need
+
         exact = Fraction(repr(float(q)))
         rows = self.counts.reshape(-1, self.counts.shape[-1])
         bounds = np.full((2, len(rows)), np.nan)

@@ -349,6 +349,13 @@ class Sampler(Unique):
         return f"<Sampler of {kinds.count('vm')} VM and {kinds.count('vcpu')} vCPU files, {len(names)} statistics>"
 
 
+def _here_and_now() -> tuple[int, str, str]:
+    """Offset of the wall clock, host name, and kernel."""
+    offset = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    machine = os.uname()
+    return offset, machine.nodename, f"{machine.release} {machine.machine}"
+
+
 def _with_samples(samples: Samples) -> Exception:
     """Return the first error of a strict run, with what was sampled before."""
     error = min(samples.errors, key=lambda error: error.sweep).error
@@ -529,7 +536,7 @@ class _Run:
             self.ended.set()
 
     def __enter__(self) -> Self:
-        self._wall_offset = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self._wall_offset, self._host, self._kernel = _here_and_now()
         _RUNNING.add(self)
         try:
             self._thread.start()
@@ -624,6 +631,8 @@ class _Run:
             missed=chunk.missed if is_there else 0,
             overruns=chunk.overruns if is_there else 0,
             errors=errors,
+            host=self._host,
+            kernel=self._kernel,
         )
 
 
@@ -829,8 +838,16 @@ class measure:  # noqa: N801 - used as a function is
             for group, pair in zip(sampler._groups, zip(*values, strict=True), strict=True)
         )
         clock = (np.array(starts, np.int64), np.array(took, np.int64), np.arange(2, dtype=np.uint64))
-        offset = time.clock_gettime_ns(time.CLOCK_REALTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        self.samples = Samples(groups, sampler.files, clock, wall_offset=offset, errors=tuple(failed.values()))
+        offset, host, kernel = _here_and_now()
+        self.samples = Samples(
+            groups,
+            sampler.files,
+            clock,
+            wall_offset=offset,
+            errors=tuple(failed.values()),
+            host=host,
+            kernel=kernel,
+        )
         self.elapsed = (starts[1] - starts[0]) / 1e9
         self.cost = sum(took) / 1e9
         self.delta: Mapping[str, npt.NDArray[Any]] = _Changes(self.samples, self.samples.delta)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from kvmstats_fast.derived import DutyCycle, Figures, HaltPollAdvice, duty_cycle
 from kvmstats_fast.histogram import Histogram
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
@@ -202,14 +203,18 @@ class Samples:
         Files that failed; their columns mean nothing from then on (deltas 0, rates NaN).
     interrupted : bool
         Whether Ctrl-C ended the run.
+    host, kernel : str
+        Where they were taken: host name, and release and machine of the kernel (``"6.18.0 x86_64"``).
     """
 
     __slots__ = (
         "_groups",
         "errors",
         "files",
+        "host",
         "interrupted",
         "interval",
+        "kernel",
         "missed",
         "overruns",
         "sweep_ns",
@@ -230,6 +235,8 @@ class Samples:
         overruns: int = 0,
         errors: tuple[SampleError, ...] = (),
         interrupted: bool = False,
+        host: str = "",
+        kernel: str = "",
     ) -> None:
         self._groups = groups
         self.files = files
@@ -240,6 +247,8 @@ class Samples:
         self.overruns = overruns
         self.errors = errors
         self.interrupted = interrupted
+        self.host = host
+        self.kernel = kernel
 
     def _like(
         self,
@@ -257,6 +266,8 @@ class Samples:
             missed=missed,
             errors=errors,
             interrupted=self.interrupted,
+            host=self.host,
+            kernel=self.kernel,
         )
 
     @property
@@ -427,10 +438,10 @@ class Samples:
         if stat.is_histogram or stat.factor == 1:
             return values
         if stat.exponent < 0:
-            return np.divide(values, float(min(stat.factor, _LARGEST)))
+            return values / float(min(stat.factor, _LARGEST))
         if not values.size or int(values.max()) * stat.factor < 1 << 64:
             return values * np.uint64(min(stat.factor, (1 << 64) - 1))
-        return values * float(min(stat.factor, _LARGEST))
+        return np.multiply(values, float(min(stat.factor, _LARGEST)), dtype=np.float64)
 
     def histogram(self, name: str, sweep: int | None = None) -> Histogram:
         """Return what a histogram counted in this run, file by file; ``.sum()`` adds the files up.
@@ -542,6 +553,136 @@ class Samples:
             if error.file in columns:
                 changes[max(error.sweep - 1, 0) :, columns.index(error.file)] = value
         return changes
+
+    def to_arrow(self) -> Any:
+        """Return the samples of one kind and kernel as a ``pyarrow.Table``, a row for each sweep and file.
+
+        Returns
+        -------
+        pyarrow.Table
+            Columns ``time`` (the wall clock, timestamp[ns, UTC]), ``tick``, ``sweep_ns``, ``file`` (the index in
+            `files`), ``id``, ``vcpu_id``, and one of raw uint64 for each statistic, a histogram's a fixed size list;
+            none has nulls. What a descriptor says is in its field's metadata. Rows of files that had failed are not
+            there. A statistic with the name of one of ours is called ``stat.NAME``.
+
+        Raises
+        ------
+        KeyError
+            For both VM and vCPU files, or files of different kernels: see `vm`, `vcpu`, `split`.
+        ModuleNotFoundError
+            Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
+        """
+        from kvmstats_fast.formats import arrow  # noqa: PLC0415 - only who uses it needs pyarrow
+
+        return arrow.table(self)
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Give the samples to any library that speaks Arrow: pandas, polars, duckdb."""
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def to_pandas(self, *, si: bool = False) -> Any:
+        """Return the samples of one kind and kernel as a ``pandas.DataFrame``, a row for each sweep and file.
+
+        Parameters
+        ----------
+        si : bool
+            Values in base units, as `si` gives them.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Indexed by ``time`` (the wall clock, UTC) and ``vcpu`` (or ``vm``): the vCPU id, or where those are not
+            unique the file's id string, or its index. A histogram has a column for each bucket,
+            ``halt_wait_hist[3]``. ``attrs["units"]`` maps columns to units. Rows of files that had failed are not in
+            it.
+
+        Raises
+        ------
+        KeyError
+            As `to_arrow`.
+        """
+        from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs pandas
+
+        return frames.to_pandas(self, si=si)
+
+    def to_xarray(self, *, si: bool = False) -> Any:
+        """Return the samples as an ``xarray.Dataset``: a variable for each statistic.
+
+        Parameters
+        ----------
+        si : bool
+            Values in base units, as `si` gives them.
+
+        Returns
+        -------
+        xarray.Dataset
+            Dimensions ``time`` (the wall clock, UTC, datetime64[ns]), ``vcpu`` and ``vm`` (labelled as in `to_pandas`),
+            and for histograms ``bucket``, the buckets' lower edges in base units (``bucket2`` ... where histograms have
+            other edges). Each variable has the attribute ``units``.
+            Files that failed are listed in the attribute ``errors``; their values mean nothing from there on, as in
+            ``samples[name]``.
+
+        Raises
+        ------
+        KeyError
+            If a name is in VM and in vCPU files, or there are files of different kernels.
+        """
+        from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs xarray
+
+        return frames.to_xarray(self, si=si)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, compression: str | None = None) -> None:
+        """Write to disk, whole or not at all; `load` gives it back as it was.
+
+        Parameters
+        ----------
+        path : path-like
+            A directory, which becomes a recording as a `Recorder` makes it; or a file named ``.npz``, which needs
+            nothing but numpy.
+        overwrite : bool
+            Replace what is there.
+        compression : {None, "zstd", "lz4"}
+            Without, `load` reads the file's memory in place. An ``.npz`` is deflated if this is not None.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something at `path`, without `overwrite`.
+        OSError
+            If it cannot be written; then nothing has changed.
+        """
+        from kvmstats_fast.formats import whole  # noqa: PLC0415 - reaches pyarrow
+
+        whole.save(self, path, overwrite=overwrite, compression=compression)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Samples:
+        """Read what `save` or a `Recorder` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+            A recording's directory, one of its files, or an ``.npz``.
+
+        Returns
+        -------
+        Samples
+            Its arrays are read-only where they are the file's own memory: one batch that is not compressed, as `save`
+            writes it.
+
+        Raises
+        ------
+        FileNotFoundError, KvmStatsError
+            If it is not there, or no recording.
+
+        Warns
+        -----
+        RecordingWarning
+            If the recording was not ended; all whole batches are read.
+        """
+        from kvmstats_fast.formats import whole  # noqa: PLC0415 - reaches pyarrow
+
+        return whole.load(path)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Samples]) -> Samples:

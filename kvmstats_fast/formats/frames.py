@@ -1,0 +1,103 @@
+"""Samples as a pandas DataFrame and as an xarray Dataset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmstats_fast.formats import need
+from kvmstats_fast.formats.arrow import lives_of, one_group
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from kvmstats_fast.samples import FileInfo, Samples
+    from kvmstats_fast.schema import Stat
+
+_NS = np.dtype("datetime64[ns]")
+
+
+def labels(files: Sequence[FileInfo]) -> list[int] | list[str]:
+    """Tell files apart, as briefly as can be: by vCPU id, id string, or place."""
+    for choice in ([info.vcpu_id for info in files], [info.id for info in files]):
+        if None not in choice and len(set(choice)) == len(choice):
+            return choice  # type: ignore[return-value]
+    return list(range(len(files)))
+
+
+def _getter(samples: Samples, *, si: bool) -> Callable[[str], npt.NDArray[Any]]:
+    return samples.si if si else samples.__getitem__
+
+
+def _units(stat: Stat, *, si: bool) -> str:
+    """Return the unit of values; a histogram's are counts, whatever its edges are in."""
+    return "" if stat.is_histogram else stat.units(si)
+
+
+def to_pandas(samples: Samples, *, si: bool) -> Any:
+    """See `Samples.to_pandas`."""
+    pd = need("pandas", "pandas")
+    group = one_group(samples)
+    shape = (len(samples), len(group.columns))
+    lives = lives_of(samples, group.columns)
+    wall = (samples.time + samples.wall_offset).view(_NS)
+    names = np.array(labels([samples.files[index] for index in group.columns.tolist()]))
+
+    def flat(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        rows = np.broadcast_to(values, shape + values.shape[2:])
+        return np.ascontiguousarray(rows).reshape(-1, *values.shape[2:]) if lives is None else rows[lives]
+
+    get = _getter(samples, si=si)
+    columns: dict[str, npt.NDArray[Any]] = {}
+    units: dict[str, str] = {}
+    for name, (stat, _) in group.places.items():
+        values = flat(get(name))
+        parts = {f"{name}[{i}]": values[:, i] for i in range(stat.size)} if stat.shape else {name: values}
+        columns |= parts
+        units |= dict.fromkeys(parts, _units(stat, si=si))
+    when = pd.DatetimeIndex(flat(wall[:, None])).tz_localize("UTC")
+    index = pd.MultiIndex.from_arrays([when, flat(names[None, :])], names=["time", group.kind])
+    frame = pd.DataFrame(columns, index=index)
+    frame.attrs["units"] = units
+    return frame
+
+
+def to_xarray(samples: Samples, *, si: bool) -> Any:
+    """See `Samples.to_xarray`."""
+    xr = need("xarray", "xarray")
+    kinds = [group.kind for group in samples._groups]
+    if len(set(kinds)) != len(kinds):
+        one_group(samples)  # its error says what to do
+    get = _getter(samples, si=si)
+    variables: dict[str, Any] = {}
+    buckets: dict[tuple[str, bytes], str] = {}
+    coordinates: dict[str, Any] = {"time": ("time", (samples.time + samples.wall_offset).view(_NS))}
+    for group in samples._groups:
+        infos = [samples.files[index] for index in group.columns.tolist()]
+        coordinates[group.kind] = (group.kind, labels(infos))
+        coordinates[f"{group.kind}_file"] = (group.kind, [info.id for info in infos])
+        for name, (stat, _) in group.places.items():
+            dims = ["time", group.kind]
+            about = {"units": _units(stat, si=si) or "1", "type": str(getattr(stat.type, "name", stat.type)).lower()}
+            if stat.shape:
+                edges = stat.bucket_edges()[:-1] if stat.is_histogram else np.arange(float(stat.size))
+                unit = stat.units(si=True) or "1"
+                # Histograms with the same buckets share a dimension.
+                bucket = buckets.setdefault((unit, edges.tobytes()), f"bucket{len(buckets) + 1 if buckets else ''}")
+                dims.append(bucket)
+                coordinates[bucket] = (bucket, edges, {"units": unit, "long_name": "lower edge of the bucket"})
+            variables[name] = (dims, get(name), about)
+    origin = {
+        "host": samples.host,
+        "kernel": samples.kernel,
+        "interval": samples.interval,
+        "missed": samples.missed,
+        "errors": [f"{samples.files[e.file].id} from sweep {e.sweep} on: {e.error}" for e in samples.errors],
+    }
+    for name in ("tick", "sweep_ns"):
+        if name not in variables:
+            coordinates[name] = ("time", getattr(samples, name))
+    return xr.Dataset(variables, coordinates, origin)

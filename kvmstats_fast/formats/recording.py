@@ -1,0 +1,411 @@
+"""Recordings: directories of Arrow IPC streams, one for each kind of file, written batch by batch."""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+import re
+import warnings
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.formats import arrow, need
+from kvmstats_fast.owning import Closing
+from kvmstats_fast.samples import Columns, Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from kvmstats_fast.samples import FileInfo
+
+__all__ = ["Recorder", "Recording", "RecordingWarning"]
+
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # end of an IPC stream
+_NAME = re.compile(r"(vm|vcpu)([0-9]*)-([0-9]{5,})\.arrows")
+
+
+class RecordingWarning(UserWarning):
+    """A recording that was not ended as it should; the text says what is lost."""
+
+
+class _File:
+    """What pyarrow writes to: every byte reaches the kernel or raises."""
+
+    closed = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = 0
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        size = len(view)
+        while view and not self.closed:
+            written = os.write(self._fd, view)
+            self.position += written
+            view = view[written:]
+        return size
+
+    def flush(self) -> None:
+        """Nothing waits here."""
+
+    def sync(self) -> None:
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            os.close(self._fd)
+
+    def cut(self, position: int) -> None:
+        """End the stream at `position`, behind its last whole batch."""
+        try:
+            os.ftruncate(self._fd, position)
+            with suppress(OSError):  # where even these do not fit, the file ends without them
+                os.pwrite(self._fd, _END, position)
+        finally:
+            self.close()
+
+
+class Recorder(Closing):
+    """Writes Samples to disk as they come, so that a crash loses at most what was not yet written.
+
+    Parameters
+    ----------
+    path : path-like
+        The directory to make, which must not exist (or be empty). It will have a file for each kind of stats file,
+        ``vm-00000.arrows`` and ``vcpu-00000.arrows``: Arrow IPC streams.
+    compression : {"zstd", "lz4", None}
+        Of the batches. None: larger files, which `Recording` reads without a copy.
+    rotate_bytes, rotate_seconds : optional
+        Begin new files (``-00001``) when one has become as large, or as many seconds were recorded into it. Each is
+        readable without the others.
+    sync : bool
+        Have each batch on the disk before `write` returns (``fsync``): a power failure loses no more than a crash.
+
+    Attributes
+    ----------
+    sweeps : int
+        Written so far.
+    size : int
+        Bytes written so far.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at `path`.
+    ModuleNotFoundError
+        Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
+
+    Examples
+    --------
+    >>> with Recorder("run1") as recorder, sampler.stream(0.001) as stream:     # doctest: +SKIP
+    ...     for x in stream:
+    ...         recorder.write(x)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        compression: str | None = "zstd",
+        rotate_bytes: int | None = None,
+        rotate_seconds: float | None = None,
+        sync: bool = False,
+    ) -> None:
+        self._files: list[tuple[_File, Any]] = []
+        self._closed = True
+        if rotate_bytes is not None and operator.index(rotate_bytes) < 1:
+            raise ValueError(f"rotate_bytes is {rotate_bytes}; it must be at least 1")
+        if rotate_seconds is not None and not rotate_seconds > 0:
+            raise ValueError(f"rotate_seconds is {rotate_seconds}; it must be above 0")
+        if compression not in (None, "zstd", "lz4"):
+            raise ValueError(f"compression is {compression!r}; it must be 'zstd', 'lz4' or None")
+        self._pa = need("pyarrow", "arrow")
+        self.path = Path(path)
+        self._compression = compression
+        self._rotate = (rotate_bytes or float("inf"), rotate_seconds or float("inf"))
+        self._sync = sync
+        self._recording = os.urandom(16).hex()
+        self._part = 0
+        self._first: Samples | None = None
+        self._began = 0
+        self.sweeps = self.size = 0
+        self.path.mkdir(parents=True, exist_ok=True)
+        if next(self.path.iterdir(), None) is not None:
+            raise FileExistsError(errno.EEXIST, "there is something in it already: record to another path", str(path))
+        self._closed = False
+
+    def write(self, samples: Samples) -> None:
+        """Write samples, which must follow those written before.
+
+        Raises
+        ------
+        OSError
+            If they cannot be written, as on a full disk (ENOSPC): the recording has ended, with all that was written
+            before.
+        ValueError
+            If they are of other files or of another run than those before, or the recording has ended.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path}: this recording has ended")
+        if self._first is None:
+            self._first = samples[:0]
+        elif (samples.files, samples._sampled, samples.wall_offset) != (
+            self._first.files,
+            self._first._sampled,
+            self._first.wall_offset,
+        ):
+            raise ValueError(f"{self.path}: these samples are of other files or of another run: record them apart")
+        ends: list[tuple[_File, int]] = []
+        try:
+            self._begin_part(samples)
+            ends = [(file, file.position) for file, _ in self._files]
+            for (file, writer), group in zip(self._files, samples._groups, strict=True):
+                batch, metadata = arrow.to_batch(samples, group, writer[1])
+                writer[0].write_batch(batch, custom_metadata=metadata)
+                if self._sync:
+                    file.sync()
+        except BaseException as error:
+            # Ctrl-C too may have left half a batch behind.
+            self._closed = True
+            for file, position in ends or [(file, file.position) for file, _ in self._files]:
+                file.cut(position)
+            self._files = []
+            if isinstance(error, OSError):
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror or error}; the recording ends after {self.sweeps} sweeps, which can be read",
+                    str(self.path),
+                ) from None
+            raise
+        self.sweeps += len(samples)
+        self.size += sum(file.position - position for file, position in ends)
+
+    def _begin_part(self, samples: Samples) -> None:
+        """Open files, if it is time for it."""
+        if self._files:
+            size, seconds = self._rotate
+            lasted = (int(samples.time[-1]) - self._began) / 1e9 if len(samples) else 0.0
+            if lasted < seconds and max(file.position for file, _ in self._files) < size:
+                return
+            self._end_part()
+            self._part += 1
+        self._began = int(samples.time[0]) if len(samples) else 0
+        pa = self._pa
+        options = pa.ipc.IpcWriteOptions(compression=self._compression)
+        counts: dict[str, int] = {}
+        for group in samples._groups:
+            counts[group.kind] = number = counts.get(group.kind, 0) + 1
+            label = group.kind + (str(number) if number > 1 else "")
+            origin = arrow.origin_of(samples, group, recording=self._recording, part=self._part)
+            schema = arrow.arrow_schema(origin, list(group.places))
+            file = _File(self.path / f"{label}-{self._part:05}.arrows")
+            self._files.append((file, None))
+            writer = pa.ipc.new_stream(pa.PythonFile(file, "w"), schema, options=options)
+            self._files[-1] = (file, (writer, schema))
+        self.size += sum(file.position for file, _ in self._files)
+
+    def _end_part(self) -> None:
+        files, self._files = self._files, []
+        with ExitStack() as stack:
+            for file, writer in files:
+                stack.callback(file.close)
+                if writer is not None:
+                    stack.callback(writer[0].close)
+
+    def close(self) -> None:
+        """End the recording; a second call does nothing."""
+        self._closed = True
+        self._end_part()
+
+    def __repr__(self) -> str:
+        return f"<Recorder {str(self.path)!r}: {self.sweeps} sweeps, {self.size} bytes>"
+
+
+class _Stream:
+    """One file of a recording, read from a memory map."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pa = need("pyarrow", "arrow")
+        _, reader = self._open()
+        self.origin = arrow.Origin.decoded(reader.schema.metadata, str(path))
+
+    def _open(self) -> tuple[Any, Any]:
+        try:
+            source = self._pa.memory_map(str(self.path))
+            return source, self._pa.ipc.open_stream(source)
+        except (self._pa.ArrowInvalid, OSError) as error:
+            size = self.path.stat().st_size
+            raise KvmStatsError(f"{self.path}: no Arrow stream begins in these {size} bytes: {error}") from None
+
+    def __iter__(self) -> Iterator[Samples]:
+        source, reader = self._open()
+        whole, batches = source.tell(), 0
+        while True:
+            try:
+                batch, metadata = reader.read_next_batch_with_custom_metadata()
+            except (StopIteration, self._pa.ArrowInvalid, OSError):  # how a stream ends, and how a torn one does
+                break
+            whole, batches = source.tell(), batches + 1
+            yield arrow.to_samples(batch, metadata, self.origin)
+        source.seek(whole)
+        rest = source.read()
+        if rest != _END:
+            lost = f"the {len(rest)} bytes behind it are no whole batch and are lost" if rest else "what came is lost"
+            warnings.warn(
+                f"{self.path}: this recording was not ended: {batches} whole batches to byte {whole}; {lost}",
+                RecordingWarning,
+                stacklevel=2,
+            )
+
+
+class Recording:
+    """A recording on disk: iterate over it for Samples batch by batch, or `load` it as a whole.
+
+    Parameters
+    ----------
+    path : path-like
+        The directory that a `Recorder` made, or one of its files.
+
+    Attributes
+    ----------
+    files : tuple of FileInfo
+    host, kernel : str
+        Where it was made: host name, and release and machine of the kernel.
+    version : str
+        Of the kvmstats_fast that made it.
+    recording : str
+        Tells recordings apart; their parts have it in common.
+    interval : float
+        Seconds between ticks.
+    wall_offset : int
+        ns to add to the samples' `time` for CLOCK_REALTIME.
+
+    Raises
+    ------
+    FileNotFoundError, KvmStatsError
+        If there is no recording, or one that this version does not read.
+
+    Warns
+    -----
+    RecordingWarning
+        While it is read, where it was not ended, or a file of it is missing. What is whole is read all the same.
+
+    Notes
+    -----
+    Arrow streams have no checksum: bytes that changed on the disk are not noticed, unless compression does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        found = [self.path] if self.path.is_file() else sorted(self.path.glob("*.arrows"))
+        if not found:
+            if not self.path.exists():
+                raise FileNotFoundError(errno.ENOENT, "there is no recording", str(path))
+            raise KvmStatsError(f"{path}: there is no recording: it has no .arrows file")
+        self._parts: dict[int, list[_Stream]] = {}
+        unread = []
+        for one in found:
+            try:
+                stream = _Stream(one)
+            except KvmStatsError as error:
+                unread.append(error)
+                continue
+            self._parts.setdefault(stream.origin.part, []).append(stream)
+        if not self._parts:
+            raise unread[0]
+        for failure in unread:
+            warnings.warn(f"{failure}; it is left out", RecordingWarning, stacklevel=2)
+        origins = [stream.origin for part in self._parts.values() for stream in part]
+        first = origins[0]
+        if any(origin.recording != first.recording for origin in origins):
+            raise KvmStatsError(f"{path}: files of different recordings lie here: give each a directory of its own")
+        #: Of all files that were recorded, those that are here: one stream alone has those of one kind.
+        self._kept = sorted({index for origin in origins for index in origin.columns})
+        self.files: tuple[FileInfo, ...] = tuple(first.files[index] for index in self._kept)
+        self.host, self.kernel, self.version = first.host, first.kernel, first.version
+        self.recording, self.interval, self.wall_offset = first.recording, first.interval, first.wall_offset
+
+    def __iter__(self) -> Iterator[Samples]:
+        """Give the batches in turn; each has arrays of its own, which are the file's memory if not compressed."""
+        expected = min(self._parts)
+        for number, streams in sorted(self._parts.items()):
+            if number != expected:
+                missing = f"parts {expected} to {number - 1} are" if number - expected > 1 else f"part {expected} is"
+                warnings.warn(f"{self.path}: {missing} missing", RecordingWarning, stacklevel=2)
+            expected = number + 1
+            yield from self._together(streams)
+
+    def _together(self, streams: list[_Stream]) -> Iterator[Samples]:
+        """Put the batches of the kinds together, which were sampled together."""
+        readers = [iter(stream) for stream in streams]
+        while True:
+            batches = [next(reader, None) for reader in readers]
+            present = [batch for batch in batches if batch is not None]
+            if len(present) < len(batches):
+                ahead = [str(s.path) for s, batch in zip(streams, batches, strict=True) if batch is not None]
+                if ahead:
+                    warnings.warn(
+                        f"{', '.join(ahead)}: has batches behind the end of the other kind's file, left out here: open "
+                        "the file by itself to read them",
+                        RecordingWarning,
+                        stacklevel=3,
+                    )
+                    for reader in readers:
+                        for _ in reader:
+                            pass  # so that what is lost of each is said
+                return
+            if any(not np.array_equal(present[0].tick, batch.tick) for batch in present):
+                raise KvmStatsError(f"{self.path}: the files of its kinds are not of the same sweeps")
+            yield present[0]._with([group for batch in present for group in batch._groups], self._kept)
+
+    def load(self) -> Samples:
+        """Return all of it as one Samples; of a single uncompressed batch without a copy.
+
+        Raises
+        ------
+        MemoryError
+            If it does not fit; iterate over it then.
+        """
+        parts = list(self)
+        if not parts:
+            raise KvmStatsError(f"{self.path}: this recording has no whole batch")
+        if len(parts) == 1:
+            return parts[0]
+        return _concatenated(parts)
+
+
+def _concatenated(parts: list[Samples]) -> Samples:
+    """Put parts together, letting go of them statistic by statistic, so that memory is needed only once."""
+    every = [[cast("Columns", group) for group in part._groups] for part in parts]
+    heads = [replace(group, arrays=()) for group in every[0]]
+    rooms = [
+        [list(arrays) for arrays in zip(*(group.arrays for group in groups), strict=True)]
+        for groups in zip(*every, strict=True)
+    ]
+    for part in parts:
+        part._groups = ()
+    every.clear()
+    whole = Samples.concatenate(parts)
+    whole._groups = tuple(
+        replace(head, arrays=tuple(_emptied(room) for room in columns))
+        for head, columns in zip(heads, rooms, strict=True)
+    )
+    return whole
+
+
+def _emptied(room: list[npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:
+    joined = np.concatenate(room)
+    room.clear()
+    return joined

@@ -1,0 +1,219 @@
+"""Recordings as Parquet data sets and CSV."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvmstats_fast.formats import arrow, need
+from kvmstats_fast.formats.recording import Recording
+from kvmstats_fast.samples import Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["to_csv", "to_parquet"]
+
+#: So much is sorted in memory, and goes into one file.
+_ROWS_BYTES = 256 << 20
+
+
+def _batches(source: Samples | Recording | str | os.PathLike[str]) -> Iterator[Samples]:
+    if isinstance(source, Samples):
+        yield source
+    else:
+        yield from source if isinstance(source, Recording) else Recording(source)
+
+
+def to_parquet(
+    source: Samples | Recording | str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    *,
+    host: str | None = None,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Convert samples or a recording to a hive-partitioned Parquet data set, which several hosts may share.
+
+    Parameters
+    ----------
+    source : Samples, Recording or path of a recording
+    root : path-like
+        The files become ``ROOT/vcpu/host=HOST/date=YYYY-MM-DD/*.parquet``, and ``ROOT/vm/...``: a data set for each
+        kind, because their columns differ. Dates are UTC.
+    host : str, optional
+        Default: the name of the host where the samples were taken.
+    overwrite : bool
+        Replace files of the same recording.
+
+    Returns
+    -------
+    list of Path
+        The files written.
+
+    Raises
+    ------
+    FileExistsError
+        If this recording was converted to this place before, without `overwrite`.
+    ModuleNotFoundError
+        Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
+
+    Notes
+    -----
+    In each file rows are sorted by file then time, statistics are compressed with zstd and encoded with
+    BYTE_STREAM_SPLIT, without a dictionary: neighbours differ little. Histograms are lists. Values are raw, and what
+    their descriptors say is in the metadata of the fields, as in `Samples.to_arrow`. Each file is there as a whole or
+    not at all.
+    """
+    name = source.recording if isinstance(source, Recording) else ""
+    if not isinstance(source, Samples | Recording):
+        source = Recording(source)
+        name = source.recording
+    writer = _Parquet(Path(root), host, name or os.urandom(16).hex(), overwrite=overwrite)
+    for samples in _batches(source):
+        for part in samples.split():
+            writer.add(part)
+    writer.flush()
+    return writer.written
+
+
+class _Parquet:
+    """Collects rows by kind and date, and writes a file for every so many bytes."""
+
+    def __init__(self, root: Path, host: str | None, name: str, *, overwrite: bool) -> None:
+        self._pa, self._pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
+        self._root, self._host, self._name, self._overwrite = root, host, name, overwrite
+        self._waiting: dict[tuple[str, str, str], list[Any]] = {}
+        self._numbers: dict[tuple[str, str, str], int] = {}
+        self.written: list[Path] = []
+
+    def add(self, samples: Samples) -> None:
+        """Take samples of one kind and kernel."""
+        pc = need("pyarrow.compute", "arrow")
+        table = arrow.table(samples)
+        dates = pc.strftime(table["time"], format="%Y-%m-%d")
+        host = self._host or samples.host or "unknown"
+        fingerprint = samples._groups[0].schema.fingerprint[:8]
+        for date in pc.unique(dates).to_pylist():
+            where = (samples.files[0].kind, f"host={_quoted(host)}/date={date}", fingerprint)
+            rows = table.filter(pc.equal(dates, date)) if pc.count_distinct(dates).as_py() > 1 else table
+            self._waiting.setdefault(where, []).append(rows)
+            if sum(one.nbytes for one in self._waiting[where]) >= _ROWS_BYTES:
+                self._write(where)
+
+    def flush(self) -> None:
+        """Write what is left."""
+        for where in list(self._waiting):
+            self._write(where)
+
+    def _write(self, where: tuple[str, str, str]) -> None:
+        tables = self._waiting.pop(where)
+        kind, partition, fingerprint = where
+        number = self._numbers[where] = self._numbers.get(where, -1) + 1
+        path = self._root / kind / partition / f"{self._name}-{fingerprint}-{number:05}.parquet"
+        if path.exists() and not self._overwrite:
+            raise FileExistsError(errno.EEXIST, "it was converted before; overwrite=True replaces it", str(path))
+        table = self._pa.concat_tables(tables).sort_by([("file", "ascending"), ("time", "ascending")])
+        # Ids as plain text: a dictionary is for the reader's memory, not for the file.
+        place = table.schema.get_field_index("id")
+        field = table.schema.field(place).with_type(self._pa.string())
+        table = table.set_column(place, field, table.column(place).cast(self._pa.string()))
+        split = [column.path for column in self._columns(table) if column.physical_type == "INT64"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = path.with_name(f".{path.name}.part")
+        try:
+            self._pq.write_table(
+                table,
+                made,
+                compression="zstd",
+                use_dictionary=False,
+                column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+                sorting_columns=self._pq.SortingColumn.from_ordering(
+                    table.schema, [("file", "ascending"), ("time", "ascending")]
+                ),
+            )
+            made.replace(path)
+        except BaseException:
+            made.unlink(missing_ok=True)
+            raise
+        self.written.append(path)
+
+    def _columns(self, table: Any) -> list[Any]:
+        """Return the Parquet columns of a table; what a list's elements are called there is pyarrow's choice."""
+        sink = self._pa.BufferOutputStream()
+        self._pq.write_table(table.slice(0, 0), sink)
+        schema = self._pq.ParquetFile(self._pa.BufferReader(sink.getvalue())).schema
+        return [schema.column(index) for index in range(len(schema.names))]
+
+
+def _quoted(host: str) -> str:
+    """Quote what a directory's name cannot have, as Hive does."""
+    return re.sub(r"[^A-Za-z0-9._-]", lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), host)
+
+
+def to_csv(
+    source: Samples | Recording | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    kind: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Convert samples or a recording of one kind to a CSV file.
+
+    Parameters
+    ----------
+    source : Samples, Recording or path of a recording
+    path : path-like
+    kind : {"vm", "vcpu"}, optional
+        Which, if both were sampled.
+    overwrite : bool
+        Replace the file.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at `path`, without `overwrite`.
+    KeyError
+        As `Samples.to_arrow`.
+
+    Notes
+    -----
+    The columns are those of `Samples.to_arrow`, a histogram's with one for each bucket (``halt_wait_hist[3]``). Values
+    are raw. The file is there as a whole or not at all.
+    """
+    pa, csv = need("pyarrow", "arrow"), need("pyarrow.csv", "arrow")
+    path = Path(path)
+    if kind not in (None, "vm", "vcpu"):
+        raise ValueError(f"kind is {kind!r}; it must be 'vm' or 'vcpu'")
+    if path.exists() and not overwrite:
+        raise FileExistsError(errno.EEXIST, "it is there already; overwrite=True replaces it", str(path))
+    made = path.with_name(f".{path.name}.{os.getpid()}.part")
+    writer = None
+    try:
+        for samples in _batches(source):
+            table = _flat(pa, arrow.table(samples if kind is None else samples.vm if kind == "vm" else samples.vcpu))
+            if writer is None:
+                writer = csv.CSVWriter(str(made), table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+            made.replace(path)
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        made.unlink(missing_ok=True)
+        raise
+
+
+def _flat(pa: Any, table: Any) -> Any:
+    """Return a table without lists or dictionaries."""
+    columns: dict[str, Any] = {}
+    for field, column in zip(table.schema, table.columns, strict=True):
+        if pa.types.is_fixed_size_list(field.type):
+            values = arrow.as_numpy(column.combine_chunks())
+            columns |= {f"{field.name}[{i}]": pa.array(values[:, i]) for i in range(field.type.list_size)}
+        else:
+            columns[field.name] = column.cast(pa.string()) if pa.types.is_dictionary(field.type) else column
+    return pa.table(columns)

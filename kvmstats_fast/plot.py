@@ -1,0 +1,184 @@
+"""Plots of samples, with matplotlib: rates over time, histograms, and a heat map of many vCPUs.
+
+Each function draws into the Axes it is given, or into a new figure, and returns the Axes. matplotlib is the extra
+``kvmstats-fast[plot]``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmstats_fast.formats import need
+from kvmstats_fast.formats.frames import labels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy.typing as npt
+
+    from kvmstats_fast.histogram import Histogram
+    from kvmstats_fast.samples import Samples
+
+__all__ = ["heatmap", "histogram", "rates"]
+
+#: More lines than this nobody can tell apart: they become a median and a band.
+_LINES = 10
+#: Points across a plot: more are averaged, because a screen has no more.
+_POINTS = 1000
+
+
+def _axes(ax: Any) -> Any:
+    return need("matplotlib.pyplot", "plot").subplots(layout="constrained")[1] if ax is None else ax
+
+
+def _rate(samples: Samples, name: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Seconds since the start at the edges of each step, and the rate in it, (steps, n).
+
+    Steps of many sweeps if there are many: their rate is exact, what lies between is not shown.
+    """
+    if samples.stat(name).shape:
+        raise ValueError(f"{name} is a histogram: plot.histogram shows it")
+    if len(samples) < 2:
+        raise ValueError(f"a rate needs two sweeps, these samples have {len(samples)}")
+    steps = -(-(len(samples) - 1) // _POINTS)
+    seconds = (samples.time - samples.time[0]) / 1e9
+    rate = samples.rate(name)
+    edges = np.append(np.arange(0, len(samples) - 1, steps), len(samples) - 1)
+    lasted = np.diff(seconds)
+    weighted = np.where(np.isnan(rate), 0, rate) * lasted[:, None]
+    known = np.where(np.isnan(rate), 0, lasted[:, None])
+    change, time = (np.add.reduceat(part, edges[:-1], axis=0) for part in (weighted, known))
+    mean: npt.NDArray[np.float64] = np.divide(change, time, out=np.full_like(change, np.nan), where=time > 0)
+    return seconds[edges], mean
+
+
+def _unit(samples: Samples, name: str) -> str:
+    """Return a rate's unit; seconds per second are a fraction of the time."""
+    unit = samples.stat(name).units(si=True)
+    return f"{unit}/s" if unit else "1/s"
+
+
+def _whose(samples: Samples, name: str) -> list[str]:
+    columns = samples.columns(name)
+    return [f"{columns[0].kind} {label}" for label in labels(columns)]
+
+
+def rates(samples: Samples, names: str | Iterable[str], ax: Any = None) -> Any:
+    """Draw rates over time, a line for each file; of more than 10 files their median and what lies between all.
+
+    Parameters
+    ----------
+    samples : Samples
+    names : str or iterable of str
+        Statistics of one unit. Rates are in base units per second.
+    ax : matplotlib.axes.Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    KeyError, ValueError
+        If a name was not sampled or is a histogram, the units differ, or there are fewer than two sweeps.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ValueError("names is empty: name a statistic to draw")
+    units = {_unit(samples, name) for name in names}
+    if len(units) > 1:
+        raise ValueError(f"these statistics have different units, {', '.join(sorted(units))}: draw them apart")
+    drawn = {name: _rate(samples, name) for name in names}
+    ax = _axes(ax)
+    for name, (edges, rate) in drawn.items():
+        prefix = f"{name}, " if len(names) > 1 else ""
+        if rate.shape[1] <= _LINES:
+            for values, whose in zip(rate.T, _whose(samples, name), strict=True):
+                ax.stairs(values, edges, label=prefix + whose, baseline=None)
+            continue
+        known = ~np.isnan(rate).all(axis=1)
+        spread = np.full((3, len(rate)), np.nan)
+        spread[:, known] = np.nanquantile(rate[known], (0, 0.5, 1), axis=1)
+        low, middle, high = spread
+        line = ax.stairs(middle, edges, label=f"{prefix}median of {rate.shape[1]}", baseline=None)
+        ax.stairs(high, edges, baseline=low, fill=True, alpha=0.25, color=line.get_edgecolor(), label="least to most")
+    ax.set(xlabel="time since start (s)", ylabel=f"{names[0] if len(names) == 1 else 'rate'} ({units.pop()})")
+    ax.margins(x=0)
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    ax.legend(loc="best", fontsize="small")
+    return ax
+
+
+def histogram(hist: Histogram, ax: Any = None) -> Any:
+    """Draw what a histogram counted, files added up.
+
+    Parameters
+    ----------
+    hist : Histogram
+        As `Samples.histogram` gives it.
+    ax : matplotlib.axes.Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Notes
+    -----
+    From the first to the last bucket that counted anything; the open last bucket is drawn as wide as the one before.
+    Buckets of a logarithmic histogram are equally wide, as they are on a logarithmic axis.
+    """
+    whole = hist.sum()
+    used = np.flatnonzero(whole.counts)
+    first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, whole.stat.size)
+    ax = _axes(ax)
+    ax.bar(np.arange(first, last) + 0.5, whole.counts[first:last].astype(np.float64), width=1.0, edgecolor="white")
+    step = -(-(last - first) // 16)
+    ticks = range(first, last + 1, step)
+    ax.set_xticks(list(ticks), [_si(whole.edges[i], whole.units) for i in ticks], rotation=45, ha="right")
+    ax.set(xlabel=whole.stat.name, ylabel="count", xlim=(first, last))
+    ax.set_title(f"{int(whole.count)} counted" + (f", mean {_si(whole.mean, whole.units)}" if whole.mean else ""))
+    return ax
+
+
+def _si(value: float, unit: str) -> str:
+    """Write a value with at most three digits and the prefix that suits it: ``16.4 µs``."""
+    if not np.isfinite(value):
+        return "∞"
+    if value == 0 or not unit:
+        return f"{value:.3g} {unit}".rstrip()
+    power = int(np.clip(np.floor(np.log10(abs(value)) / 3), -4, 4))
+    return f"{value / 10.0 ** (3 * power):.3g} {'pnµm kMGT'[power + 4].strip()}{unit}"
+
+
+def heatmap(samples: Samples, name: str, ax: Any = None) -> Any:
+    """Draw the rate of a statistic as colours: time from left to right, a row for each file.
+
+    Parameters
+    ----------
+    samples : Samples
+    name : str
+    ax : matplotlib.axes.Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Files that had failed are blank from there on.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As `rates`.
+    """
+    edges, rate = _rate(samples, name)
+    ax = _axes(ax)
+    files = np.arange(rate.shape[1] + 1) - 0.5
+    mesh = ax.pcolormesh(edges, files, np.ma.masked_invalid(rate.T), shading="flat", rasterized=True, vmin=0)
+    step = -(-rate.shape[1] // 24)
+    whose = _whose(samples, name)
+    ax.set_yticks(range(0, len(whose), step), whose[::step])
+    ax.invert_yaxis()
+    ax.set_xlabel("time since start (s)")
+    ax.figure.colorbar(mesh, ax=ax, label=f"{name} ({_unit(samples, name)})")
+    return ax
