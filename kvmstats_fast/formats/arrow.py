@@ -171,25 +171,29 @@ def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str
     lives = lives_of(samples, columns)
     shape = (len(samples), len(columns))
 
-    def flat(values: npt.NDArray[Any], item: tuple[int, ...] = ()) -> npt.NDArray[Any]:
-        rows = np.broadcast_to(values, shape + item)
-        return np.ascontiguousarray(rows).reshape(-1, *item) if lives is None else rows[lives]
+    def rows_of(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if lives is not None:
+            return values[lives]
+        return np.ascontiguousarray(values).reshape(-1, *values.shape[2:])
+
+    def own(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return rows_of(np.broadcast_to(values, shape))
 
     infos = [samples.files[index] for index in columns.tolist()]
-    arrays = [
-        pa.array(flat((samples.time + samples.wall_offset)[:, None])).view(pa.timestamp("ns", "UTC")),
-        pa.array(flat(samples.tick[:, None])),
-        pa.array(flat(samples.sweep_ns[:, None])),
-        pa.array(flat(columns.astype(np.int32))),
-    ]
     ids = list(dict.fromkeys(_text(info.id) for info in infos))
     places = np.array([ids.index(_text(info.id)) for info in infos], np.int32)
-    arrays.append(pa.DictionaryArray.from_arrays(pa.array(flat(places)), pa.array(ids, pa.string())))
+    arrays = [
+        _from_numpy(pa.timestamp("ns", "UTC"), own((samples.time + samples.wall_offset)[:, None])),
+        _from_numpy(pa.uint64(), own(samples.tick[:, None])),
+        _from_numpy(pa.int64(), own(samples.sweep_ns[:, None])),
+        _from_numpy(pa.int32(), own(columns.astype(np.int32))),
+        pa.DictionaryArray.from_arrays(_from_numpy(pa.int32(), own(places)), _strings(ids)),
+    ]
     if group.kind == "vcpu":
-        arrays.append(pa.array(flat(np.array([info.vcpu_id for info in infos], np.int64))))
+        arrays.append(_from_numpy(pa.int64(), own(np.array([info.vcpu_id for info in infos], np.int64))))
     for name, field in zip(group.places, list(schema)[len(arrays) :], strict=True):
         view = group.view(name)
-        values = pa.array(flat(view, view.shape[2:]).reshape(-1))
+        values = _from_numpy(pa.uint64(), rows_of(view).reshape(-1))
         arrays.append(pa.FixedSizeListArray.from_arrays(values, type=field.type) if view.ndim == 3 else values)
     happened: dict[str, Any] = {
         "sweeps": len(samples),
@@ -247,17 +251,28 @@ def to_samples(batch: Any, metadata: Mapping[bytes, bytes] | None, origin: Origi
     )
 
 
+def _from_numpy(kind: Any, values: npt.NDArray[Any]) -> Any:
+    """Return an Arrow array that is this memory (pyarrow.array would import pandas)."""
+    pa = need("pyarrow", "arrow")
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _strings(texts: list[str]) -> Any:
+    pa = need("pyarrow", "arrow")
+    raw = [text.encode() for text in texts]
+    ends = np.cumsum([0, *map(len, raw)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(raw), pa.py_buffer(ends), pa.py_buffer(b"".join(raw)))
+
+
 def as_numpy(column: Any) -> npt.NDArray[Any]:
     """Return a column's values without a copy: (rows,) or (rows, buckets)."""
-    pa = need("pyarrow", "arrow")
-    if pa.types.is_fixed_size_list(column.type):
-        width = column.type.list_size
-        values: npt.NDArray[Any] = column.values.to_numpy(zero_copy_only=True)
-        return values[column.offset * width :][: len(column) * width].reshape(len(column), width)
-    if pa.types.is_timestamp(column.type):
-        column = column.view(pa.int64())
-    result: npt.NDArray[Any] = column.to_numpy(zero_copy_only=True)
-    return result
+    width = getattr(column.type, "list_size", None)
+    if width is not None:
+        return as_numpy(column.flatten()).reshape(len(column), width)
+    dtype = np.dtype({"uint64": np.uint64, "int32": np.int32}.get(str(column.type), np.int64))
+    if not len(column):
+        return np.empty(0, dtype)
+    return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * dtype.itemsize)
 
 
 def _spread(
@@ -278,7 +293,7 @@ def _spread(
     ticks, first = np.unique(every[0], return_index=True)
     row = np.searchsorted(ticks, tick)
     place = {file: index for index, file in enumerate(origin.columns)}
-    column = np.array([place[file] for file in batch.column("file").to_pylist()], np.intp)
+    column = np.array([place[file] for file in as_numpy(batch.column("file")).tolist()], np.intp)
     result = []
     for values in arrays:
         spread = np.zeros((len(ticks), len(origin.columns), *values.shape[1:]), values.dtype)

@@ -323,6 +323,8 @@ class Recording:
                 unread.append(error)
                 continue
             self._parts.setdefault(stream.origin.part, []).append(stream)
+        for streams in self._parts.values():
+            streams.sort(key=lambda stream: stream.origin.columns)  # the order in which they were sampled
         if not self._parts:
             raise unread[0]
         for failure in unread:
@@ -357,7 +359,7 @@ class Recording:
                 ahead = [str(s.path) for s, batch in zip(streams, batches, strict=True) if batch is not None]
                 if ahead:
                     warnings.warn(
-                        f"{', '.join(ahead)}: has batches behind the end of the other kind's file, left out here: open "
+                        f"{', '.join(ahead)} has batches behind the end of the other kind's file, left out here: open "
                         "the file by itself to read them",
                         RecordingWarning,
                         stacklevel=3,

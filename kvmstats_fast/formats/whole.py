@@ -110,7 +110,7 @@ _PLAIN = ("interval", "wall_offset", "missed", "overruns", "interrupted", "host"
 
 def _read_npz(path: Path) -> Samples:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             about = json.loads(arrays["about"].tobytes())
             if about["format"] != _FORMAT:
                 raise KvmStatsError(f"{path}: format {about['format']}; this version reads {_FORMAT}")

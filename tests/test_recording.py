@@ -1,0 +1,518 @@
+"""Recordings: what goes in comes out, whatever happens to the recorder."""
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from itertools import pairwise
+
+import hypothesis
+import made
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import open_fds
+from hypothesis import strategies as st
+
+import kvmstats_fast as kf
+from kvmstats_fast.testing import SyntheticStats
+
+VM = made.schema_of(None, "vm")
+VCPU = made.schema_of(None, "vcpu")
+ODD = made.schema_of(made.ODD)
+OTHER = made.schema_of(None, "vcpu", layout="v9")
+ERRORS = [OSError(9, "gone"), ValueError("closed"), kf.FormatError(kf.ErrorCode.TRUNCATED, 80, "short")]
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where to record to."""
+    return tmp_path / "run"
+
+
+def record(path, parts, **options):
+    """Record Samples after Samples."""
+    with kf.Recorder(path, **options) as recorder:
+        for part in parts:
+            recorder.write(part)
+    return recorder
+
+
+def batches(path):
+    """Samples after Samples, and what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = list(kf.Recording(path))
+    return parts, [str(one.message) for one in caught if issubclass(one.category, kf.RecordingWarning)]
+
+
+GROUPS = st.lists(
+    st.tuples(st.sampled_from([("vm", VM), ("vcpu", VCPU), ("vcpu", ODD), ("vcpu", OTHER)]), st.integers(1, 3)),
+    min_size=1,
+    max_size=4,
+    unique_by=lambda one: (one[0][0], id(one[0][1])),
+)
+
+
+@st.composite
+def anything(draw, least=0):
+    """Samples of any kinds, failures included."""
+    groups = [(kind, schema, number) for (kind, schema), number in draw(GROUPS)]
+    length = draw(st.integers(least, least + 6))
+    files = sum(number for *_, number in groups)
+    errors = [
+        kf.SampleError(file, draw(st.integers(0, length)), draw(st.sampled_from(ERRORS)))
+        for file in draw(st.lists(st.integers(0, files - 1), unique=True, max_size=3))
+    ]
+    return made.samples(
+        groups,
+        length,
+        seed=draw(st.integers(0, 9)),
+        errors=errors,
+        missed=draw(st.integers(0, 5)),
+        interrupted=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize("form", ["run", "run.npz"])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+@hypothesis.given(x=anything())
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_what_is_saved_is_loaded_bit_for_bit(form, compression, x, tmp_path_factory):
+    """Every dtype, kind and schema, failed files, empty runs, values over the whole of uint64."""
+    path = tmp_path_factory.mktemp("saved") / form
+    x.save(path, compression=compression)
+    made.assert_same(kf.Samples.load(path), x)
+    made.assert_same(x, x)
+
+
+@pytest.mark.parametrize("number", [1, 300])
+def test_one_vcpu_and_three_hundred(number, path):
+    """The number of columns does not matter."""
+    x = made.samples([("vcpu", VCPU, number), ("vm", VM, 1)], 20)
+    record(path, [x[:7], x[7:]])
+    made.assert_same(kf.Samples.load(path), kf.Samples.concatenate([x[:7], x[7:]]))
+
+
+@hypothesis.given(x=anything(least=3), cuts=st.lists(st.integers(0, 9), max_size=3), rotate=st.booleans())
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_a_recording_is_the_batches_that_were_written(x, cuts, rotate, tmp_path_factory):
+    """Batch by batch and as a whole, in one part or many; nothing is warned of."""
+    path = tmp_path_factory.mktemp("recorded") / "run"
+    cuts = sorted({0, *(min(cut, len(x)) for cut in cuts), len(x)})
+    parts = [x[a:b] for a, b in pairwise(cuts)]
+    record(path, parts, **({"rotate_bytes": 1} if rotate else {}))
+    read, warned = batches(path)
+    assert not warned
+    assert len(read) == len(parts)
+    for one, part in zip(read, parts, strict=True):
+        made.assert_same(one, part)
+    made.assert_same(kf.Samples.load(path), kf.Samples.concatenate(parts))
+    assert len(list(path.iterdir())) == len(x._groups) * (len(parts) if rotate else 1)
+
+
+def test_samples_of_some_statistics_keep_their_order(path):
+    """What a Sampler was told to keep, in its order."""
+    with SyntheticStats() as one, one.open() as file:
+        one.set("exits", 2**63 + 1)
+        x = kf.Sampler([file], ["halt_wait_hist", "exits", "blocking"]).run(0, count=3)
+    x.save(path)
+    y = kf.Samples.load(path)
+    made.assert_same(y, x)
+    assert y.names == ("halt_wait_hist", "exits", "blocking")
+    assert y["exits"].tolist() == [[2**63 + 1]] * 3
+
+
+def test_an_uncompressed_batch_is_read_in_place(path):
+    """Loading copies nothing: the arrays are the file's memory, and read-only."""
+    x = made.samples([("vcpu", VCPU, 2)], 50)
+    x.save(path)
+    before = pa.total_allocated_bytes()
+    y = kf.Samples.load(path)
+    assert pa.total_allocated_bytes() - before < 1000
+    assert not y["exits"].flags.owndata
+    assert not y["exits"].flags.writeable
+    compressed = path.with_name("compressed")
+    x.save(compressed, compression="zstd")
+    before = pa.total_allocated_bytes()
+    z = kf.Samples.load(compressed)
+    assert pa.total_allocated_bytes() - before > z["exits"].nbytes
+
+
+def test_the_file_says_what_its_columns_are(path):
+    """Descriptors in the fields' metadata, the origin and the verbatim header and descriptors in the schema's."""
+    x = made.samples([("vcpu", ODD, 2), ("vm", VM, 1)], 4)
+    record(path, [x])
+    with pa.ipc.open_stream(path / "vcpu-00000.arrows") as reader:
+        table = reader.read_all()
+    assert all(not field.nullable for field in table.schema)
+    metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    assert metadata["kvmstats.host"] == '"h\\u00e4rd"'
+    assert metadata["kvmstats.wall_offset"] == str(x.wall_offset)
+    assert metadata["kvmstats.version"] == f'"{kf.__version__}"'
+    about = {key.decode(): value.decode() for key, value in table.schema.field("wait_hist").metadata.items()}
+    assert about == {
+        "kvmstats.type": "log_hist",
+        "kvmstats.unit": "seconds",
+        "kvmstats.base": "pow10",
+        "kvmstats.exponent": "-9",
+        "kvmstats.size": "5",
+        "kvmstats.offset": str(ODD["wait_hist"].offset),
+        "kvmstats.bucket_size": "0",
+        "kvmstats.units": "ns",
+        "kvmstats.descriptor": "4",
+    }
+    assert table.schema.field("wait_hist").type == pa.list_(pa.field("item", pa.uint64(), nullable=False), 5)
+    assert table.schema.field("future").metadata[b"kvmstats.type"] == b"9"
+    assert table["time"].cast(pa.int64()).to_pylist() == np.repeat(x.time + x.wall_offset, 2).tolist()
+    assert table["stat.time"].to_pylist() == x.vcpu["time"].reshape(-1).tolist()
+    assert table["id"].to_pylist() == [info.id for info in x.vcpu.files] * 4
+
+
+def test_rows_of_a_failed_file_are_left_out(path):
+    """A reader that knows nothing of failures meets no row that means nothing."""
+    x = made.samples([("vcpu", VCPU, 2)], 5, errors=[kf.SampleError(1, 2, ERRORS[0])])
+    record(path, [x])
+    with pa.ipc.open_stream(path / "vcpu-00000.arrows") as reader:
+        assert reader.read_all()["file"].to_pylist() == [0, 1, 0, 1, 0, 0, 0]
+
+
+# ---- what can happen to a recorder
+
+
+def test_a_torn_file_is_read_to_its_last_whole_batch(path):
+    """At whatever byte it ends, the batches before are read, and what was lost is said."""
+    x = made.samples([("vcpu", VCPU, 1)], 9)
+    ends = []
+    with kf.Recorder(path) as recorder:
+        for i in range(3):
+            recorder.write(x[3 * i : 3 * i + 3])
+            ends.append(recorder.size)
+    file = path / "vcpu-00000.arrows"
+    whole = file.read_bytes()
+    assert len(whole) == ends[-1] + 8
+    start_of_batches = 8 + int.from_bytes(whole[4:8], "little")  # behind the schema's message
+    rng = random.Random(1)
+    for end in {*ends, *(e + 1 for e in ends), *(rng.randrange(8, len(whole)) for _ in range(150))}:
+        file.write_bytes(whole[:end])
+        complete = sum(e <= end for e in ends)
+        if end < start_of_batches:
+            with pytest.raises(kf.KvmStatsError, match=f"these {end} bytes"):
+                batches(path)
+            continue
+        parts, warned = batches(path)
+        assert len(parts) == complete
+        for i, part in enumerate(parts):
+            made.assert_same(part, x[3 * i : 3 * i + 3])
+        lost = end - (ends[complete - 1] if complete else 0)
+        assert len(warned) == 1
+        assert "not ended" in warned[0]
+        if complete:
+            assert f"the {lost} bytes behind it" in warned[0] if lost else "what came is lost" in warned[0]
+
+
+def test_garbage_behind_the_last_batch_is_no_batch(path):
+    """Zeros, as a file system leaves them after a crash, and noise: the recording ends with its last whole batch."""
+    x = made.samples([("vcpu", VCPU, 1)], 4)
+    record(path, [x])
+    file = path / "vcpu-00000.arrows"
+    whole = file.read_bytes()[:-8]
+    for garbage in (bytes(4096), b"\xff" * 100, random.Random(2).randbytes(500)):
+        file.write_bytes(whole + garbage)
+        parts, warned = batches(path)
+        made.assert_same(parts[0], x)
+        assert f"the {len(garbage)} bytes behind it" in warned[0]
+
+
+def test_the_other_kind_without_its_last_batch(path):
+    """Killed between the two: what both kinds have is read, and the file that has more is named."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 6)
+    record(path, [x[:3], x[3:]])
+    file = path / "vcpu-00000.arrows"
+    file.write_bytes(file.read_bytes()[:-200])
+    parts, warned = batches(path)
+    assert len(parts) == 1
+    made.assert_same(parts[0], x[:3])
+    assert any("vm-00000.arrows has batches behind the end" in text for text in warned)
+    assert any("vcpu-00000.arrows: this recording was not ended" in text for text in warned)
+    alone, warned = batches(path / "vm-00000.arrows")
+    assert not warned
+    made.assert_same(alone[0], x[:3].vm)
+    made.assert_same(alone[1], x[3:].vm)
+
+
+def test_a_missing_part_is_said(path):
+    """Parts are numbered: one that is gone is not passed over in silence."""
+    x = made.samples([("vcpu", VCPU, 2)], 6)
+    record(path, [x[:2], x[2:4], x[4:]], rotate_bytes=1)
+    (path / "vcpu-00001.arrows").unlink()
+    parts, warned = batches(path)
+    assert [part.time.tolist() for part in parts] == [x.time[:2].tolist(), x.time[4:].tolist()]
+    assert warned == [f"{path}: part 1 is missing"]
+    (path / "vcpu-00000.arrows").write_bytes(b"")
+    parts, warned = batches(path)
+    assert len(parts) == 1
+    assert "vcpu-00000.arrows: no Arrow stream begins in these 0 bytes" in warned[0]
+
+
+def test_rotation_by_time(path):
+    """A part ends with the batch that makes it as long as was asked."""
+    x = made.samples([("vcpu", VCPU, 1)], 30)
+    x.time[:] = np.arange(30) * 10**9
+    record(path, [x[i : i + 1] for i in range(30)], rotate_seconds=10)
+    assert [len(kf.Samples.load(file)) for file in sorted(path.iterdir())] == [10, 10, 10]
+    made.assert_same(kf.Samples.load(path)[:], kf.Samples.concatenate([x[i : i + 1] for i in range(30)]))
+
+
+#: Forks a recorder for each path on stdin, which says its pid and how many sweeps it has written.
+RECORD = """
+import os, sys
+import kvmstats_fast as kf
+from kvmstats_fast.testing import SyntheticStats
+
+def record(path):
+    vm, vcpus = SyntheticStats(kind="vm"), [SyntheticStats(vcpu_id=i) for i in range(8)]
+    files = [one.open() for one in (vm, *vcpus)]
+    with kf.Recorder(path, compression=None) as recorder, kf.Sampler(files).stream(0.0002, chunk=7) as stream:
+        for i, x in enumerate(stream):
+            for one in (vm, *vcpus):
+                one.set("remote_tlb_flush" if one is vm else "exits", i + 1)
+            recorder.write(x)
+            print(recorder.sweeps, flush=True)
+
+import pyarrow
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        print("pid", os.getpid(), flush=True)
+        record(line.strip())
+    os.waitpid(pid, 0)
+    print("dead", flush=True)
+"""
+
+
+def test_a_killed_recorder_loses_at_most_the_batch_it_was_writing(tmp_path):
+    """SIGKILL at 20 random moments: every sweep that was reported as written is there and right, the loss is stated."""
+    rng = random.Random(3)
+    server = subprocess.Popen(
+        [sys.executable, "-c", RECORD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    with server:
+        for attempt in range(20):
+            path = tmp_path / f"run{attempt}"
+            print(path, file=server.stdin)
+            pid = int(server.stdout.readline().split()[1])
+            written = int(server.stdout.readline())
+            time.sleep(rng.uniform(0, 0.05))
+            os.kill(pid, signal.SIGKILL)
+            while (line := server.stdout.readline()) != "dead\n":
+                written = int(line)
+            parts, warned = batches(path)
+            assert written <= sum(map(len, parts)) <= written + 7
+            assert warned  # it was never ended
+            ticks = np.concatenate([part.tick for part in parts])
+            assert (np.diff(ticks.astype(np.int64)) > 0).all()
+            assert len(ticks) + sum(part.missed for part in parts) == int(ticks[-1]) + 1
+            exits = np.concatenate([part.vcpu["exits"] for part in parts])
+            assert (np.diff(exits.astype(np.int64), axis=0) >= 0).all()
+            assert exits[0].max() == 0
+            assert exits[-1].max() <= len(parts)
+            shutil.rmtree(path)
+        server.stdin.close()
+
+
+def write_all(recorder, parts):
+    """Write until it fails, and give the error."""
+    with pytest.raises(OSError, match="the recording ends after") as caught:  # noqa: PT012 - which one fails is open
+        for part in parts:
+            recorder.write(part)
+    return caught.value
+
+
+def test_a_full_disk_ends_the_recording_and_leaves_it_readable(tmp_path):
+    """At whatever size the disk is full: one clear error, and everything written before reads back."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 3)], 40)
+    parts = [x[i : i + 4] for i in range(0, 40, 4)]
+    full = tmp_path / "full"
+    size = record(full, parts, compression=None).path.joinpath("vcpu-00000.arrows").stat().st_size
+    smallest = 12_000  # the vcpu stream's schema alone
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fds = open_fds()
+    try:
+        for limit in random.Random(4).sample(range(smallest, size), 20):
+            path = tmp_path / f"run{limit}"
+            recorder = kf.Recorder(path, compression=None)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            error = write_all(recorder, parts)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            written = recorder.sweeps
+            assert f"the recording ends after {written} sweeps, which can be read" in str(error)
+            with pytest.raises(ValueError, match="has ended"):
+                recorder.write(parts[0])
+            read, warned = batches(path) if written else ([], [])
+            # The end mark itself may have had no room.
+            assert all("what came is lost" in text for text in warned)
+            assert len(read) == written // 4
+            for one, part in zip(read, parts, strict=False):
+                made.assert_same(one, part)
+            recorder.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert open_fds() == fds
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs takes root")
+def test_a_full_file_system_too(tmp_path):
+    """A tmpfs of 300 KiB: ENOSPC, and all batches written before are there."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", mount], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("mount is not permitted here")
+    try:
+        x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 3)], 400)
+        with kf.Recorder(mount / "run", compression=None) as recorder:
+            error = write_all(recorder, [x[i : i + 4] for i in range(0, 400, 4)])
+        assert error.errno == errno.ENOSPC
+        written = recorder.sweeps
+        assert 0 < written < 400
+        parts, _ = batches(mount / "run")
+        assert sum(map(len, parts)) == written
+        for i, part in enumerate(parts):
+            made.assert_same(part, x[4 * i : 4 * i + 4])
+        del parts, part  # they are maps of its files
+        with pytest.raises(OSError, match="No space"):
+            x.save(mount / "saved")
+        assert sorted(one.name for one in mount.iterdir()) == ["run"]
+    finally:
+        subprocess.run(["umount", "--lazy", mount], check=True)
+
+
+def test_ctrl_c_in_the_midst_of_a_batch_cuts_it_off(path, monkeypatch):
+    """Half a batch is taken back: what is there was written whole."""
+    x = made.samples([("vcpu", VCPU, 2)], 6)
+    recorder = kf.Recorder(path)
+    recorder.write(x[:3])
+    calls = []
+    write = os.write
+
+    def interrupted(fd, data):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        recorder.write(x[3:])
+    monkeypatch.undo()
+    recorder.close()
+    parts, warned = batches(path)
+    assert not warned
+    made.assert_same(parts[0], x[:3])
+    assert len(parts) == 1
+
+
+# ---- what is refused
+
+
+def test_what_lies_there_is_not_overwritten(path, tmp_path):
+    """A recording or file is replaced only if that was asked for, and then as a whole."""
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    y = made.samples([("vcpu", ODD, 1)], 3)
+    for target in (path, tmp_path / "run.npz"):
+        x.save(target)
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            y.save(target)
+        made.assert_same(kf.Samples.load(target), x)
+        y.save(target, overwrite=True)
+        made.assert_same(kf.Samples.load(target), y)
+    with pytest.raises(FileExistsError, match="another path"):
+        kf.Recorder(path)
+    assert {one.name for one in tmp_path.iterdir()} == {"run", "run.npz"}
+
+
+def test_samples_of_another_run_are_refused(path):
+    """One recording is of one run."""
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    with kf.Recorder(path) as recorder:
+        recorder.write(x)
+        for other in (
+            made.samples([("vcpu", VCPU, 2)], 2),
+            made.samples([("vcpu", ODD, 1)], 2),
+            made.samples([("vcpu", VCPU, 1)], 2, wall_offset=5),
+        ):
+            with pytest.raises(ValueError, match="record them apart"):
+                recorder.write(other)
+    with pytest.raises(ValueError, match="has ended"):
+        recorder.write(x)
+    made.assert_same(kf.Samples.load(path), x)
+
+
+def test_what_is_no_recording_is_said_so(path, tmp_path):
+    """Nothing there, an empty directory, another Arrow file, two recordings in one place, a damaged .npz."""
+    with pytest.raises(FileNotFoundError, match="no recording"):
+        kf.Recording(path)
+    with pytest.raises(kf.KvmStatsError, match=r"no \.arrows file"):
+        kf.Recording(tmp_path)
+    foreign = tmp_path / "foreign.arrows"
+    table = pa.table({"a": [1]})
+    with pa.ipc.new_stream(foreign, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(kf.KvmStatsError, match="no recording of kvmstats_fast"):
+        kf.Samples.load(foreign)
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    x.save(path)
+    x.save(tmp_path / "again")
+    shutil.copy(tmp_path / "again" / "vcpu-00000.arrows", path / "vcpu-00001.arrows")
+    with pytest.raises(kf.KvmStatsError, match="different recordings"):
+        kf.Recording(path)
+    npz = tmp_path / "x.npz"
+    x.save(npz)
+    npz.write_bytes(npz.read_bytes()[:-100])
+    with pytest.raises(kf.KvmStatsError, match="damaged"):
+        kf.Samples.load(npz)
+    np.savez(npz, a=1)
+    with pytest.raises(kf.KvmStatsError, match=r"no \.npz that Samples.save wrote"):
+        kf.Samples.load(npz)
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "gzip"}, {"rotate_bytes": 0}, {"rotate_seconds": 0}, {"rotate_seconds": float("nan")}]
+)
+def test_bad_options_are_refused_before_anything_is_made(options, path):
+    """One ValueError, and no directory."""
+    with pytest.raises(ValueError, match=next(iter(options))):
+        kf.Recorder(path, **options)
+    assert not path.exists()
+
+
+def test_without_pyarrow_the_message_says_what_to_install(path):
+    """And an .npz needs none."""
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "import kvmstats_fast as kf\n"
+        "from kvmstats_fast.testing import SyntheticStats\n"
+        "x = kf.Sampler([SyntheticStats().open()]).run(0, count=2)\n"
+        f"x.save({str(path) + '.npz'!r}); print(len(kf.Samples.load({str(path) + '.npz'!r})))\n"
+        "try: x.save('nowhere')\n"
+        "except ModuleNotFoundError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "2\npyarrow is not installed, which this needs: pip install 'kvmstats-fast[arrow]'\n"
+
+
+def test_the_core_imports_no_extra():
+    """Importing the package imports neither pyarrow nor pandas, xarray or matplotlib."""
+    extras = ("pyarrow", "pandas", "xarray", "matplotlib")
+    code = f"import sys, kvmstats_fast; print([m for m in {extras} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
