@@ -563,7 +563,8 @@ class Samples:
             Columns ``time`` (the wall clock, timestamp[ns, UTC]), ``tick``, ``sweep_ns``, ``file`` (the index in
             `files`), ``id``, ``vcpu_id``, and one of raw uint64 for each statistic, a histogram's a fixed size list;
             none has nulls. What a descriptor says is in its field's metadata. Rows of files that had failed are not
-            there. A statistic with the name of one of ours is called ``stat.NAME``.
+            there. A statistic with the name of one of ours, or ``vm``, ``vcpu`` or ``bucket``, is called ``stat.NAME``,
+            here and in the other conversions.
 
         Raises
         ------

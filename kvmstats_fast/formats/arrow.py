@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvmstats_fast.schema import Schema, Stat
+    from kvmstats_fast.schema import Schema
 
 __all__ = ["Origin", "one_group", "table", "to_batch", "to_samples"]
 
@@ -95,14 +95,18 @@ class Origin:
         return cls(**plain, stats=schema_of(prefix, f"{source}: header and descriptors"))
 
 
+#: Names that no column of a statistic may have: our own, and what xarray's dimensions are called.
+_TAKEN = frozenset((*OWN, "vm", "vcpu", "bucket"))
+
+
 def _word(code: IntEnum | int) -> str:
     return code.name.lower() if isinstance(code, IntEnum) else str(code)
 
 
-def _column_name(stat: Stat) -> str:
-    """Return a statistic's name, which must be text and must not be that of a column of our own."""
-    name = stat.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return f"stat.{name}" if name in OWN else name
+def column_name(name: str) -> str:
+    """Return what the column of a statistic is called: text, and no name of our own."""
+    name = _text(name)
+    return f"stat.{name}" if name in _TAKEN else name
 
 
 def stat_fields(stats: Schema, names: list[str]) -> list[Any]:
@@ -119,7 +123,7 @@ def stat_fields(stats: Schema, names: list[str]) -> list[Any]:
         if stat.shape:
             value = pa.list_(pa.field("item", value, nullable=False), stat.size)
         metadata = {f"kvmstats.{what}": word for what, word in words.items()}
-        fields.append(pa.field(_column_name(stat), value, nullable=False, metadata=metadata))
+        fields.append(pa.field(column_name(name), value, nullable=False, metadata=metadata))
     return fields
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.formats import need
-from kvmstats_fast.formats.arrow import lives_of, one_group
+from kvmstats_fast.formats.arrow import column_name, lives_of, one_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,8 +54,8 @@ def to_pandas(samples: Samples, *, si: bool) -> Any:
     columns: dict[str, npt.NDArray[Any]] = {}
     units: dict[str, str] = {}
     for name, (stat, _) in group.places.items():
-        values = flat(get(name))
-        parts = {f"{name}[{i}]": values[:, i] for i in range(stat.size)} if stat.shape else {name: values}
+        values, column = flat(get(name)), column_name(name)
+        parts = {f"{column}[{i}]": values[:, i] for i in range(stat.size)} if stat.shape else {column: values}
         columns |= parts
         units |= dict.fromkeys(parts, _units(stat, si=si))
     when = pd.DatetimeIndex(flat(wall[:, None])).tz_localize("UTC")
@@ -89,7 +89,7 @@ def to_xarray(samples: Samples, *, si: bool) -> Any:
                 bucket = buckets.setdefault((unit, edges.tobytes()), f"bucket{len(buckets) + 1 if buckets else ''}")
                 dims.append(bucket)
                 coordinates[bucket] = (bucket, edges, {"units": unit, "long_name": "lower edge of the bucket"})
-            variables[name] = (dims, get(name), about)
+            variables[column_name(name)] = (dims, get(name), about)
     origin = {
         "host": samples.host,
         "kernel": samples.kernel,
@@ -97,7 +97,5 @@ def to_xarray(samples: Samples, *, si: bool) -> Any:
         "missed": samples.missed,
         "errors": [f"{samples.files[e.file].id} from sweep {e.sweep} on: {e.error}" for e in samples.errors],
     }
-    for name in ("tick", "sweep_ns"):
-        if name not in variables:
-            coordinates[name] = ("time", getattr(samples, name))
+    coordinates |= {name: ("time", getattr(samples, name)) for name in ("tick", "sweep_ns")}
     return xr.Dataset(variables, coordinates, origin)

@@ -1,0 +1,188 @@
+"""Recording, loading, and rates over long runs."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import table
+
+import kvmstats_fast as kf
+from kvmstats_fast.samples import Block
+from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest
+
+SECONDS = 10
+FIVE = ["exits", "fpu_reload", "halt_wakeup", "halt_wait_ns", "blocking"]
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "stats", "rate", "wait", "compression"),
+    [
+        (64, None, 1000, "sleep", "zstd"),
+        (64, None, 1000, "sleep", "lz4"),
+        (64, None, 1000, "sleep", None),
+        (64, None, 1000, "hybrid", "zstd"),
+        (8, FIVE, 10_000, "hybrid", "zstd"),
+        (8, FIVE, 10_000, "spin", "zstd"),
+    ],
+)
+def test_recording(benchmark, tmp_path, vcpus, stats, rate, wait, compression):  # noqa: PLR0913 - a case has that many
+    """Ticks missed, the recorder's share of a processor, and how much smaller the file is than the values."""
+    try:
+        guest = TinyGuest(vcpus)
+    except KvmUnavailableError as error:
+        pytest.skip(f"no real VM: {error.strerror}")
+    over = threading.Event()
+
+    def live():
+        vcpu = 0
+        while not over.wait(0.01):
+            guest.run(100, vcpu % vcpus)
+            vcpu += 1
+
+    def record():
+        raw = 0
+        start, own, everything = time.monotonic(), time.thread_time(), time.process_time()
+        with (
+            kf.Recorder(tmp_path / "run", compression=compression) as recorder,
+            kf.Sampler(files, stats).stream(1 / rate, wait=wait, duration=SECONDS) as stream,
+        ):
+            for samples in stream:
+                recorder.write(samples)
+                raw += sum(group.values.nbytes for group in samples._groups)
+        elapsed = time.monotonic() - start
+        return (
+            stream,
+            raw / recorder.size,
+            *(
+                (now - before) / elapsed
+                for now, before in ((time.thread_time(), own), (time.process_time(), everything))
+            ),
+        )
+
+    with guest:
+        files = guest.open_stats()[1:]
+        thread = threading.Thread(target=live)
+        thread.start()
+        try:
+            stream, ratio, own, everything = benchmark.pedantic(record, rounds=1)
+        finally:
+            over.set()
+            thread.join()
+            for file in files:
+                file.close()
+    title = f"recording {SECONDS} s of {vcpus} vCPUs, {len(stats) if stats else 'all'} statistics, {rate} Hz"
+    text = (
+        f"missed {stream.missed} of {SECONDS * rate} ({stream.overruns} for the recorder); recorder {100 * own:.1f} % of a "
+        f"CPU, with sampling and guest {100 * everything:.1f} %; {ratio:.1f}x smaller than the values; "
+        f"none missed: {'MISSED' if stream.missed else 'reached'}"
+    )
+    table.add(title, f"{wait}, {compression or 'not compressed'}", None, verdict=text)
+
+
+def long_run(sweeps, files, stats=None):
+    """Samples of counters that grow as real ones do, and gauges that stay."""
+    with SyntheticStats() as one:
+        schema = kf.parse(one.to_bytes()).schema
+    chosen = schema.stats if stats is None else schema.select(*stats)
+    rng = np.random.default_rng(1)
+    width, places = 0, {}
+    for stat in chosen:
+        places[stat.name] = (stat, width)
+        width += stat.size
+    values = np.zeros((sweeps, files, width), np.uint64)
+    for stat, word in places.values():
+        for i in range(word, word + stat.size, 4):  # every fourth bucket is in use
+            np.cumsum(rng.integers(0, 50, (sweeps, files), np.uint64), axis=0, out=values[:, :, i])
+    time_ = np.arange(sweeps, dtype=np.int64) * 10**6
+    infos = tuple(kf.FileInfo(f"kvm-1/vcpu-{i}", "vcpu", i) for i in range(files))
+    clock = (time_, np.full(sweeps, 1000, np.int64), np.arange(sweeps, dtype=np.uint64))
+    return kf.Samples((Block(schema, "vcpu", places, np.arange(files), values),), infos, clock, interval=0.001)
+
+
+def test_rates(benchmark):
+    """Rates of 5 statistics of 8 vCPUs over a million sweeps, against numpy's diff, and a copy."""
+    x = long_run(1_000_000, 8, FIVE)
+    values = x._groups[0].values
+    room = np.empty_like(values)
+
+    def timed(call):
+        def timer():
+            start = time.perf_counter_ns()
+            call()
+            return time.perf_counter_ns() - start
+
+        return timer
+
+    table.compare_timers(
+        benchmark,
+        "rates over 1e6 sweeps x 8 vCPUs x 5 statistics",
+        {
+            "Samples.rate, float64 per second": (timed(lambda: [x.rate(name) for name in FIVE]), None),
+            "Samples.delta": (timed(lambda: [x.delta(name) for name in FIVE]), None),
+            "np.diff of each, no reset, no rate": (timed(lambda: [np.diff(x[name], axis=0) for name in FIVE]), None),
+            "np.diff(...) / seconds in plain numpy": (
+                timed(lambda: [np.diff(x[name], axis=0) / (np.diff(x.time) / 1e9)[:, None] for name in FIVE]),
+                None,
+            ),
+            "memcpy of the values": (timed(lambda: np.copyto(room, values)), None),
+        },
+        rounds=7,
+    )
+    benchmark.pedantic(lambda: x.rate("exits"), rounds=1)
+
+
+LOAD = """
+import resource, sys, time
+import numpy as np, pyarrow
+import kvmstats_fast as kf
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter_ns()
+x = kf.Samples.load(sys.argv[1])
+loaded = time.perf_counter_ns() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+total = int(x["exits"][-1].sum())
+print(loaded, time.perf_counter_ns() - start, peak - before, len(x), x["exits"].flags.owndata, total)
+"""
+
+
+def test_loading(benchmark, tmp_path):
+    """Load a recording of about 1 GB, in one batch or a hundred, compressed or not: time and peak memory."""
+    sweeps, files = 15_000, 64
+    x = long_run(sweeps, files)
+    nbytes = x._groups[0].values.nbytes
+    wanted = int(x["exits"][-1].sum())
+    cases = {}
+    for compression in (None, "zstd"):
+        for batches in (1, 100):
+            path = tmp_path / f"{compression}-{batches}"
+            start = time.perf_counter_ns()
+            with kf.Recorder(path, compression=compression) as recorder:
+                for i in range(0, sweeps, sweeps // batches):
+                    recorder.write(x[i : i + sweeps // batches])
+            label = f"{batches} batch{'es' if batches > 1 else ''}, {compression or 'not compressed'}"
+            cases[label] = (path, time.perf_counter_ns() - start, recorder.size)
+    del x
+    title = f"load of {nbytes / 1e9:.2f} GB of values ({sweeps} sweeps x {files} vCPUs, all statistics)"
+
+    def load(path):
+        result = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, check=True)
+        return result.stdout.split()
+
+    for label, (path, wrote, size) in cases.items():
+        runs = sorted((load(path) for _ in range(3)), key=lambda run: int(run[0]))
+        loaded, touched, peak, length, owned, total = runs[1]
+        assert (int(length), int(total)) == (sweeps, wanted)
+        text = (
+            f"one column read after {int(touched) / 1e6:.0f} ms; peak memory +{int(peak) / 1024:.0f} MiB; "
+            f"{'copied' if owned == 'True' else 'in place'}; file {size / 1e9:.2f} GB, written in {wrote / 1e9:.1f} s"
+        )
+        table.add(title, label, int(loaded), verdict=text)
+    file = next(cases["1 batch, not compressed"][0].iterdir())
+    start = time.perf_counter_ns()
+    read = len(Path(file).read_bytes())
+    table.add(title, f"limit: read() of the {read / 1e9:.2f} GB", time.perf_counter_ns() - start)
+    benchmark.pedantic(lambda: load(cases["1 batch, not compressed"][0]), rounds=1)

@@ -1,0 +1,387 @@
+"""What other libraries read is what was sampled."""
+
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import dask.dataframe as dd
+import duckdb
+import hypothesis
+import made
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xarray as xr
+from helpers import DATA
+from hypothesis import strategies as st
+
+import kvmstats_fast as kf
+from kvmstats_fast.testing import SyntheticStats
+
+VM = made.schema_of(None, "vm")
+VCPU = made.schema_of(None, "vcpu")
+ODD = made.schema_of(made.ODD)
+FLEET = Path(__file__).parents[1] / "docs" / "examples" / "fleet.py"
+
+
+@pytest.fixture
+def x():
+    """Two vCPUs, values over the whole of uint64, of which no float holds most; one file fails."""
+    return made.samples([("vcpu", VCPU, 2)], 6, errors=[kf.SampleError(1, 4, OSError(9, "gone"))])
+
+
+def lives(x):
+    """(sweep, file) of each row: not those of failed files."""
+    failed = {error.file: error.sweep for error in x.errors}
+    return [(t, i) for t in range(len(x)) for i in range(len(x.files)) if t < failed.get(i, len(x))]
+
+
+def rows(x, name):
+    """Values in the order of rows, sweep by sweep."""
+    return [x[name][t, i].tolist() for t, i in lives(x)]
+
+
+def sorted_rows(x, name):
+    """The same, file by file."""
+    return [x[name][t, i].tolist() for t, i in sorted(lives(x), key=lambda row: row[::-1])]
+
+
+def exactly(value):
+    """A number, or a list of numbers: no reader may have made floats of them."""
+    if np.ndim(value):
+        assert np.asarray(value).dtype.kind in "uiO" or isinstance(value, list | tuple)
+        return [int(one) for one in value]
+    assert not isinstance(value, float)
+    return int(value)
+
+
+# ---- from memory, through the Arrow C stream
+
+
+@pytest.mark.parametrize("name", ["exits", "halt_wait_ns", "halt_wait_hist", "blocking"])
+def test_arrow_libraries_take_samples_as_they_are(x, name):
+    """pyarrow, polars, pandas and duckdb read a Samples object itself, to the last bit of uint64."""
+    wanted = rows(x, name)
+    assert pa.table(x)[name].to_pylist() == wanted
+    assert pl.DataFrame(x)[name].to_list() == wanted
+    assert [exactly(one) for one in pd.DataFrame.from_arrow(x)[name]] == wanted
+    assert [exactly(row[0]) for row in duckdb.sql(f"select {name} from x").fetchall()] == wanted
+    assert duckdb.sql("select max(exits) from x").fetchall()[0][0] == max(rows(x, "exits"))
+
+
+def test_time_is_the_wall_clock_everywhere(x):
+    """In UTC, to the ns."""
+    wanted = [int(x.time[t]) + x.wall_offset for t, _ in lives(x)]
+    assert pa.table(x)["time"].cast(pa.int64()).to_pylist() == wanted
+    assert pl.DataFrame(x)["time"].dt.epoch("ns").to_list() == wanted
+    frame = x.to_pandas()
+    assert frame.index.get_level_values("time").as_unit("ns").asi8.tolist() == wanted
+    assert str(frame.index.get_level_values("time").tz) == "UTC"
+    assert x.to_xarray()["time"].values.view(np.int64).tolist() == (x.time + x.wall_offset).tolist()
+
+
+def test_pandas_has_a_row_for_each_sweep_and_file(x):
+    """Indexed by time and vCPU, a column for each bucket, units beside it; si gives base units."""
+    frame = x.to_pandas()
+    assert frame["exits"].tolist() == rows(x, "exits")
+    assert frame["exits"].dtype == np.uint64
+    assert frame["halt_wait_hist[3]"].tolist() == [row[3] for row in rows(x, "halt_wait_hist")]
+    assert frame.index.names == ["time", "vcpu"]
+    assert frame.index.get_level_values("vcpu").tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0, 0]
+    assert frame.attrs["units"]["halt_wait_ns"] == "ns"
+    assert frame.attrs["units"]["halt_wait_hist[3]"] == ""
+    si = x.to_pandas(si=True)
+    assert si["halt_wait_ns"].tolist() == [value / 1e9 for value in rows(x, "halt_wait_ns")]
+    assert si.attrs["units"]["halt_wait_ns"] == "s"
+    assert si["exits"].dtype == np.uint64
+
+
+def test_xarray_has_a_variable_for_each_statistic_of_both_kinds():
+    """Dims time, vcpu, vm and bucket; units as attributes; the bucket's coordinate is its lower edge in base units."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 3)], 4)
+    data = x.to_xarray()
+    assert isinstance(data, xr.Dataset)
+    assert set(data.data_vars) == set(x.names)
+    assert data["exits"].dims == ("time", "vcpu")
+    assert data["remote_tlb_flush"].dims == ("time", "vm")
+    assert data["halt_wait_hist"].dims == ("time", "vcpu", "bucket")
+    for name in x.names:
+        assert np.array_equal(data[name].values, x[name])
+    assert data["halt_wait_ns"].attrs["units"] == "ns"
+    assert data["exits"].attrs["units"] == data["halt_wait_hist"].attrs["units"] == "1"
+    assert data["bucket"].attrs["units"] == "s"
+    assert data["bucket"].values.tolist() == x.stat("halt_wait_hist").bucket_edges()[:-1].tolist()
+    assert data["vcpu"].values.tolist() == [1, 2, 3]
+    assert data["vcpu_file"].values.tolist() == [info.id for info in x.vcpu.files]
+    assert (data.attrs["host"], data.attrs["interval"]) == (x.host, x.interval)
+    assert data["exits"].sel(vcpu=2).values.tolist() == x["exits"][:, 1].tolist()
+    si = x.to_xarray(si=True)
+    assert np.array_equal(si["halt_wait_ns"].values, x.si("halt_wait_ns"))
+    assert si["halt_wait_ns"].attrs["units"] == "s"
+
+
+def test_histograms_of_other_buckets_have_a_dimension_of_their_own():
+    """Odd statistics too: unknown codes, several values that are no histogram, a name that is no text."""
+    x = made.samples([("vcpu", ODD, 1)], 2)
+    data = x.to_xarray()
+    dims = {name: data[name].dims[2:] for name in ("wait_hist", "narrow_hist", "several")}
+    assert len(set(dims.values())) == 3
+    assert data["future"].attrs["units"] == "type 9, unit 11, base 7"
+    assert x.to_pandas()["several[2]"].tolist() == x["several"][:, 0, 2].tolist()
+
+
+def test_columns_are_labelled_by_what_tells_them_apart():
+    """By vCPU ids; by id strings where vCPUs of two VMs have the same; the index where even those are the same."""
+    for ids, wanted in (
+        ([("a", 0), ("b", 1)], [0, 1]),
+        ([("a", 0), ("b", 0)], ["a", "b"]),
+        ([("a", 0), ("a", 0)], [0, 1]),
+    ):
+        x = made.samples([("vcpu", VCPU, 2)], 1)
+        x.files = tuple(kf.FileInfo(file_id, "vcpu", vcpu) for file_id, vcpu in ids)
+        assert x.to_pandas().index.get_level_values("vcpu").tolist() == wanted
+        assert x.to_xarray()["vcpu"].values.tolist() == wanted
+
+
+def test_several_kinds_or_kernels_are_refused_where_there_is_one_table():
+    """The error says what to take instead; the parts that it names work."""
+    both = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 2)
+    mixed = made.samples([("vcpu", VCPU, 1), ("vcpu", ODD, 1)], 2)
+    for convert in (kf.Samples.to_arrow, kf.Samples.to_pandas):
+        with pytest.raises(KeyError, match=r"samples\.vm or samples\.vcpu"):
+            convert(both)
+        with pytest.raises(KeyError, match=r"samples\.split\(\)"):
+            convert(mixed)
+        assert [len(convert(part)) for part in mixed.split()] == [2, 2]
+    with pytest.raises(KeyError, match=r"samples\.split\(\)"):
+        mixed.to_xarray()
+
+
+def test_an_empty_run_is_an_empty_table():
+    """No sweeps: no rows, all columns."""
+    x = made.samples([("vcpu", VCPU, 2)], 0)
+    assert (len(x.to_arrow()), len(x.to_pandas()), x.to_xarray().sizes["time"]) == (0, 0, 0)
+    assert set(x.names) <= set(x.to_arrow().column_names)
+
+
+# ---- Parquet and CSV
+
+
+def test_parquet_is_what_was_asked_for(x, tmp_path):
+    """Hive partitions by host and date, zstd, BYTE_STREAM_SPLIT, no dictionary, rows by file then time."""
+    x.time[3:] += 86400 * 10**9  # a date later
+    paths = kf.to_parquet(x, tmp_path)
+    assert [path.parent.name[:5] for path in paths] == ["date=", "date="]
+    assert {path.parent.parent.name for path in paths} == {"host=h%C3%A4rd"}
+    assert {path.parent.parent.parent for path in paths} == {tmp_path / "vcpu"}
+    for path in paths:
+        file = pq.ParquetFile(path)
+        group = file.metadata.row_group(0)
+        for index in range(group.num_columns):
+            column = group.column(index)
+            assert column.compression == "ZSTD"
+            assert not any("DICTIONARY" in encoding for encoding in column.encodings)
+            if column.physical_type == "INT64":
+                assert "BYTE_STREAM_SPLIT" in column.encodings, column.path_in_schema
+        assert [column.column_index for column in group.sorting_columns] == [3, 0]
+        table = file.read()
+        order = list(zip(table["file"].to_pylist(), table["time"].cast(pa.int64()).to_pylist(), strict=True))
+        assert order == sorted(order)
+        assert table.schema.field("halt_wait_ns").metadata[b"kvmstats.units"] == b"ns"
+    assert sum(len(pq.read_table(path, partitioning=None)) for path in paths) == 10
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # of dask's, to pandas
+@pytest.mark.parametrize("reader", ["duckdb", "polars", "pandas", "dask"])
+@pytest.mark.parametrize("name", ["exits", "halt_wait_hist"])
+def test_readers_of_parquet_agree(x, name, reader, tmp_path):
+    """Every reader gives the same numbers, and host and date as columns."""
+    kf.to_parquet(x, tmp_path, host="h1")
+    x.time[:] += 86400 * 10**9
+    kf.to_parquet(x, tmp_path, host="h2")
+    root = tmp_path / "vcpu"
+    wanted = [exactly(value) for value in sorted_rows(x, name) * 2]
+    if reader == "duckdb":
+        sql = f"select host, {name} from read_parquet('{root}/**/*.parquet') order by host, file, time"
+        found = duckdb.sql(sql).fetchall()
+    elif reader == "polars":
+        frame = pl.scan_parquet(root, hive_partitioning=True).sort("host", "file", "time").collect()
+        found = frame.select("host", name).rows()
+    else:
+        if reader == "pandas":
+            frame = pd.read_parquet(root)
+        else:
+            frame = dd.read_parquet(str(root)).compute(scheduler="synchronous")
+        frame = frame.astype({"host": str}).sort_values(["host", "file", "time"], kind="stable")
+        found = list(zip(frame["host"], frame[name], strict=True))
+    assert [host for host, _ in found] == ["h1"] * 10 + ["h2"] * 10
+    assert [exactly(value) for _, value in found] == wanted
+
+
+def test_a_recording_becomes_parquet_batch_by_batch(tmp_path):
+    """Of both kinds, and of statistics that no text names; converted twice only if that was asked for."""
+    x = made.samples([("vm", VM, 1), ("vcpu", ODD, 2)], 9)
+    with kf.Recorder(tmp_path / "run") as recorder:
+        for i in range(0, 9, 3):
+            recorder.write(x[i : i + 3])
+    paths = kf.to_parquet(tmp_path / "run", tmp_path / "set")
+    assert len(paths) == 2
+    table = pq.read_table(next(path for path in paths if "vcpu" in str(path)), partitioning=None)
+    assert table["wait_ns"].to_pylist() == x["wait_ns"].T.reshape(-1).tolist()
+    assert table["stat.time"].to_pylist() == x["time"].T.reshape(-1).tolist()
+    with pytest.raises(FileExistsError, match="converted before"):
+        kf.to_parquet(kf.Recording(tmp_path / "run"), tmp_path / "set")
+    assert kf.to_parquet(tmp_path / "run", tmp_path / "set", overwrite=True) == paths
+    assert sorted((tmp_path / "set").rglob("*.parquet")) == sorted(paths)
+    assert not list((tmp_path / "set").rglob("*.part"))
+
+
+def test_csv_has_a_column_for_each_bucket(x, tmp_path):
+    """Python's own csv reads the raw integers back; a part of both kinds is asked for."""
+    kf.to_csv(x, tmp_path / "x.csv")
+    with (tmp_path / "x.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [int(row["exits"]) for row in read] == rows(x, "exits")
+    assert [[int(row[f"halt_wait_hist[{i}]"]) for i in range(32)] for row in read] == rows(x, "halt_wait_hist")
+    assert read[0]["id"] == x.files[0].id
+    assert read[0]["time"].endswith("Z")
+    assert pl.read_csv(tmp_path / "x.csv", infer_schema_length=None)["exits"].to_list() == rows(x, "exits")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        kf.to_csv(x, tmp_path / "x.csv")
+    both = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 2)
+    with pytest.raises(KeyError, match=r"samples\.vm"):
+        kf.to_csv(both, tmp_path / "y.csv")
+    kf.to_csv(both, tmp_path / "y.csv", kind="vm")
+    assert (
+        pl.read_csv(tmp_path / "y.csv", infer_schema_length=None)["pages_4k"].to_list()
+        == both["pages_4k"][:, 0].tolist()
+    )
+    with pytest.raises(ValueError, match="kind"):
+        kf.to_csv(both, tmp_path / "z.csv", kind="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "y.csv"]
+
+
+# ---- a fleet, with Dask
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """Three hosts of two vCPUs on two days, whose counters grow; one is cleared on the way."""
+    root = tmp_path_factory.mktemp("fleet")
+    runs = {}
+    rng = np.random.default_rng(5)
+    for host, day in itertools.product(("a", "b", "c"), (0, 1)):
+        x = made.samples([("vcpu", VCPU, 2)], 50, host=host, seed=day)
+        values = x._groups[0].values
+        values[:] = np.cumsum(rng.integers(0, 1000, values.shape), axis=0).astype(np.uint64) + np.uint64(2**60)
+        if host == "b":
+            values[20:, 1] -= values[20, 1]
+        x.time[:] += day * 86400 * 10**9
+        kf.to_parquet(x, root)
+        runs[host, day] = x
+    return root, runs
+
+
+def test_dask_gives_what_numpy_gives_in_memory(fleet):
+    """The documented example, on a cluster of two workers: the same rates and the same merged histogram."""
+    root, runs = fleet
+    code = (
+        f"import sys; sys.path.insert(0, {str(FLEET.parent)!r})\n"
+        "import json, fleet\n"
+        "from pathlib import Path\n"
+        "from dask.distributed import Client, LocalCluster\n"
+        "if __name__ == '__main__':\n"
+        f"    paths = sorted(map(str, Path({str(root)!r}).glob('vcpu/host=*/date=*/*.parquet')))\n"
+        "    cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)\n"
+        "    with cluster, Client(cluster) as client:\n"
+        "        workers = len(client.scheduler_info()['workers'])\n"
+        "        rates, merged = fleet.of_fleet(paths)\n"
+        "    print(json.dumps([workers, {f'{h} {i}': r for (h, i), r in rates.items()}, merged.counts.tolist()]))\n"
+    )
+    script = root / "run_fleet.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(FLEET.parent)}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    workers, rates, counts = json.loads(result.stdout)
+    assert workers == 2
+    wanted, merged = {}, None
+    for host in "abc":
+        days = [runs[host, day] for day in (0, 1)]
+        change = sum(x.delta("exits").sum(axis=0) for x in days)
+        seconds = sum((int(x.time[-1]) - int(x.time[0])) / 1e9 for x in days)
+        for info, rate in zip(days[0].files, change / seconds, strict=True):
+            wanted[f"{host} {info.id}"] = rate
+        for x in days:
+            own = x.histogram("halt_wait_hist").sum()
+            merged = own if merged is None else merged + own
+    assert rates == pytest.approx(wanted, rel=1e-12)
+    assert counts == merged.counts.tolist()
+
+
+def test_the_example_prints_a_table(fleet):
+    """As its first lines say how to run it."""
+    result = subprocess.run([sys.executable, FLEET, fleet[0]], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[0].split() == ["host", "id"]
+    assert "99th percentile" in result.stdout
+
+
+# ---- the layouts before the merge, as merged files
+
+
+@hypothesis.given(
+    st.sampled_from(["arm64", "mips", "powerpc-book3s", "powerpc-booke", "s390", "x86"]),
+    st.sampled_from(["vm", "vcpu"]),
+    st.sampled_from(["v2", "v5", "v9"]),
+    st.sampled_from(["little", "big"]),
+    st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=80, deadline=None)
+def test_a_file_before_the_merge_becomes_a_merged_one(arch, kind, layout, byteorder, seed):
+    """Same names, descriptors and values in the same byte order; blocks aligned, in order, apart; the id is kept."""
+    value_size = 4 if kind == "vm" and layout != "v9" and seed % 2 else 8
+    rng = np.random.default_rng(seed)
+    with SyntheticStats(arch, kind, layout=layout, byteorder=byteorder, value_size=value_size, vcpu_id=seed) as one:
+        for name, stat in one.stats.items():
+            one.set(name, rng.integers(0, 2 ** (8 * value_size), stat.size, np.uint64).tolist())
+        old = one.to_bytes()
+    new = kf.to_merged(old)
+    a, b = kf.parse(old), kf.parse(new)
+    assert b.schema.layout is kf.Layout.MERGED
+    assert (b.id, b.schema.byteorder, list(b)) == (a.id, byteorder, list(a))
+    assert b.values.tolist() == a.values.tolist()
+    assert b.schema.stats == a.schema.stats
+    header = b.header
+    assert 24 == header.id_offset < header.desc_offset < header.data_offset < len(new)
+    assert header.desc_offset % 8 == header.data_offset % 8 == header.name_size % 8 == 0
+    assert header.name_size >= 48
+    assert all(len(name) < header.name_size for name in (*b, b.id))
+    assert len(new) == header.data_offset + 8 * len(b.values)
+    assert kf.to_merged(new) == new
+
+
+def test_a_captured_v2_file_becomes_a_merged_one():
+    """Of a kernel that was built with the series' own code; the one with the count defect is refused."""
+    for path in sorted((DATA / "captures" / "v2-x86_64").glob("*.bin")):
+        old, new = kf.parse(path.read_bytes()), kf.parse(kf.to_merged(path.read_bytes()))
+        assert dict(new) == dict(old)
+    with pytest.raises(kf.FormatError, match="count") as caught:
+        kf.to_merged((DATA / "captures" / "v2-x86_64-defect" / "vcpu0-after.bin").read_bytes())
+    assert caught.value.code is kf.ErrorCode.COUNT_DEFECT
+
+
+def test_a_long_name_and_a_long_id_keep_their_length():
+    """Fields grow, rather than that a name loses its end."""
+    long = kf.Stat("n" * 47, kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, -1)
+    with SyntheticStats(stats=[long], layout="v5", pid=10**50) as one:
+        new = kf.parse(kf.to_merged(one.to_bytes()))
+        assert list(new) == ["n" * 47]
+        assert new.id == one.id
