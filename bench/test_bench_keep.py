@@ -19,7 +19,7 @@ FIVE = ["exits", "fpu_reload", "halt_wakeup", "halt_wait_ns", "blocking"]
 
 
 @pytest.mark.parametrize(
-    ("vcpus", "stats", "rate", "wait", "compression"),
+    "case",
     [
         (64, None, 1000, "sleep", "zstd"),
         (64, None, 1000, "sleep", "lz4"),
@@ -29,8 +29,9 @@ FIVE = ["exits", "fpu_reload", "halt_wakeup", "halt_wait_ns", "blocking"]
         (8, FIVE, 10_000, "spin", "zstd"),
     ],
 )
-def test_recording(benchmark, tmp_path, vcpus, stats, rate, wait, compression):  # noqa: PLR0913 - a case has that many
+def test_recording(benchmark, tmp_path, case):
     """Ticks missed, the recorder's share of a processor, and how much smaller the file is than the values."""
+    vcpus, stats, rate, wait, compression = case
     try:
         guest = TinyGuest(vcpus)
     except KvmUnavailableError as error:
@@ -64,7 +65,7 @@ def test_recording(benchmark, tmp_path, vcpus, stats, rate, wait, compression): 
         )
 
     with guest:
-        files = guest.open_stats()[1:]
+        vm, *files = guest.open_stats()
         thread = threading.Thread(target=live)
         thread.start()
         try:
@@ -72,13 +73,12 @@ def test_recording(benchmark, tmp_path, vcpus, stats, rate, wait, compression): 
         finally:
             over.set()
             thread.join()
-            for file in files:
+            for file in (vm, *files):
                 file.close()
     title = f"recording {SECONDS} s of {vcpus} vCPUs, {len(stats) if stats else 'all'} statistics, {rate} Hz"
     text = (
-        f"missed {stream.missed} of {SECONDS * rate} ({stream.overruns} for the recorder); recorder {100 * own:.1f} % of a "
-        f"CPU, with sampling and guest {100 * everything:.1f} %; {ratio:.1f}x smaller than the values; "
-        f"none missed: {'MISSED' if stream.missed else 'reached'}"
+        f"missed {stream.missed} of {SECONDS * rate} ({stream.overruns} for the recorder); recorder {100 * own:.1f} % "
+        f"of a CPU, with sampling and guest {100 * everything:.1f} %; {ratio:.1f}x smaller than the values; none missed: {'MISSED' if stream.missed else 'reached'}"
     )
     table.add(title, f"{wait}, {compression or 'not compressed'}", None, verdict=text)
 
@@ -136,16 +136,23 @@ def test_rates(benchmark):
 
 
 LOAD = """
-import resource, sys, time
+import sys, time
 import numpy as np, pyarrow
 import kvmstats_fast as kf
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak_kib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+def anonymous_kib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+before = peak_kib()
 start = time.perf_counter_ns()
 x = kf.Samples.load(sys.argv[1])
 loaded = time.perf_counter_ns() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = peak_kib()
 total = int(x["exits"][-1].sum())
-print(loaded, time.perf_counter_ns() - start, peak - before, len(x), x["exits"].flags.owndata, total)
+print(loaded, time.perf_counter_ns() - start, peak - before, len(x), x["exits"].flags.owndata, total, anonymous_kib())
 """
 
 
@@ -174,10 +181,11 @@ def test_loading(benchmark, tmp_path):
 
     for label, (path, wrote, size) in cases.items():
         runs = sorted((load(path) for _ in range(3)), key=lambda run: int(run[0]))
-        loaded, touched, peak, length, owned, total = runs[1]
+        loaded, touched, peak, length, owned, total, anonymous = runs[1]
         assert (int(length), int(total)) == (sweeps, wanted)
         text = (
-            f"one column read after {int(touched) / 1e6:.0f} ms; peak memory +{int(peak) / 1024:.0f} MiB; "
+            f"one column read after {int(touched) / 1e6:.0f} ms; peak memory +{int(peak) / 1024:.0f} MiB "
+            f"(of its own {int(anonymous) / 1024:.0f}); "
             f"{'copied' if owned == 'True' else 'in place'}; file {size / 1e9:.2f} GB, written in {wrote / 1e9:.1f} s"
         )
         table.add(title, label, int(loaded), verdict=text)

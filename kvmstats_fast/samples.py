@@ -86,6 +86,10 @@ class Group(ABC):
     def part(self, key: slice) -> Group:
         """Those sweeps, without a copy."""
 
+    @abstractmethod
+    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
+        """Give the views of all statistics as arrays that are contiguous, copied where they are not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block(Group):
@@ -102,6 +106,17 @@ class Block(Group):
         """Those sweeps."""
         return replace(self, values=self.values[key])
 
+    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
+        """Give every statistic an array of its own."""
+        arrays = [np.empty(self.values.shape[:2] + stat.shape, np.uint64) for stat, _ in self.places.values()]
+        views = [self.view(name) for name in self.places]
+        step = _block_rows(self.values)
+        # Part by part: a pass over all the rows for each statistic would fetch every row from memory each time.
+        for start in range(0, len(self.values), step):
+            for array, view in zip(arrays, views, strict=True):
+                array[start : start + step] = view[start : start + step]
+        return arrays
+
 
 @dataclass(frozen=True, slots=True)
 class Columns(Group):
@@ -116,6 +131,10 @@ class Columns(Group):
     def part(self, key: slice) -> Columns:
         """Those sweeps."""
         return replace(self, arrays=tuple(array[key] for array in self.arrays))
+
+    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
+        """Give the arrays."""
+        return [np.ascontiguousarray(array) for array in self.arrays]
 
 
 def _joined(groups: Sequence[Group]) -> Group:
@@ -143,7 +162,7 @@ def find_groups(groups: Sequence[Group], name: str) -> list[Group]:
 
 
 #: Small enough for a processor's cache, large enough that numpy's calls do not count.
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 20
 _TOTAL_ROWS = 1 << 14
 
 
@@ -165,7 +184,8 @@ def _fell(before: npt.NDArray[np.uint64], after: npt.NDArray[np.uint64]) -> npt.
 
 def _change(values: npt.NDArray[np.uint64], rows: slice, out: npt.NDArray[np.uint64], *, growing: bool) -> None:
     """Write the changes of some rows; where what only grows fell, somebody cleared it, and its value is the change."""
-    before, after = values[rows], values[rows.start + 1 : rows.stop + 1]
+    both = np.ascontiguousarray(values[rows.start : rows.stop + 1])  # twice read, so rather near than far apart
+    before, after = both[:-1], both[1:]
     np.subtract(after, before, out=out)
     if growing:
         fell = _fell(before, after)

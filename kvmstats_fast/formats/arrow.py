@@ -195,10 +195,9 @@ def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str
     ]
     if group.kind == "vcpu":
         arrays.append(_from_numpy(pa.int64(), own(np.array([info.vcpu_id for info in infos], np.int64))))
-    for name, field in zip(group.places, list(schema)[len(arrays) :], strict=True):
-        view = group.view(name)
-        values = _from_numpy(pa.uint64(), rows_of(view).reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=field.type) if view.ndim == 3 else values)
+    for array, field in zip(group.contiguous(), list(schema)[len(arrays) :], strict=True):
+        values = _from_numpy(pa.uint64(), rows_of(array).reshape(-1))
+        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=field.type) if array.ndim == 3 else values)
     happened: dict[str, Any] = {
         "sweeps": len(samples),
         "missed": samples.missed,

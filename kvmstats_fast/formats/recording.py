@@ -410,4 +410,5 @@ def _concatenated(parts: list[Samples]) -> Samples:
 def _emptied(room: list[npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:
     joined = np.concatenate(room)
     room.clear()
+    need("pyarrow", "arrow").default_memory_pool().release_unused()  # it would keep what batches were decompressed to
     return joined
