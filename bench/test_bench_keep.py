@@ -78,7 +78,8 @@ def test_recording(benchmark, tmp_path, case):
     title = f"recording {SECONDS} s of {vcpus} vCPUs, {len(stats) if stats else 'all'} statistics, {rate} Hz"
     text = (
         f"missed {stream.missed} of {SECONDS * rate} ({stream.overruns} for the recorder); recorder {100 * own:.1f} % "
-        f"of a CPU, with sampling and guest {100 * everything:.1f} %; {ratio:.1f}x smaller than the values; none missed: {'MISSED' if stream.missed else 'reached'}"
+        f"of a CPU, with sampling and guest {100 * everything:.1f} %; {ratio:.1f}x smaller than the values; "
+        f"none missed: {'MISSED' if stream.missed else 'reached'}"
     )
     table.add(title, f"{wait}, {compression or 'not compressed'}", None, verdict=text)
 

@@ -138,7 +138,8 @@ def histogram(hist: Histogram, ax: Any = None) -> Any:
     ticks = range(first, last + 1, step)
     ax.set_xticks(list(ticks), [_si(whole.edges[i], whole.units) for i in ticks], rotation=45, ha="right")
     ax.set(xlabel=whole.stat.name, ylabel="count", xlim=(first, last))
-    ax.set_title(f"{int(whole.count)} counted" + (f", mean {_si(whole.mean, whole.units)}" if whole.mean else ""))
+    has_mean = whole.mean is not None and whole.count > 0
+    ax.set_title(f"{int(whole.count)} counted" + (f", mean {_si(whole.mean, whole.units)}" if has_mean else ""))
     return ax
 
 
