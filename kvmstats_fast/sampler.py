@@ -76,6 +76,14 @@ class _Plan:
             self.gather = (words - self.first).astype(np.uint32)
 
 
+def _flat(files: Iterable[StatsFile | Iterable[StatsFile]]) -> Iterator[StatsFile]:
+    for file in files:
+        if isinstance(file, StatsFile) or not isinstance(file, Iterable):
+            yield file
+        else:
+            yield from file
+
+
 def _selected(schema: Schema, patterns: tuple[str, ...]) -> tuple[Stat, ...]:
     """Return the statistics of this schema that a pattern fits, each once; here a pattern may fit none."""
     chosen: dict[str, Stat] = {}
@@ -90,8 +98,8 @@ class Sampler(Unique):
     Parameters
     ----------
     files : iterable of StatsFile
-        Of VMs and vCPUs, of any schemas. They must stay open as long as they are to be sampled; one that is closed has
-        failed.
+        Of VMs and vCPUs, of any schemas; or of iterables of those, as a `VirtualMachine` is one. They must stay open as
+        long as they are to be sampled; one that is closed has failed.
     stats : str or iterable of str, optional
         Names or globs (``"halt_*"``): only these are read and kept. Default: everything. A file that has none of them
         is left out.
@@ -111,9 +119,15 @@ class Sampler(Unique):
     parallel: the GIL is released in every sweep.
     """
 
-    def __init__(self, files: Iterable[StatsFile], stats: str | Iterable[str] | None = None, threads: int = 1) -> None:
-        files = list(files)
-        for file in files:
+    def __init__(
+        self,
+        files: Iterable[StatsFile | Iterable[StatsFile]],
+        stats: str | Iterable[str] | None = None,
+        threads: int = 1,
+    ) -> None:
+        self._owners = list(files)  # a VirtualMachine is to live as long as it is sampled
+        chosen = list(_flat(self._owners))
+        for file in chosen:
             if not isinstance(file, StatsFile):
                 raise TypeError(f"files has a {type(file).__name__}; it must be StatsFiles only")
             file._check_open()
@@ -121,17 +135,17 @@ class Sampler(Unique):
         if not 1 <= threads <= lib.KVMSTATS_MAX_THREADS:
             raise ValueError(f"threads is {threads}; it must be from 1 to {lib.KVMSTATS_MAX_THREADS}")
         patterns = None if stats is None else (stats,) if isinstance(stats, str) else tuple(stats)
-        schemas = dict.fromkeys(file.schema for file in files)
+        schemas = dict.fromkeys(file.schema for file in chosen)
         for pattern in patterns or ():
             if not any(schema.matches(pattern) for schema in schemas):
                 raise KeyError(next(iter(schemas))._no_such_stat(pattern) if schemas else pattern)
         plans = {schema: _Plan(schema, patterns) for schema in schemas}
-        sampled = [file for file in files if plans[file.schema].places]
+        sampled = [file for file in chosen if plans[file.schema].places]
         if not sampled:
             raise ValueError("there is nothing to sample: no files, or none that has statistics")
         self._threads = threads
         self._sampled = sampled
-        self.files = tuple(FileInfo(file.id, file.kind, file.vcpu_id) for file in sampled)
+        self.files = tuple(FileInfo(file.id, file.kind, file.vcpu_id, *file._vm) for file in sampled)
         self._groups = self._make_groups(plans)
         self._keep: list[Any] = []  # what the C structs point to
         self._files = self._make_files(plans)
@@ -213,8 +227,10 @@ class Sampler(Unique):
         for index, file in enumerate(self._sampled):
             entry = files[index]
             if entry.error and entry.failed_at < stop:
-                if file.closed:
-                    error: Exception = ValueError(f"StatsFile {file.id} was closed while it was sampled")
+                if file._lost is not None:
+                    error: Exception = file._lost
+                elif file.closed:
+                    error = ValueError(f"StatsFile {file.id} was closed while it was sampled")
                 else:
                     error = file._failure(entry.error, entry.position + entry.got)
                 yield SampleError(index, max(entry.failed_at - start, 0), error)
@@ -804,7 +820,9 @@ class measure:  # noqa: N801 - used as a function is
     >>> m.delta["exits"]                        # doctest: +SKIP
     """
 
-    def __init__(self, files: Iterable[StatsFile], stats: str | Iterable[str] | None = None) -> None:
+    def __init__(
+        self, files: Iterable[StatsFile | Iterable[StatsFile]], stats: str | Iterable[str] | None = None
+    ) -> None:
         self._sampler = Sampler(files, stats)
         self._readings: list[tuple[int, int, list[npt.NDArray[np.uint64]], tuple[SampleError, ...]]] = []
 

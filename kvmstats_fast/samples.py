@@ -44,11 +44,17 @@ class FileInfo:
         ``"vm"`` or ``"vcpu"``.
     vcpu_id : int or None
         None for a VM.
+    pid : int or None
+        Of the VMM, for files of a `VirtualMachine`.
+    name : str
+        Of the guest, where that is known: else empty.
     """
 
     id: str
     kind: str
     vcpu_id: int | None
+    pid: int | None = None
+    name: str = ""
 
 
 class SampleError(NamedTuple):

@@ -136,7 +136,7 @@ class StatsFile(Closing):
     opposite: there a stats file must be closed before its VM.
     """
 
-    __slots__ = ("_closefd", "_id", "_keep", "_out", "_own", "_source", "schema")
+    __slots__ = ("_closefd", "_id", "_keep", "_lost", "_out", "_own", "_source", "_spare", "_vm", "schema")
 
     def __init__(self, stats_fd: int | HasFileno, closefd: bool = True) -> None:
         self._source: Any = None  # what __del__ needs, should the rest fail
@@ -148,6 +148,9 @@ class StatsFile(Closing):
         if len(blob) < schema.data_end:
             value_size = schema.value_size(len(_read_on(fd, blob, schema.data_end)), file_id, _describe(fd))
         self._closefd = closefd
+        self._lost: Exception | None = None  # why it was revoked
+        self._spare = -1  # its number, when it was
+        self._vm: tuple[int | None, str] = (None, "")  # of which process and guest, where that is known
         self._own: npt.NDArray[np.uint64] | None = None
         self._out: object = _NO_ARRAY
         self._keep: Any = None
@@ -336,13 +339,32 @@ class StatsFile(Closing):
     def close(self) -> None:
         """Close the file. A second call does nothing."""
         if self.closed:
+            spare, self._spare = getattr(self, "_spare", -1), -1
+            if spare >= 0:
+                os.close(spare)
             return
         fd, self._source.fd = self._source.fd, -1
         self._out, self._own, self._keep = _NO_ARRAY, None, None
         if self._closefd:
             os.close(fd)
 
+    def revoke(self, why: Exception) -> None:
+        """Let go of the stats file while others may be reading it in other threads; they get `why`.
+
+        Its number stays taken, by ``/dev/null``, until `close`: a read that is under way finds nothing there, and never
+        another file that was opened meanwhile.
+        """
+        if self.closed or not self._closefd:
+            return
+        fd, self._lost = self._source.fd, why
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(null, fd, inheritable=False)
+        os.close(null)
+        self._source.fd, self._spare = -1, fd
+
     def _check_open(self) -> None:
+        if self._lost is not None:
+            raise self._lost
         if self.closed:
             raise ValueError(f"this StatsFile ({self._id}) is closed: open the stats file again")
 
@@ -376,11 +398,13 @@ class StatsFile(Closing):
         return self
 
     def __del__(self) -> None:
+        if getattr(self, "_spare", -1) >= 0:  # revoked: there is nothing left to forget
+            self.close()
         if not self.closed and self._closefd:
             text = f"unclosed {self!r}"
             self.close()  # first, because the warning may be an error
             warnings.warn(text, ResourceWarning, 2, source=self)
 
     def __repr__(self) -> str:
-        where = "closed" if self.closed else f"fd {self._source.fd}"
+        where = "gone" if self._lost else "closed" if self.closed else f"fd {self._source.fd}"
         return f"<StatsFile {self._id} ({self.kind}), {where}, {len(self.schema)} stats>"

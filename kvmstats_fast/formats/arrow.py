@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class Origin:
             name: getattr(self, name)
             for name in ("recording", "part", "version", "host", "kernel", "interval", "wall_offset", "columns", "kind")
         }
-        plain["files"] = [(info.id, info.kind, info.vcpu_id) for info in self.files]
+        plain["files"] = [astuple(info) for info in self.files]
         metadata = {f"kvmstats.{name}": json.dumps(value) for name, value in plain.items()}
         metadata["kvmstats.format"] = _FORMAT
         metadata["kvmstats.header_and_descriptors"] = b64encode(self.stats._prefix).decode()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import zipfile
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def _write_npz(samples: Samples, file: io.BufferedWriter, *, compressed: bool) -
     about: dict[str, Any] = {
         "format": _FORMAT,
         **{name: getattr(samples, name) for name in _PLAIN},
-        "files": [(info.id, info.kind, info.vcpu_id) for info in samples.files],
+        "files": [astuple(info) for info in samples.files],
         "errors": [(error.file, error.sweep, *described(error.error)) for error in samples.errors],
         "groups": [],
     }
