@@ -20,7 +20,7 @@ from setuptools.command.build import build as _build
 from setuptools.command.sdist import sdist as _sdist
 
 # setuptools wants source paths relative to the project's folder, which is where it runs.
-SOURCES = ["csrc/layout.c", "csrc/sweep.c"]
+SOURCES = ["csrc/layout.c", "csrc/process.c", "csrc/sweep.c"]
 HEADER = "csrc/kvmstats.h"
 
 

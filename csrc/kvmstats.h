@@ -7,7 +7,7 @@
  * sees is what stands here.
  *
  * LIMITATIONS
- *   - Linux only, because of sweep.c; gcc or clang, for their byte swapping and atomic builtins.
+ *   - Linux only, because of sweep.c and process.c; gcc or clang, for their byte swapping and atomic builtins.
  *   - A value is one u64. KVM takes no lock while it copies: each u64 is whole on a 64-bit host, but two values of one
  *     read are not of one instant.
  *   - Nothing here is thread-safe per struct; two threads with two structs never meet (there is no global).
@@ -58,6 +58,7 @@
  * RETURN CONTRACT
  *   The functions of layout.c return 0, or a negative enum kvmstats_error and then *fault says where.
  *   The functions of sweep.c return 0, or a negative errno; kvmstats_sweep also a number of files.
+ *   The functions of process.c return what they name, or a negative errno.
  *   Nothing allocates, nothing keeps a pointer, nothing reads a byte outside [data, data + size).
  */
 #ifndef KVMSTATS_H
@@ -284,6 +285,19 @@ int kvmstats_run(struct kvmstats_run *run);
 void kvmstats_stop(struct kvmstats_run *run);
 uint64_t kvmstats_ready(const struct kvmstats_run *run);
 void kvmstats_release(struct kvmstats_run *run, uint64_t chunks);
+
+/*
+ * OTHER PROCESSES. Two system calls, as they are.
+ *
+ * kvmstats_getfd: pidfd_getfd(2), a new close-on-exec fd for the file that the process of `pidfd` has as `fd`. The
+ * kernel looks at the permission (PTRACE_MODE_ATTACH_REALCREDS: -EPERM) before it looks for the fd (-EBADF), so that an
+ * fd that no process can have, INT_MAX, asks for the permission alone. -ENOSYS before Linux 5.6, -ESRCH: it has ended.
+ *
+ * kvmstats_same_file: kcmp(2), 1 if two fds of a process are one open file (dup, try_clone), 0 if not. -EPERM: not
+ * permitted (PTRACE_MODE_READ_REALCREDS), -ENOSYS: a kernel without CONFIG_KCMP.
+ */
+int kvmstats_getfd(int pidfd, int fd);
+int kvmstats_same_file(int pid, int fd, int other);
 
 /* ---- cdef: end ---- */
 

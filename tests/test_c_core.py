@@ -12,7 +12,7 @@ from kvmstats_fast.testing import SyntheticStats
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-CORE = [str(CSRC / "layout.c"), str(CSRC / "sweep.c")]
+CORE = [str(CSRC / "layout.c"), str(CSRC / "sweep.c"), str(CSRC / "process.c")]
 TEST_CORE = str(TESTS / "c" / "test_core.c")
 TEST_RUN = str(TESTS / "c" / "test_run.c")
 FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
@@ -39,6 +39,13 @@ SYSTEM_CALLS = {
     *("clock_gettime", "clock_nanosleep", "__clock_gettime64", "__clock_nanosleep_time64"),
     *("pthread_create", "pthread_join", "pthread_sigmask", "sigfillset"),
     *("sem_init", "sem_destroy", "sem_post", "sem_wait", "sem_trywait"),
+}
+
+# Of each file, what it may call beyond the string functions.
+IMPORTS = {
+    "layout.c": set(),
+    "sweep.c": SYSTEM_CALLS | {"kvmstats_copy_values"},
+    "process.c": {"syscall", "__errno_location", "___errno_location"},
 }
 
 pytestmark = pytest.mark.skipif(shutil.which(CC[0]) is None, reason=f"there is no C compiler {CC[0]}")
@@ -98,7 +105,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def symbols(tmp_path_factory):
-    """Compile the core's two files as the extension does, and return {file: [(type, name)]} of their symbols."""
+    """Compile the core's files as the extension does, and return {file: [(type, name)]} of their symbols."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("there is no nm")
@@ -168,19 +175,16 @@ def test_the_fuzz_target_compiles_without_its_own_main(tmp_path):
     build(tmp_path / "fuzz_core.o", "-c", FUZZ_CORE)
 
 
-@pytest.mark.parametrize("source", ["layout.c", "sweep.c"])
+@pytest.mark.parametrize("source", IMPORTS)
 def test_the_core_has_no_writable_data(symbols, source):
     """Two calls share nothing: no object of the core has a writable variable."""
     assert [name for kind, name in symbols[source] if kind in "BbDdCcGgSs"] == []
 
 
-@pytest.mark.parametrize("source", ["layout.c", "sweep.c"])
+@pytest.mark.parametrize("source", IMPORTS)
 def test_the_core_imports_no_allocator(symbols, source):
     """The core calls the string functions, itself and the system: nothing that allocates, prints or locks."""
-    allowed = STRING_FUNCTIONS
-    if source == "sweep.c":
-        allowed = allowed | SYSTEM_CALLS | {"kvmstats_copy_values"}
     imported = {name for kind, name in symbols[source] if kind in "Uwv"}
-    assert {name for name in imported - allowed if not HELPERS.fullmatch(name)} == set()
+    assert {name for name in imported - STRING_FUNCTIONS - IMPORTS[source] if not HELPERS.fullmatch(name)} == set()
     if source == "sweep.c":
         assert imported & {"pread", "pread64"}

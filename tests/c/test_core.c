@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The core against its manual, csrc/kvmstats.h. Link with layout.c, sweep.c and -Wl,--wrap=pread,--wrap=pread64.
+ * The core against its manual, csrc/kvmstats.h. Link with layout.c, sweep.c, process.c and -Wl,--wrap=pread,--wrap=pread64.
  *
  * Files are written byte by byte here, so nothing of the core's own byte order code vouches for itself. Every input
  * lies once right before and once right behind a page that cannot be touched, every output right before one.
@@ -8,6 +8,7 @@
 #include "kvmstats.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -1306,6 +1307,24 @@ static void test_read_errors(void)
     }
 }
 
+/* What the kernel says of our own fds; a kernel without the calls, or a filter, says that. */
+static void test_process(void)
+{
+    int fd = open("/dev/null", O_RDONLY), copy = dup(fd), other = open("/dev/null", O_RDONLY);
+    int same = kvmstats_same_file(getpid(), fd, copy);
+
+    if (same != -ENOSYS && same != -EPERM) {
+        CHECK(same == 1);
+        CHECK(kvmstats_same_file(getpid(), fd, other) == 0);
+        CHECK(kvmstats_same_file(getpid(), fd, -1) == -EBADF);
+    }
+    int got = kvmstats_getfd(-1, fd);
+    CHECK(got == -EBADF || got == -ENOSYS || got == -EPERM);
+    close(fd);
+    close(copy);
+    close(other);
+}
+
 int main(void)
 {
     input = new_arena(IMAGE_ROOM);
@@ -1330,6 +1349,7 @@ int main(void)
     test_copy_values();
     test_read();
     test_read_errors();
+    test_process();
 
     if (failures) {
         printf("test_core: %lu checks, %lu failed\n", checks, failures);
