@@ -14,6 +14,7 @@ from kvmstats_fast.formats.merged import to_merged
 from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
 from kvmstats_fast.formats.tables import to_csv, to_parquet
 from kvmstats_fast.histogram import Histogram
+from kvmstats_fast.passing import HandOverError, inherited_files, receive_files, send_files
 from kvmstats_fast.sampler import Sampler, Stream, measure
 from kvmstats_fast.samples import FileInfo, SampleError, Samples
 from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
@@ -27,6 +28,7 @@ __all__ = [
     "FileInfo",
     "FormatError",
     "HaltPollAdvice",
+    "HandOverError",
     "Header",
     "Histogram",
     "KvmStatsError",
@@ -45,11 +47,14 @@ __all__ = [
     "StatsFile",
     "StatsImage",
     "Stream",
+    "inherited_files",
     "measure",
     "parse",
     "to_csv",
     "to_merged",
     "to_parquet",
+    "receive_files",
+    "send_files",
 ]
 
 __version__ = version("kvmstats-fast")

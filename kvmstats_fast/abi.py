@@ -8,6 +8,7 @@ in ``csrc/kvmstats.h``.
 from __future__ import annotations
 
 import os
+import re
 from enum import Enum, IntEnum
 from functools import cache
 
@@ -92,6 +93,9 @@ def join_flags(type_: int, unit: int, base: int) -> int:
     """Put type, unit and base where a descriptor's flags have them."""
     return type_ | unit << 4 | base << 8
 
+
+#: Where /proc/PID/fd/N leads to if it is KVM's (``virt/kvm/kvm_main.c``; with brackets on some kernels).
+KVM_LINK = re.compile(r"anon_inode:\[?kvm-(?P<what>vm|vcpu|vm-stats|vcpu-stats)(?::(?P<vcpu>[0-9]+))?\]?")
 
 _KVMIO = 0xAE
 # name of the call, number, size of what it reads
