@@ -14,6 +14,7 @@ from kvmstats_fast.formats.merged import to_merged
 from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
 from kvmstats_fast.formats.tables import to_csv, to_parquet
 from kvmstats_fast.histogram import Histogram
+from kvmstats_fast.find import VmProcess, find_vms
 from kvmstats_fast.passing import HandOverError, inherited_files, receive_files, send_files
 from kvmstats_fast.sampler import Sampler, Stream, measure
 from kvmstats_fast.samples import FileInfo, SampleError, Samples
@@ -47,6 +48,8 @@ __all__ = [
     "StatsFile",
     "StatsImage",
     "Stream",
+    "VmProcess",
+    "find_vms",
     "inherited_files",
     "measure",
     "parse",

@@ -1,6 +1,7 @@
 """Nothing grows: every public call, thousands of times."""
 
 import gc
+import socket
 import tracemalloc
 
 import numpy as np
@@ -19,11 +20,11 @@ SAMPLER = kf.Sampler([FILE])
 SAMPLES = SAMPLER.run(0, count=10)
 
 
-def refused(call, *arguments):
-    """A call that must fail with FormatError."""
+def refused(call, *arguments, errors=kf.FormatError):
+    """A call that must fail, by default with FormatError."""
     try:
         call(*arguments)
-    except kf.FormatError:
+    except errors:
         return
     pytest.fail("not refused")
 
@@ -36,6 +37,21 @@ def open_and_close():
 def capture_and_close():
     with kf.StatsFile.from_bytes(REAL) as file:
         file.read_into(OUT)
+
+
+def hand_over():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        kf.send_files(ours, [MADE] * 3)
+        for file in kf.receive_files(theirs):
+            file.close()
+
+
+def hand_over_refused():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        kf.send_files(ours, [MADE, 0])
+        refused(kf.receive_files, theirs, errors=(kf.FormatError, OSError))
 
 
 #: Every public call, by the name of what it covers.
@@ -60,6 +76,9 @@ CALLS = {
     "Samples": lambda: (SAMPLES.delta("exits"), SAMPLES.rate("halt_wait_hist"), SAMPLES.resets("exits")),
     "Samples slice": lambda: SAMPLES[2:8].vcpu["exits"],
     "Samples.concatenate": lambda: kf.Samples.concatenate([SAMPLES[:3], SAMPLES[3:]]),
+    "send_files, receive_files": hand_over,
+    "receive_files refused": hand_over_refused,
+    "inherited_files": kf.inherited_files,
     "Stat.bucket_edges": FILE.schema["halt_wait_hist"].bucket_edges,
 }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import kvmstats_fast
 from kvmstats_fast.cli import demo
+from kvmstats_fast.cli import list as list_
 from kvmstats_fast.errors import KvmStatsError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_VERBS = (demo,)
+_VERBS = (demo, list_)
 
 
 def _parser() -> argparse.ArgumentParser:

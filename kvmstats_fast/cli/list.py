@@ -1,0 +1,92 @@
+"""``kvmstats list``: which processes have VMs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from kvmstats_fast.find import scan
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable
+
+    from kvmstats_fast.find import VmProcess
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to argparse's subparsers."""
+    parser = verbs.add_parser(
+        "list",
+        help="list the processes that have VMs",
+        description="List the processes that have VMs, vCPUs or their stats files open, and whether this user may take "
+        "fds from them.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per process")
+    parser.set_defaults(verb=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """List them; exit status 0 also if there are none."""
+    found, unseen = scan("/proc")
+    if arguments.json:
+        for process in found:
+            held = None if process.held is None else [file._asdict() for file in process.held]
+            print(json.dumps(asdict(process) | {"held": held}))
+    elif found:
+        _print_table(found)
+    if not found:
+        print("kvmstats: no process has a VM open", file=sys.stderr)
+    if unseen:
+        print(
+            f"kvmstats: {unseen} more processes do not show this user their files, and have no known VMM's name",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _print_table(found: list[VmProcess]) -> None:
+    rows = [("PID", "VMM", "NAME", "VCPUS", "STATS FILES", "ATTACH")]
+    rows += [
+        (
+            str(process.pid),
+            _shown(process.vmm),
+            _shown(process.name) or "-",
+            _vcpus(process),
+            _held(process),
+            "yes" if process.attachable else f"no: {process.why_not}",
+        )
+        for process in found
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for pid, *cells in rows:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        print("  ".join([pid.rjust(widths[0]), *padded]).rstrip())
+
+
+def _shown(name: str) -> str:
+    """Make a name of somebody else's choice harmless for a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _vcpus(process: VmProcess) -> str:
+    if process.vcpus is None:
+        return "?"
+    return f"{len(process.vcpus)}" + (f" in {process.vms} VMs" if process.vms is not None and process.vms > 1 else "")
+
+
+def _held(process: VmProcess) -> str:
+    if process.held is None:
+        return "?"
+    kinds = ["vm"] if any(file.kind == "vm" for file in process.held) else []
+    vcpus = _ranges({file.vcpu_id for file in process.held if file.vcpu_id is not None})
+    return ", ".join(kinds + ([f"vcpu {vcpus}"] if vcpus else [])) or "none"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``0-3,5``."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
