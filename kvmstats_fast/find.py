@@ -20,36 +20,62 @@ _NO_FD = 2**31 - 1  # above the largest value of the sysctl fs.nr_open, so no pr
 
 
 class HeldFile(NamedTuple):
-    """A stats file that a process has open."""
+    """A stats file that a process has open.
+
+    Attributes
+    ----------
+    kind : {"vm", "vcpu"}
+    vcpu_id : int or None
+        None for a VM's.
+    fd : int
+        Its number in that process.
+    """
 
     kind: Literal["vm", "vcpu"]
-    vcpu_id: int | None  #: None for a VM's
-    fd: int  #: its number in that process
+    vcpu_id: int | None
+    fd: int
 
 
 @dataclass(frozen=True, slots=True)
 class VmProcess:
-    """A process that has files of KVM open, or may have."""
+    """A process that has files of KVM open, or may have.
+
+    Attributes
+    ----------
+    pid : int
+    vmm : str
+        The VMM's program, as ``"qemu-system-x86_64"``: the name of its file, or where that may not be seen, what its
+        command line or ``comm`` calls it.
+    name : str
+        Name of the guest, where the command line tells it: QEMU ``-name``, Firecracker ``--id``, crosvm and kvmtool
+        ``--name``. Otherwise empty; cloud-hypervisor has no such option. Nothing makes it unique.
+    uid : int
+        Its real user.
+    vms : int or None
+        How many VMs it has open. None if its files may not be seen.
+    vcpus : tuple of int, or None
+        Ids of the vCPUs it has open, ascending; with several VMs one may occur several times. None as above.
+    held : tuple of HeldFile, or None
+        The stats files it has open, by fd. None as above.
+    start_time : int
+        When it started, in clock ticks since boot (field 22 of ``/proc/PID/stat``). Two looks that agree in pid and
+        start_time saw the same process.
+    attachable : bool
+        Whether this process may take fds from it (``pidfd_getfd(2)``): the kernel's own answer, of that moment.
+    why_not : str
+        Why it may not; empty if it may.
+    """
 
     pid: int
-    #: The VMM's program, as ``"qemu-system-x86_64"``: the name of its file, or where that may not be seen, what its
-    #: command line or ``comm`` calls it.
     vmm: str
-    #: Name of the guest, where the command line tells it: QEMU ``-name``, Firecracker ``--id``, crosvm and kvmtool
-    #: ``--name``. Otherwise empty; cloud-hypervisor has no such option. Nothing makes it unique.
     name: str
-    uid: int  #: real user
-    #: How many VMs it has open. None if its files may not be seen.
+    uid: int
     vms: int | None
-    #: Ids of the vCPUs it has open, ascending; with several VMs one may occur several times. None as above.
     vcpus: tuple[int, ...] | None
-    #: The stats files it has open, by fd. None as above.
     held: tuple[HeldFile, ...] | None
-    #: When it started, in clock ticks since boot (field 22 of ``/proc/PID/stat``). Two looks that agree in pid and
-    #: start_time saw the same process.
     start_time: int
-    attachable: bool  #: whether this process may take fds from it; see `may_attach`
-    why_not: str  #: empty if attachable
+    attachable: bool
+    why_not: str
 
 
 def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
@@ -73,11 +99,12 @@ def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
 
     Notes
     -----
-    Root sees the files of every process, others those of their own (``PTRACE_MODE_READ_FSCREDS``, ``fs/proc/fd.c``). Of
-    a process whose files may not be seen only its names are known: if one of them is that of a known VMM (QEMU,
-    Firecracker, cloud-hypervisor, crosvm, kvmtool), the process is listed with None for what is not known; if not, it
-    is not. So without privilege a VM of an unknown VMM of another user is missing. Nobody sees the processes of pid
-    namespaces that are not inside the own one, and others than root none that /proc hides (mount option ``hidepid``).
+    The files of a process are shown to its own user, if it is dumpable, and as a rule to root
+    (``PTRACE_MODE_READ_FSCREDS``, ``fs/proc/base.c``). Of any other only the names are known: if one of them is that of
+    a known VMM (QEMU, Firecracker, cloud-hypervisor, crosvm, kvmtool), the process is listed with None for what is not
+    known; if not, it is not listed. So without privilege a VM of another user's unknown VMM is missing, and so is what
+    /proc hides altogether: processes of pid namespaces that are not inside the own one, and with the mount option
+    ``hidepid`` those of other users.
 
     A VM or vCPU that a process has open several times counts once if the kernel can tell (``kcmp(2)``); otherwise each
     fd counts.
@@ -285,7 +312,7 @@ class _Vmm(NamedTuple):
 
 
 #: Sources: QEMU's qemu-options.hx and util/qemu-option.c; src/firecracker/src/main.rs of Firecracker;
-#: cloud-hypervisor/src/main.rs; src/crosvm/cmdline.rs of crosvm (--name since October 2024); builtin-run.c of kvmtool.
+#: cloud-hypervisor/src/main.rs; src/crosvm/cmdline.rs of crosvm (--name since 2024); builtin-run.c of kvmtool.
 _QEMU = _Vmm(re.compile(r"qemu-system-|qemu-kvm|kvm$"), "-name")
 _VMMS = (
     _QEMU,

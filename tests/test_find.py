@@ -320,7 +320,7 @@ def test_processes_that_end_meanwhile_are_no_error():
                 os.write(tell, b"x")
                 time.sleep(60)
 
-        pids = [forked(work) for _ in range(8)]
+        pids = [forked(work) for _ in range(4)]
         os.close(tell)
         while os.read(ready, 8):
             if len([process for process in kf.find_vms() if process.pid in pids]) == len(pids):

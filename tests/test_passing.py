@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -376,10 +377,15 @@ def test_a_peer_that_does_not_read_is_a_timeout(pair, files):
 
 
 def test_a_peer_that_is_gone_is_an_error_of_the_sender(pair, files):
-    """EPIPE and ECONNRESET say how much was sent; there is no SIGPIPE."""
+    """EPIPE says how much was sent; there is no SIGPIPE, also where it would end the process."""
     pair[1].close()
-    with pytest.raises(kf.HandOverError, match="closed the connection: 0 of 7 files were sent"):
-        kf.send_files(pair[0], files)
+
+    def work():
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        with pytest.raises(kf.HandOverError, match="closed the connection: 0 of 7 files were sent"):
+            kf.send_files(pair[0], files)
+
+    assert exit_status(forked(work)) == 0
 
 
 @pytest.mark.parametrize("call", [kf.receive_files, lambda sock: kf.send_files(sock, [])], ids=["receive", "send"])
@@ -680,10 +686,14 @@ def listen(monkeypatch):
         {"LISTEN_PID": os.getpid(), "LISTEN_FDS": "0", "LISTEN_FDNAMES": ""},
     ],
 )
-def test_nothing_was_passed_to_this_process(listen, variables):
+def test_nothing_was_passed_to_this_process(listen, monkeypatch, resources, made, variables):
     """Without the variables, or with those of another process, there are no files, and the fds stay as they are."""
+    for i in range(3):
+        resources.callback(os.close, fcntl.fcntl(made[i].fileno(), fcntl.F_DUPFD, 800 + i))
+    monkeypatch.setattr(passing, "_FIRST_INHERITED", 800)
     listen(**variables)
     assert kf.inherited_files() == []
+    assert [os.get_inheritable(fd) for fd in (800, 801, 802)] == [True] * 3
 
 
 @pytest.mark.parametrize(
