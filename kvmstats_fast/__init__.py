@@ -10,11 +10,11 @@ from importlib.metadata import version
 from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
 from kvmstats_fast.derived import DutyCycle, Figure, Figures, HaltPollAdvice
 from kvmstats_fast.errors import ErrorCode, FormatError, KvmStatsError
+from kvmstats_fast.find import VmProcess, find_vms
 from kvmstats_fast.formats.merged import to_merged
 from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
 from kvmstats_fast.formats.tables import to_csv, to_parquet
 from kvmstats_fast.histogram import Histogram
-from kvmstats_fast.find import VmProcess, find_vms
 from kvmstats_fast.passing import HandOverError, inherited_files, receive_files, send_files
 from kvmstats_fast.sampler import Sampler, Stream, measure
 from kvmstats_fast.samples import FileInfo, SampleError, Samples
@@ -53,11 +53,11 @@ __all__ = [
     "inherited_files",
     "measure",
     "parse",
+    "receive_files",
+    "send_files",
     "to_csv",
     "to_merged",
     "to_parquet",
-    "receive_files",
-    "send_files",
 ]
 
 __version__ = version("kvmstats-fast")
