@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
 from kvmstats_fast.derived import DutyCycle, Figure, Figures, HaltPollAdvice
-from kvmstats_fast.errors import ErrorCode, FormatError, KvmStatsError
+from kvmstats_fast.errors import AttachError, ErrorCode, FormatError, KvmStatsError, VmGoneError
 from kvmstats_fast.find import VmProcess, find_vms
 from kvmstats_fast.formats.merged import to_merged
 from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
@@ -22,6 +22,7 @@ from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
 from kvmstats_fast.stats_file import StatsFile
 
 __all__ = [
+    "AttachError",
     "DutyCycle",
     "ErrorCode",
     "Figure",
@@ -48,6 +49,7 @@ __all__ = [
     "StatsFile",
     "StatsImage",
     "Stream",
+    "VmGoneError",
     "VmProcess",
     "find_vms",
     "inherited_files",

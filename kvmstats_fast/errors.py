@@ -7,7 +7,7 @@ from typing import Any
 
 from kvmstats_fast._kvmstats import lib
 
-__all__ = ["ErrorCode", "FormatError", "KvmStatsError"]
+__all__ = ["AttachError", "ErrorCode", "FormatError", "KvmStatsError", "VmGoneError"]
 
 
 class ErrorCode(IntEnum):
@@ -50,6 +50,14 @@ class FormatError(KvmStatsError, ValueError):
 
     def __reduce__(self) -> tuple[type[FormatError], tuple[ErrorCode, int, str]]:
         return type(self), (self.code, self.offset, str(self))
+
+
+class AttachError(KvmStatsError, OSError):
+    """The stats files of another process cannot be had; the message says why and what to do, ``errno`` what failed."""
+
+
+class VmGoneError(AttachError):
+    """The process has ended, or never was (``errno`` is ESRCH)."""
 
 
 _BLOCKS = {

@@ -1,0 +1,183 @@
+"""Stats files that another process holds: duplicates of its fds, by pidfd_getfd(2)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmstats_fast._kvmstats import lib
+from kvmstats_fast.abi import StatType
+from kvmstats_fast.errors import AttachError, VmGoneError
+from kvmstats_fast.permission import explain_refusal
+from kvmstats_fast.stats_file import StatsFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["borrow"]
+
+#: What the kernel calls a stats file, and what a VM; older kernels put the name into brackets.
+_STATS = re.compile(r"anon_inode:\[?kvm-(vm|vcpu)-stats\b")
+_VM = re.compile(r"anon_inode:\[?kvm-vm\]?$")
+
+
+def borrow(pid: int, fds: Iterable[int] | None = None) -> list[StatsFile]:
+    """Open, here, the stats files that another process has open.
+
+    Parameters
+    ----------
+    pid : int
+        The process. It need not help, nor notice.
+    fds : iterable of int, optional
+        Which of its fds; default: all its stats files, without those that mean the same VM or vCPU.
+
+    Returns
+    -------
+    list of StatsFile
+        The caller's to close: files of VMs first, then of vCPUs by number. In the order of `fds`, if they are given. An
+        empty list if the process holds none, or if it closed them meanwhile.
+
+    Raises
+    ------
+    VmGoneError
+        If there is no such process, or it ended meanwhile.
+    AttachError
+        If the kernel refuses, with the reason and what to do; or if one of `fds` is not open or no stats file.
+    FormatError
+        If a file is no stats file that can be read.
+
+    Notes
+    -----
+    The process is held by a pidfd before anything is read of it, so a later one of the same pid is never taken for it;
+    an fd that it closes and opens anew as another file meanwhile is noticed, because the copy is looked at.
+
+    Two files mean the same if they are duplicates (kcmp), or if the process has one VM, both have the same id, and no
+    counter of the one is out of step with the other's. In a process with several VMs, ids are ambiguous, and files that
+    were opened apart are all kept.
+    """
+    with _process(pid) as pidfd, ExitStack() as opened:
+        links = _links(pid, pidfd)
+        if fds is None:
+            numbers = sorted(fd for fd, link in links.items() if _STATS.match(link))
+        else:
+            numbers = [_checked(pid, fd, links) for fd in fds]
+        files = []
+        for fd in numbers:
+            if (file := _take(pid, pidfd, fd)) is not None:
+                files.append(opened.enter_context(file))
+            elif fds is not None:
+                raise AttachError(errno.EBADF, f"process {pid} closed its fd {fd} just now")
+        if fds is None:
+            files = _distinct(files, only_one_vm=_has_one_vm(pid, links))
+        opened.pop_all()
+    return files
+
+
+@contextmanager
+def _process(pid: int) -> Iterator[int]:
+    """Hold a pidfd for the block."""
+    if pid <= 0:
+        raise ValueError(f"{pid} is no pid: it must be positive")
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as failure:
+        error = failure.errno or 0
+        if error in (errno.EINVAL, errno.ENOENT):  # the second since Linux 6.15
+            raise AttachError(error, f"pidfd_open: {pid} is a thread: pass the pid of its process (Tgid in its status)") from None
+        raise _refused("pidfd_open", pid, error) from None
+    try:
+        yield pidfd
+    finally:
+        os.close(pidfd)
+
+
+def _check_alive(pid: int, pidfd: int) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    if poll.poll(0):
+        raise VmGoneError(errno.ESRCH, f"process {pid} has ended")
+
+
+def _refused(call: str, pid: int, error: int) -> AttachError:
+    kind = VmGoneError if error == errno.ESRCH else AttachError
+    return kind(error, f"{call} of process {pid}: {os.strerror(error)}; {explain_refusal(pid, error)}")
+
+
+def _links(pid: int, pidfd: int) -> dict[int, str]:
+    """Return what /proc calls each fd of the process."""
+    folder = f"/proc/{pid}/fd"
+    links = {}
+    try:
+        for name in os.listdir(folder):  # noqa: PTH208 - names are what is wanted
+            with suppress(FileNotFoundError):  # closed meanwhile
+                links[int(name)] = str(Path(folder, name).readlink())
+    except OSError as error:
+        _check_alive(pid, pidfd)
+        raise _refused(f"reading {folder}", pid, error.errno or 0) from None
+    # As long as the process lives, its pid is its own: all that was read just now is about it.
+    _check_alive(pid, pidfd)
+    return links
+
+
+def _checked(pid: int, fd: int, links: dict[int, str]) -> int:
+    if fd not in links:
+        raise AttachError(errno.EBADF, f"process {pid} has no fd {fd} open")
+    if not _STATS.match(links[fd]):
+        raise AttachError(errno.EINVAL, f"fd {fd} of process {pid} is no stats file but {links[fd]}")
+    return fd
+
+
+def _take(pid: int, pidfd: int, fd: int) -> StatsFile | None:
+    """Duplicate the process' stats fd; None if it was closed meanwhile."""
+    copy = lib.kvmstats_getfd(pidfd, fd)
+    if copy == -errno.EBADF:
+        return None
+    if copy < 0:
+        _check_alive(pid, pidfd)
+        raise _refused(f"pidfd_getfd of fd {fd}", pid, -copy)
+    try:
+        if _STATS.match(str(Path(f"/proc/self/fd/{copy}").readlink())):
+            return StatsFile(copy)
+    except BaseException:
+        os.close(copy)
+        raise
+    os.close(copy)  # another file by now
+    return None
+
+
+def _has_one_vm(pid: int, links: dict[int, str]) -> bool:
+    """Whether all VM fds of the process are duplicates of one."""
+    first, *rest = [fd for fd, link in links.items() if _VM.match(link)] or [-1]
+    return first >= 0 and all(lib.kvmstatssame_file(pid, first, fd) == 1 for fd in rest)
+
+
+def _distinct(files: list[StatsFile], *, only_one_vm: bool) -> list[StatsFile]:
+    """Sort the files, and close those that mean the same as one before."""
+    kept: dict[str, list[StatsFile]] = {}
+    for file in sorted(files, key=lambda file: -1 if file.vcpu_id is None else file.vcpu_id):
+        like = kept.setdefault(file.id, [])
+        if any(same_file(file, other) or (only_one_vm and _in_step(file, other)) for other in like):
+            file.close()
+        else:
+            like.append(file)
+    return [file for like in kept.values() for file in like]
+
+
+def same_file(file: StatsFile, other: StatsFile) -> bool:
+    """Whether two are duplicates of one open file; False if the kernel has no kcmp(2)."""
+    return lib.kvmstatssame_file(os.getpid(), file.fileno(), other.fileno()) == 1
+
+
+def _in_step(file: StatsFile, other: StatsFile) -> bool:
+    """Whether what only grows has grown alike in both, as it must if they are of one VM or vCPU."""
+    if file.schema is not other.schema:
+        return False
+    before, between, after = file.read(), other.read(), file.read()
+    growing = [stat for stat in file.schema.stats if stat.type != StatType.INSTANT and isinstance(stat.type, StatType)]
+    words = [word for stat in growing for word in range(stat.offset // 8, stat.offset // 8 + stat.size)]
+    return bool(((before[words] <= between[words]) & (between[words] <= after[words])).all())

@@ -1,0 +1,299 @@
+"""Why the kernel lets one process take no files of another, and what to do about it.
+
+The facts are gathered in one place, `facts_of`, and what they mean is worked out in another, `explain`, in the order in
+which the kernel decides: ``__ptrace_may_access`` of ``kernel/ptrace.c`` with ``PTRACE_MODE_ATTACH_REALCREDS`` (which is
+what pidfd_getfd(2) asks for), ``cap_ptrace_access_check`` of ``security/commoncap.c``, and
+``Documentation/admin-guide/LSM/Yama.rst``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Facts", "explain", "explain_refusal", "facts_of"]
+
+_CAP_SYS_PTRACE = 1 << 19  # include/uapi/linux/capability.h
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides whether this process may take a file of process `pid`.
+
+    Attributes
+    ----------
+    pid : int
+        The other process.
+    errno : int
+        What the kernel answered.
+    visible : bool
+        Whether ``/proc/PID`` is there.
+    my_ids, ids : tuple of int
+        This process' real uid and gid; the other's real, effective and saved uid and then gid (empty: not known).
+    capable : bool
+        Whether this process has CAP_SYS_PTRACE.
+    more_capable : bool
+        Whether the other process has capabilities that this one lacks.
+    dumpable : bool
+        False if the kernel guards its memory: it was setuid, unreadable, or asked for it (``PR_SET_DUMPABLE``).
+    descendant : bool
+        Whether it is a child of this process, or a child's child.
+    yama : int or None
+        ``kernel.yama.ptrace_scope``; None where the kernel has no Yama.
+    other_user_namespace : bool
+        Whether it is known to be in another user namespace, where this process' capabilities may not count.
+    filtered : bool
+        Whether this process has a seccomp filter, as containers have.
+    """
+
+    pid: int
+    errno: int
+    visible: bool = True
+    my_ids: tuple[int, int] = (0, 0)
+    ids: tuple[int, ...] = ()
+    capable: bool = False
+    more_capable: bool = False
+    dumpable: bool = True
+    descendant: bool = False
+    yama: int | None = None
+    other_user_namespace: bool = False
+    filtered: bool = False
+
+
+def explain_refusal(pid: int, error: int) -> str:
+    """Say why the kernel answered `error` when a file of process `pid` was asked for, and what helps.
+
+    Parameters
+    ----------
+    pid : int
+        The other process, as this process' pid namespace numbers it.
+    error : int
+        Errno of pidfd_open(2), pidfd_getfd(2), or of reading ``/proc/PID/fd``.
+
+    Returns
+    -------
+    str
+        The reason, and the remedies, the one that needs the least privilege first.
+
+    Notes
+    -----
+    The facts are looked up now, after the refusal: a process that ends or changes its user meanwhile gets the
+    explanation of what it is now.
+    """
+    return explain(facts_of(pid, error))
+
+
+def facts_of(pid: int, error: int) -> Facts:
+    """Look up what `explain` needs; what cannot be looked up keeps its default."""
+    mine, theirs = _status("self"), _status(str(pid))
+    ids = (*_numbers(theirs, "Uid")[:3], *_numbers(theirs, "Gid")[:3])
+    my_capabilities, capabilities = _hex(mine, "CapPrm"), _hex(theirs, "CapPrm")
+    dumpable = True
+    with suppress(OSError):
+        # The kernel gives the files below /proc/PID to root if it is not dumpable, else to its effective user.
+        dumpable = not ids or Path(f"/proc/{pid}/status").stat().st_uid == ids[1]
+    return Facts(
+        pid,
+        error,
+        visible=bool(theirs),
+        my_ids=(os.getuid(), os.getgid()),
+        ids=ids,
+        capable=bool(_hex(mine, "CapEff") & _CAP_SYS_PTRACE),
+        more_capable=bool(capabilities & ~my_capabilities),
+        dumpable=dumpable,
+        descendant=_descends(pid),
+        yama=_yama(),
+        other_user_namespace=_other_user_namespace(pid),
+        filtered=mine.get("Seccomp", "0") != "0",
+    )
+
+
+def explain(facts: Facts) -> str:
+    """Turn the facts into the reason and its remedies: a pure function."""
+    row = next(row for row in _TABLE if row.applies(facts))
+    uid, gid = (facts.ids[1], facts.ids[4]) if facts.ids else (None, None)
+    known = {"pid": facts.pid, "uid": uid, "gid": gid, "me": facts.my_ids, "yama": facts.yama}
+    reason = row.reason.format(said=os.strerror(facts.errno), **known)
+    remedies = [remedy.format(**known) for remedy in row.remedies]
+    if len(remedies) == 1:
+        return f"{reason}. What helps: {remedies[0]}"
+    listed = "; ".join(f"({i}) {remedy}" for i, remedy in enumerate(remedies, 1))
+    return f"{reason}. What helps, the least privilege first: {listed}"
+
+
+def _status(pid: str) -> dict[str, str]:
+    """Lines of /proc/PID/status by name; none if it cannot be read."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def _numbers(status: dict[str, str], name: str) -> list[int]:
+    return [int(word) for word in status.get(name, "").split()]
+
+
+def _hex(status: dict[str, str], name: str) -> int:
+    return int(status.get(name, "0"), 16)
+
+
+def _yama() -> int | None:
+    with suppress(OSError, ValueError):
+        return int(_YAMA.read_text())
+    return None
+
+
+def _descends(pid: int) -> bool:
+    me = os.getpid()
+    while pid > 1:
+        parents = _numbers(_status(str(pid)), "PPid")
+        if not parents:
+            return False
+        pid = parents[0]
+        if pid == me:
+            return True
+    return False
+
+
+def _other_user_namespace(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/ns/user").readlink() != Path("/proc/self/ns/user").readlink()
+    return False
+
+
+class _Row(NamedTuple):
+    applies: Callable[[Facts], bool]
+    reason: str
+    remedies: tuple[str, ...]
+
+
+def _forbidden(facts: Facts) -> bool:
+    return facts.errno in (errno.EPERM, errno.EACCES)
+
+
+def _guarded(facts: Facts) -> bool:
+    """Whether only CAP_SYS_PTRACE would do where something else is missing, too."""
+    return _forbidden(facts) and not facts.capable
+
+
+def _of_another(facts: Facts) -> bool:
+    return _guarded(facts) and bool(facts.ids) and facts.ids != (facts.my_ids[0],) * 3 + (facts.my_ids[1],) * 3
+
+
+_PASS = "let the VMM pass its stats files on (SCM_RIGHTS), which needs no permission at all"  # noqa: S105
+_LAUNCH = "start the VMM as a child of this process: kvmstats_fast.launch([...]), or `kvmstats run -- ...`"
+_CAPABILITY = (
+    "give this process CAP_SYS_PTRACE alone (a systemd unit's AmbientCapabilities=CAP_SYS_PTRACE, "
+    "`setpriv --inh-caps +sys_ptrace --ambient-caps +sys_ptrace`, a container's `--cap-add SYS_PTRACE`)"
+)
+_ROOT = "run this as root"
+_NAMESPACE = (
+    "run this in the VMM's pid namespace, or in the host's (`nsenter --target PID --pid --mount`, a container's "
+    "`--pid host`)"
+)
+
+#: The first row that applies is the answer: the kernel's own order.
+_TABLE = (
+    _Row(
+        lambda facts: facts.errno == errno.ENOSYS,
+        "this kernel has no pidfd_getfd, which came with Linux 5.6, or a container's filter hides it",
+        (_PASS, "a newer kernel, or a container with CAP_SYS_PTRACE"),
+    ),
+    _Row(
+        lambda facts: facts.errno == errno.EMFILE,
+        "this process has as many files open as it may",
+        ("raise `ulimit -n` (RLIMIT_NOFILE)",),
+    ),
+    _Row(
+        lambda facts: facts.errno == errno.ENFILE,
+        "the machine has as many files open as it may",
+        ("raise the sysctl fs.file-max",),
+    ),
+    _Row(
+        lambda facts: _forbidden(facts) and not facts.visible,
+        "process {pid} is not to be seen here: /proc's hidepid hides the processes of other users",
+        ("run this as the VMM's user", "join the group that /proc's mount option gid= names", _CAPABILITY),
+    ),
+    _Row(
+        lambda facts: not facts.visible,
+        "process {pid} has ended, or is not to be seen from here: it is in another pid namespace, or /proc's hidepid "
+        "hides it",
+        (
+            "take the pid that this process' own /proc shows (NSpid in /proc/PID/status on the host has both)",
+            _NAMESPACE,
+        ),
+    ),
+    _Row(
+        lambda facts: not _forbidden(facts),
+        "the kernel says: {said}",
+        (_PASS,),
+    ),
+    _Row(
+        lambda facts: _of_another(facts) and len(set(facts.ids[:3])) == len(set(facts.ids[3:])) == 1,
+        "process {pid} is of uid {uid} and gid {gid}, this one of uid {me[0]} and gid {me[1]}: both must be the same",
+        ("run this as its user (`setpriv --reuid {uid} --regid {gid} --clear-groups`)", _PASS, _CAPABILITY, _ROOT),
+    ),
+    _Row(
+        _of_another,
+        "process {pid} is of uid {uid} and gid {gid}, with other real or saved ids; all must be uid {me[0]} and gid "
+        "{me[1]}, which this one has",
+        (_PASS, _CAPABILITY, _ROOT),
+    ),
+    _Row(
+        lambda facts: _guarded(facts) and not facts.dumpable,
+        "process {pid} is guarded: it changed its user, its program is setuid or not readable, or it asked for it "
+        "(PR_SET_DUMPABLE)",
+        (_PASS, _CAPABILITY, _ROOT),
+    ),
+    _Row(
+        lambda facts: facts.yama is not None and facts.yama >= 3,
+        "kernel.yama.ptrace_scope is {yama}: nobody may attach to a process, root neither",
+        (_PASS, "start the machine with a lower kernel.yama.ptrace_scope; this value stays until the next boot"),
+    ),
+    _Row(
+        lambda facts: _guarded(facts) and facts.yama == 2,
+        "kernel.yama.ptrace_scope is 2: only CAP_SYS_PTRACE may attach to a process",
+        (_PASS, _CAPABILITY, _ROOT, "for the whole machine: sysctl kernel.yama.ptrace_scope=1 allows one's children"),
+    ),
+    _Row(
+        lambda facts: _guarded(facts) and facts.yama == 1 and not facts.descendant,
+        "kernel.yama.ptrace_scope is 1: a process may attach to its children, and process {pid} is none of this one's",
+        (
+            _LAUNCH,
+            "let the VMM name this process (PR_SET_PTRACER)",
+            _PASS,
+            _CAPABILITY,
+            _ROOT,
+            "for the whole machine: sysctl kernel.yama.ptrace_scope=0",
+        ),
+    ),
+    _Row(
+        lambda facts: _guarded(facts) and facts.more_capable,
+        "process {pid} has capabilities that this one lacks",
+        ("run the VMM without them, or this with the same", _PASS, _CAPABILITY, _ROOT),
+    ),
+    _Row(
+        lambda facts: facts.other_user_namespace,
+        "process {pid} is in another user namespace, where the capabilities of this one do not count",
+        ("run this in the VMM's user namespace, or in one above it (on the host)", _PASS),
+    ),
+    _Row(
+        lambda facts: facts.filtered,
+        "a seccomp filter of this process (a container has one), or a security module (SELinux, AppArmor) forbids it",
+        (_PASS, "a container with CAP_SYS_PTRACE, which opens the usual filter too", "allow it in the module's policy"),
+    ),
+    _Row(
+        lambda _: True,
+        "probably a security module (SELinux, AppArmor) forbids it",
+        (_PASS, "allow it in the module's policy; its log names the rule (`dmesg`, `ausearch -m avc`)"),
+    ),
+)
