@@ -1,6 +1,7 @@
-"""Compile the C core with cffi: the ffibuilder, and the three setuptools commands that pyproject.toml names.
+"""Compile the C core with cffi, and the hold library: the ffibuilder, and the setuptools commands of pyproject.toml.
 
-The declarations are cut out of csrc/kvmstats.h, so the header is the one place where they are written.
+The declarations are cut out of csrc/kvmstats.h, so the header is the one place where they are written. The hold library
+(csrc/hold.c) is no Python module: a plain shared library beside the extension, to be loaded into a VMM by LD_PRELOAD.
 
 Environment
 -----------
@@ -15,8 +16,10 @@ import sysconfig
 from pathlib import Path
 
 from cffi import FFI, setuptools_ext
+from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
 from setuptools.command.build import build as _build
+from setuptools.command.build_ext import build_ext as _build_ext
 from setuptools.command.sdist import sdist as _sdist
 
 # setuptools wants source paths relative to the project's folder, which is where it runs.
@@ -32,10 +35,7 @@ def cdef() -> str:
 
 def _compile_args() -> list[str]:
     args = ["-std=c11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"]
-    if os.environ.get("KVMSTATS_WERROR") == "1":
-        # cffi's own generated glue is not held to -Wextra: unused parameters are its style.
-        args += ["-Werror", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
-    return args + _sanitize_args()
+    return [*args, "-Werror"] if os.environ.get("KVMSTATS_WERROR") == "1" else args
 
 
 def _sanitize_args() -> list[str]:
@@ -55,18 +55,50 @@ ffibuilder.set_source(
     # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
     define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
     libraries=["pthread"],  # a part of the C library itself since glibc 2.34
-    extra_compile_args=_compile_args(),
+    # cffi's own generated glue is not held to -Wextra: unused parameters are its style.
+    extra_compile_args=[
+        *_compile_args(),
+        "-Wno-unused-parameter",
+        "-Wno-missing-field-initializers",
+        *_sanitize_args(),
+    ],
     extra_link_args=_sanitize_args(),
 )
 
+# It must load into whatever VMM there is: nothing of the compiler's that wants a runtime library or one libc's start-up
+# files, whatever CFLAGS ask for, and every symbol found at once, because its functions may run in a signal handler.
+HOLD = Extension(
+    "kvmstats_fast.libkvmstats-hold",
+    ["csrc/hold.c"],
+    extra_compile_args=[
+        *_compile_args(),
+        *("-ffreestanding", "-fno-stack-protector", "-fno-sanitize=all", "-fno-profile-arcs", "-fno-lto"),
+        "-fasynchronous-unwind-tables",  # a thread may be cancelled in close
+    ],
+    extra_link_args=["-nostdlib", "-fno-sanitize=all", "-fno-lto", "-Wl,-z,now", "-Wl,-z,relro", "-lgcc"],
+    py_limited_api=True,
+)
+
+
+class build_ext(_build_ext):  # noqa: N801 - setuptools finds commands by this name
+    """setuptools' build_ext, which gives the hold library the name of a library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return the path of an extension's file: the dots of its name are folders."""
+        if fullname.endswith("libkvmstats-hold"):
+            return fullname.replace(".", "/") + ".so"
+        name: str = super().get_ext_filename(fullname)
+        return name
+
 
 class build(_build):  # noqa: N801 - setuptools finds commands by this name
-    """setuptools' build, with the extension that ffibuilder describes."""
+    """setuptools' build, with the extension that ffibuilder describes, and the hold library."""
 
     def finalize_options(self) -> None:
-        """Add the extension once; an editable install comes here twice."""
+        """Add them once; an editable install comes here twice."""
         if not self.distribution.has_ext_modules():
             setuptools_ext.cffi_modules(self.distribution, "cffi_modules", ["build_ffi.py:ffibuilder"])
+            self.distribution.ext_modules.append(HOLD)
         super().finalize_options()
 
 

@@ -88,7 +88,8 @@ def _process(pid: int) -> Iterator[int]:
     except OSError as failure:
         error = failure.errno or 0
         if error in (errno.EINVAL, errno.ENOENT):  # the second since Linux 6.15
-            raise AttachError(error, f"pidfd_open: {pid} is a thread: pass the pid of its process (Tgid in its status)") from None
+            hint = "pass the pid of its process (Tgid in its status)"
+            raise AttachError(error, f"pidfd_open: {pid} is a thread: {hint}") from None
         raise _refused("pidfd_open", pid, error) from None
     try:
         yield pidfd
