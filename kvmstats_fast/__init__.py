@@ -8,6 +8,7 @@
 from importlib.metadata import version
 
 from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
+from kvmstats_fast.attach import VirtualMachine, attach, launch
 from kvmstats_fast.derived import DutyCycle, Figure, Figures, HaltPollAdvice
 from kvmstats_fast.errors import AttachError, ErrorCode, FormatError, KvmStatsError, VmGoneError
 from kvmstats_fast.find import VmProcess, find_vms
@@ -49,10 +50,13 @@ __all__ = [
     "StatsFile",
     "StatsImage",
     "Stream",
+    "VirtualMachine",
     "VmGoneError",
     "VmProcess",
+    "attach",
     "find_vms",
     "inherited_files",
+    "launch",
     "measure",
     "parse",
     "receive_files",

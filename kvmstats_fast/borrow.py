@@ -154,7 +154,7 @@ def _take(pid: int, pidfd: int, fd: int) -> StatsFile | None:
 def _has_one_vm(pid: int, links: dict[int, str]) -> bool:
     """Whether all VM fds of the process are duplicates of one."""
     first, *rest = [fd for fd, link in links.items() if _VM.match(link)] or [-1]
-    return first >= 0 and all(lib.kvmstatssame_file(pid, first, fd) == 1 for fd in rest)
+    return first >= 0 and all(lib.kvmstats_same_file(pid, first, fd) == 1 for fd in rest)
 
 
 def _distinct(files: list[StatsFile], *, only_one_vm: bool) -> list[StatsFile]:
@@ -171,7 +171,7 @@ def _distinct(files: list[StatsFile], *, only_one_vm: bool) -> list[StatsFile]:
 
 def same_file(file: StatsFile, other: StatsFile) -> bool:
     """Whether two are duplicates of one open file; False if the kernel has no kcmp(2)."""
-    return lib.kvmstatssame_file(os.getpid(), file.fileno(), other.fileno()) == 1
+    return bool(lib.kvmstats_same_file(os.getpid(), file.fileno(), other.fileno()) == 1)
 
 
 def _in_step(file: StatsFile, other: StatsFile) -> bool:

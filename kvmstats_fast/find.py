@@ -133,6 +133,15 @@ def scan(proc: str | os.PathLike[str]) -> tuple[list[VmProcess], int]:
     return found, unseen
 
 
+def describe(pid: int) -> VmProcess | None:
+    """As `find_vms`, for one process; None if it shows no file of KVM, or is not there."""
+    folder = f"/proc/{pid}"
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        if files := _kvm_files(folder):
+            return _seen(folder, pid, files, own=True)
+    return None
+
+
 def may_attach(pid: int) -> str:
     """Ask the kernel whether this process may take fds from another one.
 

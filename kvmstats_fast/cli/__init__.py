@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import kvmstats_fast
-from kvmstats_fast.cli import demo, hold_path
+from kvmstats_fast.cli import demo, hold_path, run
 from kvmstats_fast.cli import list as list_
 from kvmstats_fast.errors import KvmStatsError
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_VERBS = (demo, list_, hold_path)
+_VERBS = (demo, list_, run, hold_path)
 
 
 def _parser() -> argparse.ArgumentParser:

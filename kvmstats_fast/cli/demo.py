@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.testing import SyntheticStats, TinyGuest, counts_right, exit_counter
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
                 who = {"source": source, "id": file.id, "kind": file.kind, "vcpu": file.vcpu_id}
                 print(json.dumps(who | {"delta": delta}))
         else:
-            _print_table(files, moved)
+            print_table(files, moved)
             print()
             for vcpu, (exits, good) in enumerate(zip(wanted, right, strict=True)):
                 count = moved[1 + vcpu].get(counter, 0)
@@ -117,7 +117,8 @@ def _moved(file: StatsFile, delta: npt.NDArray[np.uint64]) -> dict[str, Any]:
     return result
 
 
-def _print_table(files: list[StatsFile], moved: list[dict[str, Any]]) -> None:
+def print_table(files: list[StatsFile], moved: list[dict[str, Any]], output: TextIO | None = None) -> None:
+    """Print a column for each file; what moved in none is not shown."""
     titles = ["vm" if file.vcpu_id is None else f"vcpu {file.vcpu_id}" for file in files]
     names = dict.fromkeys(name for delta in moved for name in delta)
     pairs = list(zip(files, moved, strict=True))
@@ -126,7 +127,7 @@ def _print_table(files: list[StatsFile], moved: list[dict[str, Any]]) -> None:
     first, *rest = (max(map(len, column)) for column in zip(*rows, strict=True))
     for name, *cells in rows:
         padded = (cell.rjust(width) for cell, width in zip(cells, rest, strict=True))
-        print("  ".join([name.ljust(first), *padded]).rstrip())
+        print("  ".join([name.ljust(first), *padded]).rstrip(), file=output)
 
 
 def _cell(file: StatsFile, delta: dict[str, Any], name: str) -> str:

@@ -1,0 +1,116 @@
+"""``kvmstats run``: start a VMM so that its statistics can be had, and say at its end what they came to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from subprocess import TimeoutExpired
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmstats_fast import hold
+from kvmstats_fast.borrow import borrow, same_file
+from kvmstats_fast.cli.demo import print_table
+from kvmstats_fast.errors import VmGoneError
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from kvmstats_fast.stats_file import StatsFile
+
+_LOOK = 0.2  # s between looks for VMs and vCPUs that were made since
+_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def add_parser(verbs: Any) -> None:
+    """Add this verb to argparse's subparsers."""
+    parser = verbs.add_parser(
+        "run",
+        help="start a VMM and show its statistics at its end",
+        usage="kvmstats run [-h] [-e EVENT] [--json FILE] [--] COMMAND ...",
+        description="Start COMMAND, any dynamically linked VMM, under the hold library, which opens the stats files of "
+        "its VMs and vCPUs; wait for it; and show what its statistics came to. No privilege is needed. The table goes "
+        "to stderr, because stdout is the VMM's. The exit status is that of COMMAND.",
+    )
+    parser.add_argument(
+        "-e",
+        "--event",
+        action="append",
+        metavar="EVENT",
+        help="statistic or glob to show (may be repeated; default: all)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write one JSON object per stats file to FILE, and no table")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the VMM and its arguments")
+    parser.set_defaults(verb=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a VMM to its end."""
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        print("kvmstats run: name the VMM to start: kvmstats run -- qemu-system-x86_64 -accel kvm ...", file=sys.stderr)
+        return 2
+    with ExitStack() as stack:
+        output = stack.enter_context(Path(arguments.json).open("x", encoding="utf-8")) if arguments.json else None
+        files: list[StatsFile] = []
+        process = stack.enter_context(hold.start(command))
+        _pass_signals_on(process, stack)
+        status = _wait(process, files)
+        for file in files:
+            stack.enter_context(file)
+        stats = [_stats(file, arguments.event) for file in files]
+        if output is not None:
+            for file, values in zip(files, stats, strict=True):
+                who = {"pid": process.pid, "id": file.id, "kind": file.kind, "vcpu": file.vcpu_id}
+                print(json.dumps(who | {"stats": values}), file=output)
+        elif files:
+            print(f"\n{command[0]} (process {process.pid}):\n", file=sys.stderr)
+            moved = [{name: value for name, value in one.items() if _is_any(value)} for one in stats]
+            print_table(files, moved, sys.stderr)
+        else:
+            print(f"kvmstats: {command[0]} made no VM, or one that was gone at once", file=sys.stderr)
+    return status if status >= 0 else 128 - status
+
+
+def _stats(file: StatsFile, patterns: list[str] | None) -> dict[str, Any]:
+    """Values of the statistics that were asked for, as JSON has them."""
+    chosen = {name for pattern in patterns or ("*",) for name in file.schema.matches(pattern)}
+    values = {name: value for name, value in file.snapshot().items() if name in chosen}
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+
+
+def _is_any(value: Any) -> bool:
+    return any(value) if isinstance(value, list) else bool(value)
+
+
+def _pass_signals_on(process: subprocess.Popen[Any], stack: ExitStack) -> None:
+    """End with the VMM, not before it: Ctrl-C reaches it from the terminal, the others through us."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in _PASSED_ON}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    for number, handler in before.items():
+        stack.callback(signal.signal, number, handler)
+
+
+def _wait(process: subprocess.Popen[Any], files: list[StatsFile]) -> int:
+    """Wait for the VMM, and collect its files meanwhile: they can be read when it is gone."""
+    pause = 0.0
+    while process.poll() is None:
+        with suppress(VmGoneError):
+            for file in borrow(process.pid):
+                if any(same_file(file, known) for known in files):
+                    file.close()
+                else:
+                    files.append(file)
+        pause = min(pause + 0.02, _LOOK)  # soon at first: it may be short
+        with suppress(TimeoutExpired):
+            process.wait(pause)
+    files.sort(key=lambda file: -1 if file.vcpu_id is None else file.vcpu_id)
+    return process.returncode

@@ -1,0 +1,86 @@
+"""A real QEMU with KVM, and its monitor."""
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import suppress
+
+import pytest
+
+QEMU = shutil.which("qemu-system-x86_64")
+needs_qemu = pytest.mark.skipif(QEMU is None, reason="there is no qemu-system-x86_64 (apt-get install qemu-system-x86)")
+
+#: sti; xor ax, ax; mov ds, ax; again: inc dword [0x7000]; jmp again
+BUSY = bytes.fromhex("fb 31c0 8ed8 66ff060070 ebf9")
+
+
+def until(condition, seconds=10):
+    """Wait for something to be true, and give it."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return result
+
+
+def arguments(folder, *more, vcpus=4):
+    """The command line of a QEMU whose firmware boots, and the path of its monitor."""
+    path = folder / f"qmp-{time.monotonic_ns()}"
+    command = [QEMU, "-accel", "kvm", "-smp", str(vcpus), "-display", "none", "-nodefaults", *more]
+    return [*command, "-qmp", f"unix:{path},server=on,wait=off"], path
+
+
+def boot_disk(folder, code=BUSY):
+    """Arguments for a disk that boots a program of 16-bit code."""
+    image = folder / "disk"
+    image.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
+    return "-drive", f"file={image},format=raw,if=ide"
+
+
+class Qmp:
+    """The monitor of a QEMU: call it with a command."""
+
+    def __init__(self, path, process):
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(10)
+
+        def connect():
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                self.socket.connect(str(path))
+                return True
+            assert process.poll() is None, "QEMU has ended"
+            return False
+
+        assert until(connect), "QEMU's monitor does not answer"
+        self.file = self.socket.makefile("rw")
+        self.file.readline()
+        self("qmp_capabilities")
+
+    def __call__(self, command, **options):
+        """Do a command, and return its answer."""
+        self.file.write(json.dumps({"execute": command, "arguments": options}) + "\n")
+        self.file.flush()
+        while "return" not in (answer := json.loads(self.file.readline())):
+            assert "error" not in answer, answer
+        return answer["return"]
+
+    def word(self, address):
+        """A word of the guest's memory."""
+        return int(self("human-monitor-command", **{"command-line": f"xp /1wx {address:#x}"}).split()[1], 16)
+
+    def close(self):
+        """Hang up."""
+        self.file.close()
+        self.socket.close()
+
+
+def plain_qemu(folder, resources, *more, vcpus=4):
+    """Start QEMU as anybody would: (process, monitor); both end with `resources`."""
+    command, path = arguments(folder, *more, vcpus=vcpus)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    resources.callback(process.wait)
+    resources.callback(process.kill)
+    monitor = Qmp(path, process)
+    resources.callback(monitor.close)
+    return process, monitor

@@ -1,0 +1,434 @@
+"""VirtualMachine: attach, launch, and what happens when the VMM goes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import open_fds
+from qemu import Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
+
+import kvmstats_fast as kf
+
+#: A VMM that holds its stats files: says when it is ready, then does as it is told.
+HOLDER = """
+import sys
+from kvmstats_fast.testing import TinyGuest
+guest = TinyGuest(int(sys.argv[1]))
+files = guest.open_stats() if sys.argv[2] == "all" else guest.open_stats()[1:] if sys.argv[2] == "vcpus" else []
+print("ready", flush=True)
+for line in sys.stdin:
+    command, *rest = line.split()
+    if command == "run":
+        guest.run(int(rest[0]), int(rest[1]))
+    elif command == "close":
+        files.pop().close()
+    elif command == "open":
+        files += guest.open_stats()
+    print("done", flush=True)
+"""
+
+
+class Holder:
+    """A small VMM in a process of its own."""
+
+    def __init__(self, resources, vcpus=2, hold="all"):
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", HOLDER, str(vcpus), hold],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self.process.pid
+        resources.callback(self.end)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def do(self, *words):
+        """Have it do something, and wait for that."""
+        print(*words, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+    def end(self):
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+def stats_links(pid="self"):
+    """How many stats files a process has open."""
+    count = 0
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that lists them
+            count += "-stats" in str(one.readlink())
+    return count
+
+
+@pytest.fixture
+def holder(resources):
+    """A VMM with two vCPUs that holds all its stats files."""
+    return Holder(resources)
+
+
+# ---- what is had
+
+
+@pytest.mark.real_vm
+def test_what_a_vmm_holds_is_borrowed_and_counts_its_exits(holder):
+    """The VM's and both vCPUs' files, live; nothing is left when it is closed, and the VMM runs on."""
+    kf.attach(holder.pid).close()  # the watch has an fd of its own
+    fds = open_fds()
+    with kf.attach(holder.pid) as machine:
+        assert (machine.pid, machine.how, machine.alive, machine.process) == (holder.pid, "borrow", True, None)
+        assert machine.vm.kind == "vm"
+        assert [file.vcpu_id for file in machine.vcpus] == [0, 1]
+        assert machine.files == (machine.vm, *machine.vcpus) == tuple(machine)
+        assert machine.explain() == ""
+        counter = "exits"
+        before = [file.snapshot()[counter] for file in machine.vcpus]
+        holder.do("run", 500, 1)
+        change = [file.snapshot()[counter] - b for file, b in zip(machine.vcpus, before, strict=True)]
+        assert change[0] == 0
+        assert machine.vcpus[1].snapshot()["exits"] >= 500
+        assert "alive: VM and 2 vCPUs, borrow" in repr(machine)
+    assert "closed" in repr(machine)
+    machine.close()
+    with pytest.raises(ValueError, match="attach to it again"):
+        machine.alive  # noqa: B018 - it is a property
+    assert open_fds() == fds
+    holder.do("run", 1, 0)
+
+
+@pytest.mark.real_vm
+def test_what_could_not_be_had_is_none_and_explained(resources):
+    """A VMM that holds only its vCPUs' files, as QEMU 8.1 does: `vm` is None, and what would get it is said."""
+    holder = Holder(resources, hold="vcpus")
+    with kf.attach(holder.pid) as machine:
+        assert machine.vm is None
+        assert [file.vcpu_id for file in machine.vcpus] == [0, 1]
+        text = machine.explain()
+        assert text.startswith("the VM's file: python")
+        assert [word in text for word in ("launch()", "hold-path", "send_files", "inject=True")] == [True] * 4
+        x = kf.Sampler(machine).run(0, count=3)
+        assert x["exits"].shape == (3, 2)
+
+
+@pytest.mark.real_vm
+def test_a_vmm_that_holds_nothing_is_refused_with_the_ways_there_are(resources):
+    """So is a process without a VM, one that is not there, and this one's own pid is no special case."""
+    holder = Holder(resources, hold="nothing")
+    fds = open_fds()
+    with pytest.raises(kf.AttachError, match=r"holds no stats files.*launch\(\).*QEMU 8\.1.*send_files.*inject=True"):
+        kf.attach(holder.pid)
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        with pytest.raises(kf.AttachError, match=f"process {sleeper.pid} has no VM"):
+            kf.attach(sleeper.pid)
+        sleeper.kill()
+    with pytest.raises(kf.VmGoneError):
+        kf.attach(sleeper.pid)
+    assert open_fds() == fds
+
+
+@pytest.mark.real_vm
+def test_refresh_adds_what_is_new_and_closes_what_the_vmm_closed(resources):
+    """A file opened since is added, one closed since is closed here too; the others stay the same objects."""
+    holder = Holder(resources, hold="vcpus")
+    with kf.attach(holder.pid) as machine:
+        first, last = machine.vcpus
+        assert machine.refresh() is False
+        assert machine.vcpus == (first, last)
+        holder.do("close")
+        assert machine.refresh() is True
+        assert machine.vcpus == (first,)
+        assert "vCPU 1's" in machine.explain()
+        with pytest.raises(kf.AttachError, match="has closed this stats file"):
+            last.read()
+        holder.do("open")
+        assert machine.refresh() is True
+        assert machine.vm is not None
+        assert [file.vcpu_id for file in machine.vcpus] == [0, 1]
+        assert machine.explain() == ""
+        machine.vcpus[1].read()
+
+
+# ---- when the VMM goes
+
+
+@pytest.mark.real_vm
+def test_files_are_closed_soon_after_the_vmm_is_gone(resources):
+    """Within 100 ms, whether anybody looks or not; what is asked then says what happened. Tried up to three times."""
+    for attempt in range(3):
+        holder = Holder(resources)
+        others = stats_links()
+        machine = kf.attach(holder.pid)
+        assert stats_links() == others + 3
+        holder.process.kill()
+        holder.process.wait()
+        gone = time.monotonic()
+        assert until(lambda others=others: stats_links() == others)
+        took = time.monotonic() - gone
+        assert machine.alive is False
+        for call in (machine.vcpus[0].read, machine.vm.snapshot, machine.refresh):
+            with pytest.raises(kf.VmGoneError, match=rf"process {holder.pid} \(python.*has exited"):
+                call()
+        assert "has exited" in machine.explain()
+        assert "gone" in repr(machine)
+        machine.close()
+        if took < 0.1:
+            break
+        assert attempt < 2, f"the last of three tries took {took} s"
+
+
+@pytest.mark.real_vm
+def test_a_run_ends_with_what_was_sampled_when_the_only_vmm_goes(holder):
+    """Samples up to there, and an error of each file that says why; strict raises it, with the samples."""
+    with kf.attach(holder.pid) as machine:
+        threading.Timer(0.1, holder.process.kill).start()
+        x = kf.Sampler(machine, "exits").run(0.001, duration=60)
+    assert 10 < len(x) < 30_000
+    assert [type(error.error) for error in x.errors] == [kf.VmGoneError] * 2
+    assert {info.pid for info in x.files} == {holder.pid}
+
+
+@pytest.mark.real_vm
+def test_a_strict_run_raises_when_the_vmm_goes(holder):
+    """VmGoneError, with what was sampled."""
+    with kf.attach(holder.pid) as machine:
+        threading.Timer(0.1, holder.process.kill).start()
+        with pytest.raises(kf.VmGoneError) as caught:
+            kf.Sampler(machine, "exits").run(0.001, duration=60, strict=True)
+    assert len(caught.value.samples) > 10
+
+
+@pytest.mark.real_vm
+def test_the_other_vm_goes_on_without_a_gap_when_one_is_killed(resources):
+    """A Sampler at 1 kHz over two VMs: kill -9 of one leaves the other's columns and every tick as they were."""
+    one, other = Holder(resources), Holder(resources)
+    with kf.attach(one.pid) as first, kf.attach(other.pid) as second:
+        sampler = kf.Sampler([first, second], "exits")
+        killed = []
+
+        def kill():
+            other.do("run", 300, 0)
+            one.process.kill()
+            killed.append(time.monotonic_ns())
+            other.do("run", 700, 0)
+
+        timer = threading.Timer(0.2, kill)
+        timer.start()
+        x = sampler.run(0.001, duration=1)
+        timer.join()
+        assert stats_links() >= 3
+        assert len(x) + x.missed == 1000
+        assert x.time[-1] - x.time[0] >= 0.9e9
+        assert [x.files[error.file].pid for error in x.errors] == [one.pid] * 2
+        last = int(x.time[x.errors[0].sweep])
+        columns = [i for i, info in enumerate(x.columns("exits")) if info.pid == other.pid]
+        assert (np.diff(x["exits"][:, columns].astype(np.int64), axis=0) >= 0).all()
+        assert x.delta("exits")[:, columns].sum() >= 1000
+        assert np.isfinite(x.rate("exits")[:, columns]).all()
+        assert last > killed[0] - 10**7
+        assert first.alive is False
+        assert second.alive is True
+        assert all(file.closed for file in first)
+
+
+@pytest.mark.real_vm
+def test_a_sampler_keeps_its_virtual_machine(holder):
+    """Nobody else has to: the watch over the VMM does not end with the name of the machine."""
+    sampler = kf.Sampler([kf.attach(holder.pid)], "exits")
+    threading.Timer(0.05, holder.process.kill).start()
+    x = sampler.run(0.001, duration=60)
+    assert len(x.errors) == 2
+    sampler._owners[0].close()
+
+
+@pytest.mark.real_vm
+def test_a_forked_child_leaves_the_parents_watch_alone(holder):
+    """A child that attaches and goes away disturbs nothing; it watches for itself."""
+    with kf.attach(holder.pid) as machine:
+        pid = os.fork()
+        if not pid:
+            status = 1
+            try:
+                own = kf.attach(holder.pid)
+                os.kill(holder.pid, signal.SIGKILL)
+                until(lambda: own.vm.closed)
+                status = 0 if own.vm.closed else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert until(lambda: machine.vm.closed)
+
+
+@pytest.mark.real_vm
+def test_many_machines_that_come_and_go_leave_nothing(resources):
+    """Fifty times attached and closed, a kill among them: no fd, and one thread."""
+    holder = Holder(resources)
+    with kf.attach(holder.pid):
+        pass
+    fds, threads = open_fds(), threading.active_count()
+    for _ in range(50):
+        kf.attach(holder.pid).close()
+    assert (open_fds(), threading.active_count()) == (fds, threads)
+    machine = kf.attach(holder.pid)
+    holder.process.kill()
+    assert until(lambda: all(file.closed for file in machine))
+    machine.close()
+    assert open_fds() == fds
+
+
+# ---- launch
+
+
+@pytest.mark.real_vm
+@needs_qemu
+def test_a_launched_qemu_is_sampled_through_its_boot(tmp_path):
+    """All five files, from the firmware's first exits on; its end ends the run."""
+    command, path = arguments(tmp_path, *boot_disk(tmp_path))
+    with kf.launch([*command, "-name", "guest=first"], vcpus=4, stderr=subprocess.DEVNULL) as machine:
+        try:
+            assert (machine.how, machine.name, machine.vmm) == ("launch", "first", "qemu-system-x86_64")
+            assert machine.vm is not None
+            assert [file.vcpu_id for file in machine.vcpus] == [0, 1, 2, 3]
+            x = kf.Sampler(machine).run(0.001, duration=0.5)
+            assert not x.errors
+            assert x.vcpu.delta("exits").sum() > 100
+            assert {(info.pid, info.name) for info in x.files} == {(machine.pid, "first")}
+            assert [file.pid for file in x.files] == [machine.process.pid] * 5
+            monitor = Qmp(path, machine.process)
+            monitor("quit")
+            monitor.close()
+            x = kf.Sampler(machine, "exits").run(0.001, duration=60)
+            assert len(x.errors) == 4
+        finally:
+            machine.process.kill()
+            machine.process.wait()
+
+
+@pytest.mark.real_vm
+@needs_qemu
+def test_vcpus_that_are_plugged_in_later_are_added(tmp_path):
+    """device_add, then refresh."""
+    command, path = arguments(tmp_path, "-smp", "1,maxcpus=2")
+    with kf.launch(command, vcpus=1, stderr=subprocess.DEVNULL) as machine:
+        monitor = Qmp(path, machine.process)
+        try:
+            free = next(cpu for cpu in monitor("query-hotpluggable-cpus") if "qom-path" not in cpu)
+            monitor("device_add", driver=free["type"], id="later", **free["props"])
+            assert until(machine.refresh)
+            assert [file.vcpu_id for file in machine.vcpus] == [0, 1]
+            machine.vcpus[1].read()
+        finally:
+            monitor.close()
+            machine.process.kill()
+            machine.process.wait()
+
+
+def test_a_program_that_makes_no_vm_is_ended_and_said_so():
+    """One that exits, one that goes on without a VM: nothing of it is left."""
+    with pytest.raises(kf.VmGoneError, match="exited with status 3 before it had made a VM"):
+        kf.launch([sys.executable, "-c", "raise SystemExit(3)"])
+    fds = open_fds()
+    with pytest.raises(kf.AttachError, match=r"made no VM with a vCPU in 0\.3 s, and was killed.*-accel kvm") as caught:
+        kf.launch([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.3, stdout=subprocess.PIPE)
+    pid = int(str(caught.value).split("(process ")[1].split(")")[0])
+    assert not Path(f"/proc/{pid}").exists()
+    assert open_fds() == fds
+
+
+@pytest.mark.real_vm
+@needs_qemu
+def test_a_static_program_is_not_started(tmp_path):
+    """It would not load the library: refused before it runs."""
+    source, program, ran = tmp_path / "a.c", tmp_path / "a", tmp_path / "ran"
+    source.write_text(f'#include <stdio.h>\nint main(void) {{ return !fopen("{ran}", "w"); }}\n')
+    subprocess.run(["gcc", "-static", source, "-o", program], check=True)
+    with pytest.raises(kf.AttachError, match="statically linked"):
+        kf.launch([program])
+    assert not ran.exists()
+
+
+# ---- injection, behind the same door
+
+
+@pytest.mark.real_vm
+@needs_qemu
+def test_attach_with_inject_has_everything_and_the_next_only_borrows(tmp_path, resources):
+    """QEMU 7.2 holds nothing: first its threads open the files, afterwards they are there; the VM runs on."""
+    process, monitor = plain_qemu(tmp_path, resources, *boot_disk(tmp_path))
+    assert until(lambda: monitor.word(0x7000), 30)
+    with pytest.raises(kf.AttachError, match="holds no stats files"):
+        kf.attach(process.pid)
+    with kf.attach(process.pid, inject=True, timeout=30) as machine:
+        assert machine.how == "inject", machine.explain()
+        assert machine.vm is not None
+        assert [file.vcpu_id for file in machine.vcpus] == [0, 1, 2, 3]
+        counted = monitor.word(0x7000)
+        assert until(lambda: monitor.word(0x7000) > counted)
+        assert monitor("query-status")["status"] == "running"
+    with kf.attach(process.pid, inject=True) as again:
+        assert again.how == "borrow"
+        assert len(again.files) == 5
+
+
+# ---- the command line
+
+
+@pytest.mark.real_vm
+@needs_qemu
+def test_kvmstats_run_shows_what_the_statistics_came_to(tmp_path):
+    """The table on stderr, the VMM's own stdout untouched, its exit status ours; --json for programs."""
+    command, path = arguments(tmp_path, *boot_disk(tmp_path))
+    for options in ([], ["--json", str(tmp_path / "stats")]):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "kvmstats_fast", "run", "-e", "exits", "-e", "halt_*", *options, "--", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert until(lambda child=child: any(ppid(found.pid) == child.pid for found in kf.find_vms()))
+        monitor = Qmp(path, child)
+        assert until(lambda child=child: stats_links(child.pid) == 5)
+        time.sleep(0.3)
+        monitor("quit")
+        monitor.close()
+        out, err = child.communicate(timeout=30)
+        assert (child.returncode, out) == (0, ""), err
+    rows = [json.loads(line) for line in (tmp_path / "stats").read_text().splitlines()]
+    assert [(row["kind"], row["vcpu"]) for row in rows] == [("vm", None), *(("vcpu", i) for i in range(4))]
+    assert rows[1]["stats"]["exits"] > 0
+    assert rows[0]["stats"] == {}
+    assert len(rows[1]["stats"]["halt_wait_hist"]) == 32
+    assert set(rows[1]["stats"]) >= {"exits", "halt_wait_ns"}
+
+
+def ppid(pid):
+    """The parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_kvmstats_run_gives_the_status_of_what_it_ran():
+    """Of a program that makes no VM too; a signal is 128 more than its number; nothing to run is an error."""
+
+    def run(*command):
+        result = subprocess.run(
+            [sys.executable, "-m", "kvmstats_fast", "run", *command], capture_output=True, text=True, check=False
+        )
+        return result.returncode, result.stderr
+
+    status, err = run("--", sys.executable, "-c", "raise SystemExit(7)")
+    assert (status, "made no VM" in err) == (7, True)
+    assert run("--", sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")[0] == 128 + signal.SIGKILL
+    status, err = run("--")
+    assert (status, "name the VMM to start" in err) == (2, True)
+    status, err = run("--", "no-such-vmm")
+    assert (status, "no-such-vmm" in err) == (1, True)
