@@ -152,8 +152,8 @@ class VirtualMachine(Closing):
         if what:
             lines.append(
                 f"{' and '.join(what)}: {self.vmm} (process {self.pid}) does not hold it. Start the VMM by "
-                f"launch(), or with LD_PRELOAD set to what `python -m kvmstats_fast hold-path` prints; or let it open the file and "
-                "hand it over (send_files); or, where that is acceptable, attach(pid, inject=True)"
+                "launch(), or with LD_PRELOAD set to what `python -m kvmstats_fast hold-path` prints; or let it open "
+                "the file and hand it over (send_files); or, where that is acceptable, attach(pid, inject=True)"
             )
         if machines > 1:
             lines.append(
@@ -309,10 +309,10 @@ def _nothing(pid: int, about: VmProcess | None, trouble: list[str]) -> AttachErr
         return AttachError(errno.ENODATA, f"no stats file of process {pid} could be opened: " + "; ".join(trouble))
     return AttachError(
         errno.ENODATA,
-        f"{about.vmm} (process {pid}) holds no stats files that could be borrowed, and the kernel opens them "
-        "only for the process that made the VM. In the order of preference: start the VMM by launch(), or with "
-        "LD_PRELOAD set to what `python -m kvmstats_fast hold-path` prints; use QEMU 8.1 or later, which holds those of "
-        "its vCPUs; let the VMM hand them over (send_files); or attach(pid, inject=True)",
+        f"{about.vmm} (process {pid}) holds no stats files that could be borrowed, and the kernel opens them for "
+        "nobody but the process that made the VM. In the order of preference: start the VMM by launch(), or with "
+        "LD_PRELOAD set to what `python -m kvmstats_fast hold-path` prints; use QEMU 8.1 or later, which holds those "
+        "of its vCPUs; let the VMM hand them over (send_files); or attach(pid, inject=True)",
     )
 
 
