@@ -203,16 +203,21 @@ class Histogram:
 
     def __repr__(self) -> str:
         files = "" if self.counts.ndim == 1 else f" of {len(self.counts)} files"
-        return f"<Histogram {self.stat.name}{files}: {self.count.sum()} in {self.stat.size} buckets>"
+        count = sum(self.count.reshape(-1).tolist())
+        return f"<Histogram {self.stat.name}{files}: {count} in {self.stat.size} buckets>"
 
 
 def _whole_numbers(values: object, what: str) -> npt.NDArray[np.uint64]:
     array = np.asarray(values)
-    if array.dtype != np.uint64:
-        if array.dtype.kind not in "iub" or (array.size and array.min() < 0):
-            raise TypeError(f"{what} must be whole numbers, none negative, not {array.dtype}")
-        array = array.astype(np.uint64)
-    return array
+    if array.dtype == np.uint64:
+        return array
+    whole = array.dtype.kind in "iub"
+    if not whole:  # numpy takes a list of small numbers and some above 2**63 for floats
+        array = np.asarray(values, object)
+        whole = all(isinstance(number, (int, np.integer)) for number in array.flat)
+    if not whole or (array.size and not 0 <= array.min() <= array.max() < _MOST):
+        raise TypeError(f"{what} must be whole numbers, none negative or above 2**64 - 1")
+    return array.astype(np.uint64)
 
 
 def _sum(values: npt.NDArray[np.uint64], axis: int, what: str) -> npt.NDArray[np.uint64]:
