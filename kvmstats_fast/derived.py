@@ -121,10 +121,9 @@ class _Changes:
 
     def _spread(self, name: str, values: npt.NDArray[Any], *, per_change: bool) -> Values:
         stat = self._samples.stat(name)
-        scaled = [float(stat.to_base_units(value)) for value in values.tolist()]
         result = np.full(len(self.files), np.nan)
         columns = self._samples._columns(name)
-        result[columns] = scaled
+        result[columns] = stat._in_floats(values)
         result[self._last < (1 if per_change else 0)] = np.nan
         return result
 

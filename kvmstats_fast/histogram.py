@@ -174,19 +174,19 @@ class Histogram:
         low, high : float, or numpy.ndarray of shape (n,)
             In base units; `high` is inf if the last bucket counted anything; NaN where nothing was counted.
         """
+        return self._mean_at(self.edges[:-1]), self._mean_at(self.edges[1:])
+
+    def _mean_at(self, values: npt.NDArray[np.float64]) -> Any:
+        """Return the mean, if all in a bucket had its value; an empty one may have any, also inf."""
         counts = self.counts.astype(np.float64)
-        low = self._per_count((counts * self.edges[:-1]).sum(axis=-1))
-        upper = np.multiply(counts, self.edges[1:], out=np.zeros_like(counts), where=counts > 0)
-        return low, self._per_count(upper.sum(axis=-1))
+        return self._per_count(np.multiply(counts, values, out=np.zeros_like(counts), where=counts > 0).sum(axis=-1))
 
     @property
     def total(self) -> Any:
         """Sum of all that was counted, in base units: float, or float64 of shape (n,); None where no counter has it."""
         if self.raw_total is None:
             return None
-        factor = float(self.stat.factor)
-        raw = self.raw_total.astype(np.float64)
-        return self._shaped(raw / factor if self.stat.exponent < 0 else raw * factor)
+        return self._shaped(np.asarray(self.stat._in_floats(self.raw_total)))
 
     @property
     def mean(self) -> Any:

@@ -26,8 +26,6 @@ __all__ = ["FileInfo", "SampleError", "Samples"]
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-_LARGEST = 10**300  # beyond it floats end; no kernel has such an exponent
-
 #: Statistics of these types never fall, unless somebody clears them.
 _GROWING = (StatType.CUMULATIVE, StatType.PEAK, StatType.LINEAR_HIST, StatType.LOG_HIST)
 
@@ -435,7 +433,7 @@ class Samples:
         growing = stat.type in _GROWING
         seconds = np.diff(self.time) / 1e9
         seconds[seconds == 0] = np.nan  # two sweeps in one ns: the rate is not known
-        factor = 1.0 if stat.is_histogram else float(min(stat.factor, _LARGEST))
+        factor = 1.0 if stat.is_histogram else stat._float_factor
         if stat.exponent < 0:
             seconds, factor = seconds * factor, 1.0  # 10**9 is exact as a float, 10**-9 is not
         seconds = seconds.reshape(-1, *[1] * (values.ndim - 1))
@@ -463,11 +461,9 @@ class Samples:
         values, stat = self[name], self.stat(name)
         if stat.is_histogram or stat.factor == 1:
             return values
-        if stat.exponent < 0:
-            return values / float(min(stat.factor, _LARGEST))
-        if not values.size or int(values.max()) * stat.factor < 1 << 64:
+        if stat.exponent > 0 and (not values.size or int(values.max()) * stat.factor < 1 << 64):
             return values * np.uint64(min(stat.factor, (1 << 64) - 1))
-        return np.multiply(values, float(min(stat.factor, _LARGEST)), dtype=np.float64)
+        return stat._in_floats(values)
 
     def histogram(self, name: str, sweep: int | None = None) -> Histogram:
         """Return what a histogram counted in this run, file by file; ``.sum()`` adds the files up.

@@ -115,6 +115,15 @@ class Stat:
         factor: int = StatBase(self.base).radix ** abs(self.exponent)
         return factor
 
+    @property
+    def _float_factor(self) -> float:
+        return float(min(self.factor, _LARGEST))
+
+    def _in_floats(self, values: npt.NDArray[np.uint64 | np.int64]) -> npt.NDArray[np.float64]:
+        """Scale an array of raw values: each as `to_base_units` does, but for a rounding."""
+        result: npt.NDArray[np.float64] = (np.divide if self.exponent < 0 else np.multiply)(values, self._float_factor)
+        return result
+
     def bucket_edges(self) -> npt.NDArray[np.float64]:
         """Edges of a histogram's buckets, in base units.
 
@@ -148,6 +157,7 @@ class Stat:
         return edges
 
 
+_LARGEST = 10**300  # beyond it floats end; no kernel has such an exponent
 _SYMBOLS = {StatUnit.NONE: "", StatUnit.BYTES: "B", StatUnit.SECONDS: "s", StatUnit.CYCLES: "cycles"}
 _SYMBOLS[StatUnit.BOOLEAN] = ""
 _PREFIXES = dict(zip(((10, exponent) for exponent in (-12, -9, -6, -3, 3, 6, 9, 12)), "pnumkMGT", strict=True))
