@@ -101,7 +101,7 @@ class Histogram:
     def __getitem__(self, file: int | slice) -> Histogram:
         """Of one file, or of some."""
         if self.counts.ndim == 1:
-            raise IndexError("this histogram is of one file, or summed up: it has buckets, see counts")
+            raise TypeError("this histogram is of one file, or summed up: it has buckets, see counts")
         total = self.raw_total
         return replace(self, counts=self.counts[file], raw_total=None if total is None else total[file])
 
