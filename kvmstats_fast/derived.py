@@ -7,13 +7,13 @@ it is counted: ``virt/kvm/kvm_main.c`` (halts), ``arch/x86/kvm/mmu`` (page fault
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kvmstats_fast.abi import StatUnit
+from kvmstats_fast.abi import StatType, StatUnit
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -88,50 +88,60 @@ class Figures(Mapping[str, Figure]):
 
 
 class _Changes:
-    """Changes over a whole run by file, NaN where a file does not have a statistic."""
+    """Changes over a whole run by file, NaN where a file does not have a statistic.
+
+    Each kernel's files are scaled by its own descriptors, which need not be those of another.
+    """
 
     def __init__(self, samples: Samples, kind: str) -> None:
-        self.files = [index for index, info in enumerate(samples.files) if info.kind == kind]
-        part = samples.vm if kind == "vm" else samples.vcpu
-        self._samples = part
-        self.names = [name for name in part.names if not part.stat(name).shape]
-        sweeps = len(part)
+        of_kind = samples.vm if kind == "vm" else samples.vcpu
+        self.files = of_kind.files
+        self._parts = [(part, group.columns) for part, group in zip(of_kind.split(), of_kind._groups, strict=True)]
+        stats = [part.stat(name) for part, _ in self._parts for name in part.names]
+        self.names = list(dict.fromkeys(stat.name for stat in stats if not stat.shape))
+        counts = (stat for stat in stats if (stat.type, stat.unit) == (StatType.CUMULATIVE, StatUnit.NONE))
+        self.counts = list(dict.fromkeys(stat.name for stat in counts if not stat.shape))
+        sweeps = len(samples)
         last = np.full(len(self.files), sweeps - 1)
-        for error in part.errors:
+        for error in of_kind.errors:
             last[error.file] = min(error.sweep, sweeps) - 1
         self._last = last
-        time = part.time if sweeps else np.zeros(1, np.int64)
+        time = samples.time if sweeps else np.zeros(1, np.int64)
         # A file that failed counts up to where it did.
         self.seconds = (time[np.maximum(last, 0)] - time[0]) / 1e9
         self.seconds[self.seconds <= 0] = np.nan
 
     def change(self, name: str) -> Values:
         """Change in base units, by file."""
-        changes = self._samples._total(name)
-        return self._spread(name, changes, per_change=True)
+        return self._by_file(name, lambda part, _: part._total(name), needed=2)
 
     def end(self, name: str) -> Values:
         """Last value that was read, in base units, by file."""
-        values = self._samples[name]
-        columns = self._samples._columns(name)
-        rows = self._last[columns]
-        if not len(values):
-            return np.full(len(self.files), np.nan)
-        return self._spread(name, np.where(rows >= 0, values[rows, np.arange(len(columns))], 0), per_change=False)
+        return self._by_file(name, lambda part, last: part[name][last, np.arange(len(last))], needed=1)
 
-    def _spread(self, name: str, values: npt.NDArray[Any], *, per_change: bool) -> Values:
-        stat = self._samples.stat(name)
+    def _by_file(
+        self, name: str, raw: Callable[[Samples, npt.NDArray[np.intp]], npt.NDArray[Any]], needed: int
+    ) -> Values:
+        """Scale what `raw` gives of each kernel's files; NaN for those with fewer sweeps than are needed."""
         result = np.full(len(self.files), np.nan)
-        columns = self._samples._columns(name)
-        result[columns] = stat._in_floats(values)
-        result[self._last < (1 if per_change else 0)] = np.nan
+        for part, columns in self._having(name):
+            if len(part) >= needed:
+                result[columns] = part.stat(name)._in_floats(raw(part, np.maximum(self._last[columns], 0)))
+        result[self._last < needed - 1] = np.nan
         return result
 
+    def _having(self, *names: str) -> list[tuple[Samples, npt.NDArray[np.intp]]]:
+        """Return those with all these numbers, kernel by kernel."""
+        return [
+            (part, columns)
+            for part, columns in self._parts
+            if all(name in part.names and not part.stat(name).shape for name in names)
+        ]
+
     def figure(self, name: str, values: Values, units: str, formula: str, parts: Iterable[str]) -> Figure:
-        """Make a figure of the files that have all the parts."""
-        having = [set(self._samples._columns(part).tolist()) for part in parts]
-        kept = sorted(set.intersection(*having))
-        return Figure(name, values[kept], units, tuple(self._samples.files[i] for i in kept), formula)
+        """Make a figure of the files that have all its parts, which may be none."""
+        kept = sorted(file for _, columns in self._having(*parts) for file in columns.tolist())
+        return Figure(name, values[kept], units, tuple(self.files[i] for i in kept), formula)
 
 
 def _divided(a: Values, b: Values) -> Values:
@@ -147,12 +157,11 @@ def figures(samples: Samples) -> Figures:
     _halts(vcpu, made)
     _page_faults(vcpu, made)
     _pages(_Changes(samples, "vm"), made)
-    return Figures(made)
+    return Figures(figure for figure in made if figure.values.size)
 
 
 def _exits(vcpu: _Changes, made: list[Figure]) -> None:
-    kinds = [name for name in vcpu.names if _EXIT_KIND.fullmatch(name)]
-    for name in kinds:
+    for name in filter(_EXIT_KIND.fullmatch, vcpu.counts):
         rates = vcpu.change(name) / vcpu.seconds
         made.append(vcpu.figure(f"{name}/s", rates, "1/s", name, [name]))
         if name in _ALL_EXITS:
@@ -162,8 +171,8 @@ def _exits(vcpu: _Changes, made: list[Figure]) -> None:
 def _imbalance(name: str, of: Figure) -> Figure:
     values = of.values[~np.isnan(of.values)]
     mean = values.mean() if values.size else 0.0
-    imbalance = values.max() / mean - 1 if mean > 0 else np.nan
-    return Figure(f"{name}_imbalance", np.array([imbalance]), "", (), f"max / mean - 1 of {of.name}")
+    imbalance = [values.max() / mean - 1 if mean > 0 else np.nan] if of.files else []
+    return Figure(f"{name}_imbalance", np.array(imbalance, np.float64), "", (), f"max / mean - 1 of {of.name}")
 
 
 def _halts(vcpu: _Changes, made: list[Figure]) -> None:
