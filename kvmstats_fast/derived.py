@@ -6,6 +6,7 @@ it is counted: ``virt/kvm/kvm_main.c`` (halts), ``arch/x86/kvm/mmu`` (page fault
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -308,9 +309,12 @@ _SETTINGS = (0, 10_000, 25_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_60
 
 def halt_poll_advice(samples: Samples, settings: Iterable[int] = _SETTINGS) -> HaltPollAdvice | None:
     """Say what settings of ``halt_poll_ns`` would have done; see `Samples.halt_poll_advice`."""
-    settings = [int(setting) for setting in settings]
-    if not settings or min(settings) < 0:
-        raise ValueError(f"settings are {settings}; they must be ns, none negative")
+    try:
+        settings = [operator.index(setting) for setting in settings]
+    except TypeError:
+        raise TypeError(f"settings are {settings!r}; they must be whole numbers, of ns") from None
+    if not settings or min(settings) < 0 or max(settings) >= 1 << 63:
+        raise ValueError(f"settings are {settings}; they must be ns, at least one, none negative or above 2**63 - 1")
     vcpu = samples.vcpu
     if not set(vcpu.names).issuperset(_HALT_HISTOGRAMS):
         return None
