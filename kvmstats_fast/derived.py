@@ -6,6 +6,7 @@ it is counted: ``virt/kvm/kvm_main.c`` (halts), ``arch/x86/kvm/mmu`` (page fault
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -97,8 +98,8 @@ class _Changes:
     def __init__(self, samples: Samples, kind: str) -> None:
         of_kind = samples.vm if kind == "vm" else samples.vcpu
         self.files = of_kind.files
-        self._parts = [(part, group.columns) for part, group in zip(of_kind.split(), of_kind._groups, strict=True)]
-        stats = [part.stat(name) for part, _ in self._parts for name in part.names]
+        self.parts = [(part, group.columns) for part, group in zip(of_kind.split(), of_kind._groups, strict=True)]
+        stats = [part.stat(name) for part, _ in self.parts for name in part.names]
         self.names = list(dict.fromkeys(stat.name for stat in stats if not stat.shape))
         counts = (stat for stat in stats if (stat.type, stat.unit) == (StatType.CUMULATIVE, StatUnit.NONE))
         self.counts = list(dict.fromkeys(stat.name for stat in counts if not stat.shape))
@@ -135,7 +136,7 @@ class _Changes:
         """Return those with all these numbers, kernel by kernel."""
         return [
             (part, columns)
-            for part, columns in self._parts
+            for part, columns in self.parts
             if all(name in part.names and not part.stat(name).shape for name in names)
         ]
 
@@ -282,7 +283,8 @@ class HaltPollAdvice:
     halts : int
         How many halts the run had.
     caught, poll : float
-        What polling did catch and cost, as it was set: fractions as above. NaN without a halt or without time.
+        What polling did catch and cost, as it was set: fractions as above. NaN without a halt or without time, `poll`
+        also where ``halt_poll_success_ns`` and ``halt_poll_fail_ns`` were not sampled.
     """
 
     rows: npt.NDArray[np.void]
@@ -315,19 +317,20 @@ def halt_poll_advice(samples: Samples, settings: Iterable[int] = _SETTINGS) -> H
         raise TypeError(f"settings are {settings!r}; they must be whole numbers, of ns") from None
     if not settings or min(settings) < 0 or max(settings) >= 1 << 63:
         raise ValueError(f"settings are {settings}; they must be ns, at least one, none negative or above 2**63 - 1")
-    vcpu = samples.vcpu
-    if not set(vcpu.names).issuperset(_HALT_HISTOGRAMS):
-        return None
-    success, fail, wait = (vcpu.histogram(name).sum() for name in _HALT_HISTOGRAMS)
     changes = _Changes(samples, "vcpu")
-    seconds = float(np.nansum(changes.seconds))
-    halts = int(success.count) + int(wait.count)
+    kernels = [(part, columns) for part, columns in changes.parts if set(part.names).issuperset(_HALT_HISTOGRAMS)]
+    if not kernels:
+        return None
+    seconds = sum(float(np.nansum(changes.seconds[columns])) for _, columns in kernels)
+    histograms = [tuple(part.histogram(name).sum() for name in _HALT_HISTOGRAMS) for part, _ in kernels]
+    polls_caught = sum(int(success.count) for success, _, _ in histograms)
+    halts = polls_caught + sum(int(wait.count) for _, _, wait in histograms)
     rows = np.zeros(len(settings), [("halt_poll_ns", np.int64), *((name, np.float64) for name in _BOUNDS)])
     rows["halt_poll_ns"] = settings
     for row in rows:
         caught, cost = np.zeros(2), np.zeros(2)
         limit = int(row["halt_poll_ns"]) / 1e9
-        for counts, low, high in _durations(success, fail, wait):
+        for counts, low, high in itertools.chain.from_iterable(_durations(*kernel) for kernel in histograms):
             # A halt of less than the limit is caught, and costs what it takes; any other costs the limit.
             caught += (counts[high <= limit].sum(), counts[low < limit].sum())
             cost += (counts @ np.minimum(low, limit), counts @ np.minimum(high, limit))
@@ -335,13 +338,13 @@ def halt_poll_advice(samples: Samples, settings: Iterable[int] = _SETTINGS) -> H
         parts = (caught / halts if halts else caught * np.nan, *(part / (seconds or np.nan) for part in (cost, vain)))
         for name, value in zip(_BOUNDS, np.concatenate(parts), strict=True):
             row[name] = value
-    polled = sum(float(np.sum(hist.total)) for hist in (success, fail) if hist.total is not None)
-    has_totals = success.total is not None and fail.total is not None
+    totals = [hist.total for success, fail, _ in histograms for hist in (success, fail)]
+    polled = np.nan if None in totals else sum(totals)
     return HaltPollAdvice(
         rows,
         halts,
-        int(success.count) / halts if halts else np.nan,
-        polled / seconds if seconds and has_totals else np.nan,
+        polls_caught / halts if halts else np.nan,
+        polled / seconds if seconds else np.nan,
     )
 
 
