@@ -305,7 +305,7 @@ class HaltPollAdvice:
         )
 
 
-#: 0: off. 200000 is the default of x86, 50000 of s390, 500000 that of arm64 before 2020.
+#: 0: off. 200000 is the default of x86 (``KVM_HALT_POLL_NS_DEFAULT``); that of arm64 and riscv is 500000.
 _SETTINGS = (0, 10_000, 25_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000)
 
 
@@ -321,7 +321,7 @@ def halt_poll_advice(samples: Samples, settings: Iterable[int] = _SETTINGS) -> H
     kernels = [(part, columns) for part, columns in changes.parts if set(part.names).issuperset(_HALT_HISTOGRAMS)]
     if not kernels:
         return None
-    seconds = sum(float(np.nansum(changes.seconds[columns])) for _, columns in kernels)
+    elapsed = sum(float(np.nansum(changes.seconds[columns])) for _, columns in kernels) * 1e9 or np.nan
     histograms = [tuple(part.histogram(name).sum() for name in _HALT_HISTOGRAMS) for part, _ in kernels]
     polls_caught = sum(int(success.count) for success, _, _ in histograms)
     halts = polls_caught + sum(int(wait.count) for _, _, wait in histograms)
@@ -329,13 +329,13 @@ def halt_poll_advice(samples: Samples, settings: Iterable[int] = _SETTINGS) -> H
     rows["halt_poll_ns"] = settings
     for row in rows:
         caught, cost = np.zeros(2), np.zeros(2)
-        limit = int(row["halt_poll_ns"]) / 1e9
+        limit = int(row["halt_poll_ns"])
         for counts, low, high in itertools.chain.from_iterable(_durations(*kernel) for kernel in histograms):
             # A halt of less than the limit is caught, and costs what it takes; any other costs the limit.
             caught += (counts[high <= limit].sum(), counts[low < limit].sum())
             cost += (counts @ np.minimum(low, limit), counts @ np.minimum(high, limit))
         vain = (halts - caught[::-1]) * limit
-        parts = (caught / halts if halts else caught * np.nan, *(part / (seconds or np.nan) for part in (cost, vain)))
+        parts = (caught / halts if halts else caught * np.nan, cost / elapsed, vain / elapsed)
         for name, value in zip(_BOUNDS, np.concatenate(parts), strict=True):
             row[name] = value
     totals = [hist.total for success, fail, _ in histograms for hist in (success, fail)]
@@ -344,7 +344,7 @@ def halt_poll_advice(samples: Samples, settings: Iterable[int] = _SETTINGS) -> H
         rows,
         halts,
         polls_caught / halts if halts else np.nan,
-        polled / seconds if seconds else np.nan,
+        polled * 1e9 / elapsed,
     )
 
 
@@ -352,17 +352,18 @@ _BOUNDS = ("caught_low", "caught_high", "poll_low", "poll_high", "vain_low", "va
 
 
 def _durations(success: Histogram, fail: Histogram, wait: Histogram) -> Iterator[tuple[Values, Values, Values]]:
-    """Give counts of halts, with the bounds of how long they took from the first poll to the wake-up.
+    """Give counts of halts, with the bounds in ns of how long they took from the first poll to the wake-up.
 
     A halt that polling caught took as long as the poll. Any other took its poll, if it had one, and its wait; which
     poll went with which wait is not known, only between which bounds all polls were.
     """
-    edges = success.edges
+    # Whole ns add up exactly, seconds do not; powers of two come back as what they were.
+    edges, poll_edges, wait_edges = (hist.edges * 1e9 for hist in (success, fail, wait))
     yield success.counts.astype(np.float64), edges[:-1], edges[1:]
     polls = np.flatnonzero(fail.counts)
-    least = fail.edges[polls[0]] if polls.size and fail.count >= wait.count else 0.0
-    most = fail.edges[polls[-1] + 1] if polls.size else 0.0
-    yield wait.counts.astype(np.float64), wait.edges[:-1] + least, wait.edges[1:] + most
+    least = poll_edges[polls[0]] if polls.size and fail.count >= wait.count else 0.0
+    most = poll_edges[polls[-1] + 1] if polls.size else 0.0
+    yield wait.counts.astype(np.float64), wait_edges[:-1] + least, wait_edges[1:] + most
 
 
 def _number(value: float, form: str) -> str:
