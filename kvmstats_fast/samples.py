@@ -327,8 +327,16 @@ class Samples:
         return part
 
     def stat(self, name: str) -> Stat:
-        """Return the descriptor of a statistic: its type, unit and scale."""
-        return find_groups(self._groups, name)[0].places[name][0]
+        """Return the descriptor of a statistic: its type, unit and scale.
+
+        KeyError if there is none, or if files of different kernels differ in it (in more than its offset).
+        """
+        stats = [group.places[name][0] for group in find_groups(self._groups, name)]
+        if any(replace(stat, offset=stats[0].offset) != stats[0] for stat in stats[1:]):
+            raise KeyError(
+                f"{name!r} has different types, units or scales in these files: take them apart with split()"
+            )
+        return stats[0]
 
     def columns(self, name: str) -> tuple[FileInfo, ...]:
         """Whose values the columns of ``samples[name]`` are."""
