@@ -498,11 +498,12 @@ class Samples:
         counts = self._total(name) if sweep is None else self[name][sweep]
         total = None
         adder = name.removesuffix("_hist") + "_ns"
-        if adder != name and adder in self.names:
-            of = self.stat(adder)
-            same_scale = (of.unit, of.base, of.exponent) == (stat.unit, stat.base, stat.exponent)
-            if same_scale and self.columns(adder) == self.columns(name):
-                total = self._total(adder) if sweep is None else self[adder][sweep]
+        groups = find_groups(self._groups, name)
+        adders = [group.places[adder][0] for group in groups if adder in group.places]
+        scales = {(of.type, of.unit, of.base, of.exponent) for of in adders}
+        if len(adders) == len(groups) and scales == {(StatType.CUMULATIVE, stat.unit, stat.base, stat.exponent)}:
+            whose = self._with(groups, self._columns(name).tolist())
+            total = whose._total(adder) if sweep is None else whose[adder][sweep]
         return Histogram(stat, counts.astype(np.uint64), None if total is None else total.astype(np.uint64))
 
     def duty_cycle(self, name: str, confidence: float = 0.95) -> DutyCycle:
