@@ -157,7 +157,7 @@ class Stat:
         return edges
 
 
-_LARGEST = 10**300  # beyond it floats end; no kernel has such an exponent
+_LARGEST = 10**270  # of any uint64, over a ns, it makes what is still a float; no kernel has such an exponent
 _SYMBOLS = {StatUnit.NONE: "", StatUnit.BYTES: "B", StatUnit.SECONDS: "s", StatUnit.CYCLES: "cycles"}
 _SYMBOLS[StatUnit.BOOLEAN] = ""
 _PREFIXES = dict(zip(((10, exponent) for exponent in (-12, -9, -6, -3, 3, 6, 9, 12)), "pnumkMGT", strict=True))
