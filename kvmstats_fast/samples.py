@@ -434,7 +434,7 @@ class Samples:
         -------
         numpy.ndarray
             float64, the shape of `delta`. ``halt_wait_ns`` gives seconds per second; a histogram counts per second
-            and bucket. NaN where a file had failed.
+            and bucket. NaN where a file had failed, and between two sweeps of the same ns.
         """
         values = self[name]
         stat = self.stat(name)
@@ -480,7 +480,8 @@ class Samples:
         ----------
         name : str
         sweep : int, optional
-            Instead: what it had counted by that sweep, since its VM was made (-1: the last).
+            Instead: what it had counted by that sweep, since its VM was made (-1: the last); 0 of a file that had
+            failed.
 
         Returns
         -------
@@ -492,6 +493,8 @@ class Samples:
         ------
         ValueError
             If `name` is no histogram.
+        KeyError, IndexError
+            If it, or the sweep, is not there.
         """
         stat = self.stat(name)
         stat.bucket_edges()  # no histogram: its error says so
@@ -529,7 +532,8 @@ class Samples:
         -----
         Wilson's interval, for the number of independent sweeps that as many correlated ones are worth (from the
         correlation of neighbours). A value that never changed shows no correlation: then the sweeps are taken as
-        independent. A guest whose rhythm is a multiple of the sampling interval misleads any polling.
+        independent, and of one that changed a few times only the interval is too narrow. A guest whose rhythm is a
+        multiple of the sampling interval misleads any polling.
         """
         return duty_cycle(self, name, confidence)
 
@@ -559,7 +563,13 @@ class Samples:
         Returns
         -------
         HaltPollAdvice or None
-            ``print(advice)`` is a table. None if these files lack a halt histogram (kernels before 5.15).
+            ``print(advice)`` is a table. None if these files lack a halt histogram (kernels before 5.15); vCPUs that do
+            so are not in it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `settings` are no whole numbers, negative, or none.
 
         Notes
         -----
