@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import random
 import struct
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import twin
-from hypothesis import example, given, settings
+from helpers import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
     BOUNDARIES,
@@ -33,17 +33,11 @@ import kvmstats_fast as kf
 CAPTURES = sorted((Path(__file__).parent / "data" / "captures").glob("*/*.bin"))
 #: One for each kernel and kind of file, which have their sizes; the others differ in id and values.
 ONE_OF_A_KIND = {(path.parent, path.stat().st_size): path for path in CAPTURES}.values()
-DERANDOMIZE = bool(os.environ.get("CI"))
 
 
 def capture_name(path):
     """Name a capture in the output of pytest."""
     return f"{path.parent.name}/{path.stem}"
-
-
-def examples(count):
-    """So many examples, without a deadline; in CI always the same ones."""
-    return settings(max_examples=count, deadline=None, derandomize=DERANDOMIZE)
 
 
 @cache
