@@ -1,10 +1,21 @@
-"""What a run gives: changes, rates, resets, parts and wholes."""
+"""What a run gives: changes, rates, resets, base units, parts and wholes."""
+
+import itertools
+import math
+import re
+from dataclasses import replace
+from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
+from helpers import examples, group_of, run_of
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import valid_files
 
 import kvmstats_fast as kf
-from kvmstats_fast.samples import Block
+from kvmstats_fast import samples as samples_module
 from kvmstats_fast.testing import SyntheticStats
 
 STATS = [
@@ -17,23 +28,18 @@ STATS = [
 ]
 
 
-def samples_of(rows, *, times=None, ticks=None, errors=(), kind="vcpu"):
-    """Samples with rows[t][file] = {name: value}, made by hand."""
-    with SyntheticStats(stats=STATS, kind=kind) as made:
-        schema = kf.parse(made.to_bytes()).schema
-    places = {stat.name: (stat, stat.offset // 8) for stat in schema.stats}
-    values = np.zeros((len(rows), len(rows[0]), schema.num_values), np.uint64)
-    for t, row in enumerate(rows):
-        for file, named in enumerate(row):
-            for name, value in named.items():
-                stat, word = places[name]
-                values[t, file, word : word + stat.size] = value
-    n = len(rows[0])
-    time = np.array(times if times is not None else [i * 10**9 for i in range(len(rows))], np.int64)
-    tick = np.array(ticks if ticks is not None else range(len(rows)), np.uint64)
-    files = tuple(kf.FileInfo(f"kvm-1/vcpu-{i}", kind, i) for i in range(n))
-    group = Block(schema, kind, places, np.arange(n), values)
-    return kf.Samples((group,), files, (time, np.ones(len(rows), np.int64), tick), errors=tuple(errors))
+def samples_of(rows, *, times=None, ticks=None, failed=()):
+    """Samples of vCPUs with rows[t][file] = {name: value}, made by hand."""
+    values = {}
+    for stat in STATS:
+        column = values[stat.name] = np.zeros((len(rows), len(rows[0]), *stat.shape), np.uint64)
+        for t, row in enumerate(rows):
+            for file, named in enumerate(row):
+                column[t, file] = named.get(stat.name, 0)
+    x = run_of(group_of(STATS, range(len(rows[0])), values), times=times, failed=failed)
+    if ticks is not None:
+        x.tick = np.array(ticks, np.uint64)
+    return x
 
 
 def test_values_are_views_of_one_array():
@@ -92,7 +98,7 @@ def test_rates_are_in_base_units_per_second():
 def test_a_failed_file_has_no_changes_and_no_rates():
     """From the sweep at which it failed deltas are 0, resets False and rates NaN; other columns are untouched."""
     rows = [[{"count": 10, "hist": 9}, {"count": 10}], [{"count": 20}, {"count": 20}], [{}, {"count": 30}], [{}, {}]]
-    x = samples_of(rows, errors=[kf.SampleError(0, 2, OSError(9, "gone"))])
+    x = samples_of(rows, failed=[(0, 2)])
     assert x.delta("count").tolist() == [[10, 10], [0, 10], [0, 0]]
     assert x.resets("count").tolist() == [[False, False], [False, False], [False, True]]
     assert np.isnan(x.rate("count")).tolist() == [[False, False], [True, False], [True, False]]
@@ -168,3 +174,265 @@ def test_repr_is_a_sentence_a_person_can_read():
     assert "0 sweeps" in repr(x[:0])
     assert x[:0].delta("count").shape == (0, 2)
     assert x[:1].rate("hist").shape == (0, 2, 3)
+
+
+# ---- against plain Python
+
+#: unit, base, exponent, and what a raw value is multiplied with
+SCALES = [
+    (kf.StatUnit.NONE, kf.StatBase.POW10, 0, Fraction(1)),
+    (kf.StatUnit.SECONDS, kf.StatBase.POW10, -9, Fraction(1, 10**9)),
+    (kf.StatUnit.SECONDS, kf.StatBase.POW10, 3, Fraction(1000)),
+    (kf.StatUnit.BYTES, kf.StatBase.POW2, 10, Fraction(1024)),
+    (kf.StatUnit.BYTES, kf.StatBase.POW2, -3, Fraction(1, 8)),
+    (kf.StatUnit.SECONDS, kf.StatBase.POW10, 30, Fraction(10**30)),
+    (kf.StatUnit.NONE, 7, -3, Fraction(1)),  # no such base: raw
+]
+TYPES = [*kf.StatType, 9]
+GROWING = (kf.StatType.CUMULATIVE, kf.StatType.PEAK, kf.StatType.LINEAR_HIST, kf.StatType.LOG_HIST)
+WORDS = st.one_of(st.integers(0, 3), st.integers(0, 1000), st.sampled_from([2**53 + 1, 2**63, 2**64 - 1]))
+FIRST, LAST = (replace(STATS[0], name=name) for name in ("first", "last"))
+
+
+@st.composite
+def scaled_stats(draw):
+    """A statistic of any type and scale, and what its raw values are multiplied with."""
+    type_ = draw(st.sampled_from(TYPES))
+    unit, base, exponent, scale = draw(st.sampled_from(SCALES))
+    size = draw(st.integers(1, 3)) if type_ in (kf.StatType.LINEAR_HIST, kf.StatType.LOG_HIST) else 1
+    width = int(type_ == kf.StatType.LINEAR_HIST)
+    return kf.Stat("x", type_, unit, base, exponent, size, -1, width), Fraction(1) if type_ == 9 else scale
+
+
+@st.composite
+def runs(draw):
+    """A statistic, its scale, its readings, when they were taken, and which files failed when."""
+    stat, scale = draw(scaled_stats())
+    sweeps, n = draw(st.integers(0, 12)), draw(st.integers(1, 3))
+    values = [[[draw(WORDS) for _ in range(stat.size)] for _ in range(n)] for _ in range(sweeps)]
+    steps = draw(st.lists(st.sampled_from([0, 1, 999, 10**9, 3 * 10**9]), min_size=sweeps, max_size=sweeps))
+    failed = draw(st.lists(st.tuples(st.integers(0, n - 1), st.integers(0, 12)), max_size=2, unique_by=lambda f: f[0]))
+    failed = [(file, sweep) for file, sweep in failed if sweep < sweeps]
+    return (
+        stat,
+        scale,
+        np.array(values, np.uint64).reshape(sweeps, n, stat.size),
+        list(itertools.accumulate(steps)),
+        failed,
+    )
+
+
+def run_with(drawn, storage):
+    """Samples of such a run: in a block its values stand between others."""
+    stat, _, values, times, failed = drawn
+    values = values.reshape(*values.shape[:2], *stat.shape)
+    group = group_of([FIRST, stat, LAST], range(values.shape[1]), {"x": values}, storage=storage)
+    return run_of(group, times=times, failed=failed)
+
+
+STORAGES = st.sampled_from(["block", "columns"])
+SLICES = st.builds(slice, *[st.one_of(st.none(), st.integers(-13, 13))] * 2, st.sampled_from([None, None, 1, 2, 3, 5]))
+
+
+@examples(150)
+@given(runs(), SLICES, STORAGES, st.sampled_from([1, 16, 50, 100, 1 << 18]))
+def test_changes_rates_and_resets_are_those_of_each_pair_of_sweeps(drawn, key, storage, block_bytes):
+    """Whatever the type, scale, blocks and steps: each change is the difference of two readings, in plain integers."""
+    stat, scale, values, times, failed = drawn
+    with mock.patch.object(samples_module, "_BLOCK_BYTES", block_bytes):
+        x = run_with(drawn, storage)[key]
+        delta, rate, resets = x.delta("x"), x.rate("x"), x.resets("x")
+    kept = range(len(values))[key]
+    growing = stat.type in GROWING
+    n = values.shape[1]
+    shape = (max(len(kept) - 1, 0), n, *stat.shape)
+    assert (delta.shape, rate.shape, resets.shape) == (shape, shape, shape[:2])
+    assert (delta.dtype, rate.dtype, resets.dtype) == (np.uint64 if growing else np.int64, np.float64, np.bool_)
+    assert x["x"].tolist() == values[key].reshape(len(kept), n, *stat.shape).tolist()
+    for row, (t0, t1) in enumerate(itertools.pairwise(kept)):
+        for file in range(n):
+            before, after = values[t0, file].tolist(), values[t1, file].tolist()
+            fell = growing and any(b > a for b, a in zip(before, after, strict=True))
+            changes = [a if fell else a - b for b, a in zip(before, after, strict=True)]
+            if not growing:
+                changes = [(change + 2**63) % 2**64 - 2**63 for change in changes]
+            if t1 >= dict(failed).get(file, len(values)):
+                fell, changes = False, [0] * stat.size
+            assert np.ravel(delta[row, file]).tolist() == changes
+            assert resets[row, file] == fell
+            seconds = Fraction(times[t1] - times[t0], 10**9)
+            known = seconds and t1 < dict(failed).get(file, len(values))
+            for change, said in zip(changes, np.ravel(rate[row, file]), strict=True):
+                true = float(change * (1 if stat.is_histogram else scale) / seconds) if known else math.nan
+                assert said == pytest.approx(true, rel=1e-14, abs=0, nan_ok=True)
+
+
+@examples(60)
+@given(runs(), st.integers(1, 5), STORAGES)
+def test_the_sum_of_all_changes_is_made_part_by_part(drawn, rows, storage):
+    """Of any length it is the sum of delta over time, as the same numbers."""
+    x = run_with(drawn, storage)
+    with mock.patch.object(samples_module, "_TOTAL_ROWS", rows):
+        total = x._total("x")
+    assert total.dtype == x.delta("x").dtype
+    np.testing.assert_array_equal(total, x.delta("x").sum(axis=0))
+
+
+@examples(60)
+@given(runs(), STORAGES)
+def test_base_units_are_exact_where_they_are_whole_and_fit(drawn, storage):
+    """Multiplied values stay uint64 while all of them fit, else they are floats; counts and the unknown stay raw."""
+    stat, scale, values, _, _ = drawn
+    x = run_with(drawn, storage)
+    si, raw = x.si("x"), x["x"]
+    assert si.shape == raw.shape
+    if stat.is_histogram or scale == 1:
+        assert si.size == 0 or np.shares_memory(si, raw)
+        assert si.tolist() == raw.tolist()
+        return
+    true = [value * scale for value in values.ravel().tolist()]
+    if scale > 1 and max(true, default=0) < 1 << 64:
+        assert si.dtype == np.uint64
+        assert si.ravel().tolist() == true
+    else:
+        assert si.dtype == np.float64
+        np.testing.assert_allclose(si.ravel(), np.array([float(number) for number in true]), rtol=4e-16, atol=0)
+
+
+@pytest.mark.parametrize(("base", "exponent"), [(kf.StatBase.POW2, 10), (kf.StatBase.POW10, 3), (kf.StatBase.POW2, 63)])
+def test_base_units_are_whole_up_to_the_last_one_that_fits(base, exponent):
+    """The largest product below 2^64 is exact, one more makes floats of all."""
+    stat = replace(STATS[2], base=base, exponent=exponent)
+    most = (2**64 - 1) // stat.factor
+    x = run_of(group_of([stat], [0], {"peak": [[1], [most], [most + 1]]}))
+    assert x[:2].si("peak").tolist() == [[stat.factor], [most * stat.factor]]
+    assert x[:2].si("peak").dtype == np.uint64
+    assert x.si("peak").dtype == np.float64
+    assert x.si("peak")[2, 0] == float((most + 1) * stat.factor)
+
+
+def test_base_units_of_exponents_beyond_all_reason():
+    """0 times anything is 0, exactly; what no float reaches is as large as a float can tell, or nearly 0."""
+    stats = [replace(STATS[3], name=f"e{exponent}", exponent=exponent) for exponent in (32767, -32768)]
+    x = run_of(group_of(stats, [0], {"e32767": [[0], [1]], "e-32768": [[0], [1]]}))
+    assert x[:1].si("e32767").tolist() == [[0]]
+    assert x[:1].si("e32767").dtype == np.uint64
+    assert x.si("e32767")[1, 0] >= 1e270
+    assert 0 <= x.si("e-32768")[1, 0] <= 1e-270
+
+
+@examples(50)
+@given(runs(), SLICES, st.integers(0, 12))
+def test_a_block_and_columns_give_the_same(drawn, key, cut):
+    """Values, descriptors and parts are the same, views of what was given, and can be put together in any mix."""
+    block, columns = (run_with(drawn, storage) for storage in ("block", "columns"))
+    assert block.names == columns.names == ("first", "x", "last")
+    assert block.stat("x") == columns.stat("x")
+    for a, b in ((block, columns), (block[key], columns[key]), (block.vcpu, columns.vcpu)):
+        for name in a.names:
+            assert a[name].dtype == b[name].dtype == np.uint64
+            np.testing.assert_array_equal(a[name], b[name])
+            np.testing.assert_array_equal(a.delta(name), b.delta(name))
+            assert b[name].size == 0 or np.shares_memory(b[name], columns[name])
+    for first, second in itertools.product((block, columns), repeat=2):
+        whole = kf.Samples.concatenate([first[:cut], second[cut:]])
+        assert len(whole) == len(block)
+        for name in block.names:
+            np.testing.assert_array_equal(whole[name], block[name])
+        assert {(error.file, error.sweep) for error in whole.errors} == set(drawn[-1])
+
+
+def analysed(x, name):
+    """Everything there is to say of a statistic, but what is refused with good reason."""
+    stat = x.stat(name)
+    yield from (x.delta(name), x.rate(name), x.si(name), x.resets(name), stat.units(), stat.units(si=True))
+    if not stat.is_histogram:
+        return
+    try:
+        for h in (x.histogram(name), x.histogram(name, -1)):
+            yield from (h.quantile(0.5), h.cdf(), h.mean_bounds(), h.mean, repr(h), h.sum())
+    except ValueError as error:
+        if not re.search("bucket_size 0|add up to more than a uint64", str(error)):
+            raise
+
+
+@examples(60)
+@given(valid_files(at_least=1))
+def test_whatever_a_file_may_hold_can_be_analysed(built):
+    """No type, unit, scale, width or number that a sound file can have is an error or a warning of floats."""
+    with kf.StatsFile.from_bytes(built.data) as file:
+        x = kf.Sampler([file]).run(0, count=3)
+    for name in x.names:
+        assert list(analysed(x, name))
+    assert str(x.figures())
+    assert x.halt_poll_advice() is None
+
+
+OTHER = [replace(STATS[0], name="other"), STATS[0], STATS[4]]
+
+
+@pytest.mark.parametrize("storage", ["block", "columns"])
+def test_split_takes_kinds_and_kernels_apart(storage):
+    """Each part has the files, columns and failures of one kind and schema, and the whole run's sweeps."""
+    a = group_of(STATS, [1, 4], {"count": [[1, 4], [2, 8], [3, 9]]}, storage=storage)
+    b = group_of(OTHER, [0, 3], {"count": [[7, 5], [8, 6], [9, 9]], "other": [[1, 2], [3, 5], [6, 9]]}, storage=storage)
+    vm = group_of(STATS, [2], {"count": [[2], [3], [4]]}, kind="vm", storage=storage)
+    x = run_of(a, b, vm, failed=[(3, 2), (4, 1)])
+    x.missed, x.overruns = 5, 2
+    parts = x.split()
+    assert [[info.vcpu_id for info in part.files] for part in parts] == [[1, 4], [0, 3], [None]]
+    assert [part["count"].tolist() for part in parts] == [
+        [[1, 4], [2, 8], [3, 9]],
+        [[7, 5], [8, 6], [9, 9]],
+        [[2], [3], [4]],
+    ]
+    assert [[(error.file, error.sweep) for error in part.errors] for part in parts] == [[(1, 1)], [(1, 2)], []]
+    assert [part.names for part in parts] == [x.vm.names, ("other", "count", "hist"), x.vm.names]
+    for part in parts:
+        assert part.columns("count") == part.files
+        assert (part.missed, part.overruns, len(part)) == (5, 2, 3)
+        assert part.time is x.time
+        assert len(part.split()) == 1
+        assert np.shares_memory(part["count"], part.split()[0]["count"])
+    assert x.vcpu["count"].tolist() == [[7, 1, 5, 4], [8, 2, 6, 8], [9, 3, 9, 9]]
+    assert [info.vcpu_id for info in x.vcpu.columns("count")] == [0, 1, 3, 4]
+    assert x.vcpu.delta("count").tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert x["other"].tolist() == [[1, 2], [3, 5], [6, 9]]
+    assert x.delta("other").tolist() == [[2, 3], [3, 0]]
+    assert x.resets("other").shape == (2, 2)
+    np.testing.assert_array_equal(x.rate("other"), [[2, 3], [3, math.nan]])
+
+
+def test_a_file_without_any_of_the_statistics_is_in_no_part():
+    """It stays among the files of the whole, and its failure with it."""
+    x = run_of(group_of(STATS, [0], {"count": [[1], [2]]}), failed=[(0, 1), (1, 0)])
+    x.files += (kf.FileInfo("kvm-1", "vm", None),)
+    (part,) = x.split()
+    assert len(part.files) == 1
+    assert [error.file for error in part.errors] == [0]
+    assert (len(x.vm.files), x.vm.names, x.vm.split()) == (1, (), ())
+
+
+@pytest.mark.parametrize("change", [{"exponent": -6}, {"type": kf.StatType.INSTANT}, {"unit": kf.StatUnit.CYCLES}])
+def test_what_two_kernels_count_differently_must_be_taken_apart(change):
+    """Raw values can be had of both; a change, a rate or a unit of both would be that of one of them."""
+    values = {"time": [[1], [2]]}
+    other = [replace(stat, **change) if stat.name == "time" else stat for stat in STATS]
+    x = run_of(group_of(STATS, [0], values), group_of(other, [1], values))
+    assert x["time"].tolist() == [[1, 1], [2, 2]]
+    for call in (x.stat, x.delta, x.rate, x.si, x.resets, x.histogram, x.duty_cycle):
+        with pytest.raises(KeyError, match=r"'time' has different types, units or scales .* split\(\)"):
+            call("time")
+    assert [part.delta("time").tolist() for part in x.split()] == [[[1]], [[1]]]
+    moved = run_of(group_of(STATS, [0], values), group_of(STATS[2:], [1], values))
+    assert moved.delta("time").tolist() == [[1, 1]]
+
+
+def test_histograms_with_different_buckets_have_no_common_array():
+    """The error says so; each kernel's part has its own."""
+    wide = [replace(stat, size=4) if stat.name == "hist" else stat for stat in STATS]
+    values = {"count": [[1], [2]]}
+    x = run_of(group_of(STATS, [0], values), group_of(wide, [1], values))
+    with pytest.raises(KeyError, match="2 different numbers of buckets"):
+        x["hist"]
+    assert [part["hist"].shape for part in x.split()] == [(2, 1, 3), (2, 1, 4)]

@@ -94,6 +94,50 @@ def test_unknown_codes_stay_plain_ints_and_are_not_scaled_in_silence(codes, said
     assert not PLAIN.unknown
 
 
+@pytest.mark.parametrize(
+    ("unit", "base", "exponent", "raw", "si"),
+    [
+        (kf.StatUnit.NONE, kf.StatBase.POW10, 0, "", ""),
+        (kf.StatUnit.NONE, kf.StatBase.POW10, 3, "10^3", ""),
+        (kf.StatUnit.NONE, kf.StatBase.POW2, -2, "2^-2", ""),
+        (kf.StatUnit.BOOLEAN, kf.StatBase.POW10, 0, "", ""),
+        (kf.StatUnit.CYCLES, kf.StatBase.POW10, 0, "cycles", "cycles"),
+        (kf.StatUnit.CYCLES, kf.StatBase.POW10, 6, "10^6 cycles", "cycles"),
+        *[
+            (kf.StatUnit.SECONDS, kf.StatBase.POW10, exponent, symbol, "s")
+            for exponent, symbol in (
+                (0, "s"),
+                (-3, "ms"),
+                (-6, "us"),
+                (-9, "ns"),
+                (-12, "ps"),
+                (3, "ks"),
+                (-5, "10^-5 s"),
+            )
+        ],
+        (kf.StatUnit.SECONDS, kf.StatBase.POW2, -9, "2^-9 s", "s"),
+        *[
+            (kf.StatUnit.BYTES, kf.StatBase.POW2, 10 * i, symbol, "B")
+            for i, symbol in enumerate(("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB", "2^70 B"))
+        ],
+        (kf.StatUnit.BYTES, kf.StatBase.POW2, 12, "2^12 B", "B"),
+        *[
+            (kf.StatUnit.BYTES, kf.StatBase.POW10, 3 * i, symbol, "B")
+            for i, symbol in enumerate(("B", "kB", "MB", "GB", "TB", "10^15 B"))
+        ],
+        (9, kf.StatBase.POW10, -9, "unit 9", "unit 9"),
+        (kf.StatUnit.SECONDS, 7, -9, "base 7", "base 7"),
+        (9, 7, 0, "unit 9, base 7", "unit 9, base 7"),
+    ],
+)
+def test_units_are_written_as_people_write_them(unit, base, exponent, raw, si):
+    """The unit of raw values and of base units, of numbers and of histogram edges; where a code is unknown, that."""
+    for type_ in (kf.StatType.CUMULATIVE, kf.StatType.INSTANT, kf.StatType.LOG_HIST):
+        stat = replace(PLAIN, type=type_, unit=unit, base=base, exponent=exponent)
+        assert (stat.units(), stat.units(si=True)) == (raw, si)
+    assert replace(stat, type=12).units().startswith("type 12")
+
+
 def test_log_histogram_edges_are_powers_of_two_in_base_units():
     """Bucket 0 is [0,1), bucket i is [2^(i-1),2^i), the last is open; nanoseconds become seconds."""
     stat = replace(PLAIN, type=kf.StatType.LOG_HIST, size=5)
