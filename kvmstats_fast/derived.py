@@ -306,7 +306,7 @@ class HaltPollAdvice:
 
 
 #: 0: off. 200000 is the default of x86 (``KVM_HALT_POLL_NS_DEFAULT``); that of arm64 and riscv is 500000.
-_SETTINGS = (0, 10_000, 25_000, 50_000, 100_000, 200_000, 400_000, 800_000, 1_600_000)
+_SETTINGS = (0, 10_000, 25_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000)
 
 
 def halt_poll_advice(samples: Samples, settings: Iterable[int] = _SETTINGS) -> HaltPollAdvice | None:

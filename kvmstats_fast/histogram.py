@@ -70,7 +70,7 @@ class Histogram:
         if counts.ndim not in (1, 2) or counts.shape[-1] != self.stat.size:
             raise ValueError(f"counts have shape {counts.shape}; {self.stat.name} has {self.stat.size} buckets")
         object.__setattr__(self, "counts", counts)
-        object.__setattr__(self, "count", _sum(counts, -1, f"the counts of {self.stat.name}"))
+        object.__setattr__(self, "count", added(counts, -1, f"the counts of {self.stat.name}"))
         if self.raw_total is not None:
             total = _whole_numbers(self.raw_total, "raw_total")
             if total.shape != counts.shape[:-1]:
@@ -94,8 +94,8 @@ class Histogram:
         total = self.raw_total
         return replace(
             self,
-            counts=_sum(self.counts, 0, f"the counts of {self.stat.name}"),
-            raw_total=None if total is None else _sum(total, 0, f"the totals of {self.stat.name}"),
+            counts=added(self.counts, 0, f"the counts of {self.stat.name}"),
+            raw_total=None if total is None else added(total, 0, f"the totals of {self.stat.name}"),
         )
 
     def __getitem__(self, file: int | slice) -> Histogram:
@@ -210,7 +210,7 @@ class Histogram:
 def _whole_numbers(values: object, what: str) -> npt.NDArray[np.uint64]:
     array = np.asarray(values)
     if array.dtype == np.uint64:
-        return array
+        return array.copy()  # what the caller does to its own changes nothing here
     whole = array.dtype.kind in "iub"
     if not whole:  # numpy takes a list of small numbers and some above 2**63 for floats
         array = np.asarray(values, object)
@@ -220,7 +220,7 @@ def _whole_numbers(values: object, what: str) -> npt.NDArray[np.uint64]:
     return array.astype(np.uint64)
 
 
-def _sum(values: npt.NDArray[np.uint64], axis: int, what: str) -> npt.NDArray[np.uint64]:
+def added(values: npt.NDArray[np.uint64], axis: int, what: str) -> npt.NDArray[np.uint64]:
     """Add up; ValueError instead of wrapping round."""
     result = np.asarray(np.add.reduce(values, axis=axis, dtype=np.uint64))
     # Floats see what may have wrapped; only then Python's integers are worth their time.

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.derived import DutyCycle, Figures, HaltPollAdvice, duty_cycle, figures, halt_poll_advice
-from kvmstats_fast.histogram import Histogram
+from kvmstats_fast.histogram import Histogram, added
 
 if TYPE_CHECKING:
     import os
@@ -407,12 +407,14 @@ class Samples:
         return self._blank(name, change if growing else change.view(np.int64), 0)
 
     def _total(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
-        """Sum of `delta` over time, without an array of that size."""
-        total = None
-        for start in range(0, max(len(self) - 1, 1), _TOTAL_ROWS):
-            change = self[start : start + _TOTAL_ROWS + 1].delta(name).sum(axis=0)
-            total = change if total is None else total + change
-        return cast("npt.NDArray[np.uint64]", total)
+        """Sum of `delta` over time, without an array of that size; ValueError if it is more than a uint64 holds."""
+        starts = range(0, max(len(self) - 1, 1), _TOTAL_ROWS)
+        changes = (self[start : start + _TOTAL_ROWS + 1].delta(name) for start in starts)
+        if self.stat(name).type not in _GROWING:
+            return cast("npt.NDArray[np.int64]", sum(change.sum(axis=0) for change in changes))
+        what = f"the changes of {name}, which was cleared on the way,"
+        parts = [added(cast("npt.NDArray[np.uint64]", change), 0, what) for change in changes]
+        return added(np.stack(parts), 0, what)
 
     def resets(self, name: str) -> npt.NDArray[np.bool_]:
         """Where a statistic that only grows went backwards, because it was cleared (through debugfs).
@@ -558,7 +560,7 @@ class Samples:
         Parameters
         ----------
         settings : iterable of int, optional
-            In ns. Default: from 0 to 1.6 ms.
+            In ns. Default: from 0 to 2 ms.
 
         Returns
         -------

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from hypothesis import settings
 
-import kvmstats_fast
 import kvmstats_fast as kf
 from kvmstats_fast.samples import Block, Columns
 from kvmstats_fast.testing import SyntheticStats
@@ -68,7 +67,7 @@ class CtrlC:
     `left` is more than 0 if there were not so many.
     """
 
-    package = str(Path(kvmstats_fast.__file__).parent)
+    package = str(Path(kf.__file__).parent)
 
     def __init__(self, at):
         self.left = at

@@ -542,3 +542,23 @@ def test_what_is_no_histogram_has_none():
         x.histogram("halt_wait_ns")
     with pytest.raises(KeyError, match="did you mean"):
         x.histogram("halt_wait_hists")
+
+
+def test_changes_that_no_uint64_holds_are_refused_rather_than_wrapped():
+    """A histogram that was cleared and counted again beyond 2**64 in all is an error, not a small number."""
+    stat = kf.Stat("h", kf.StatType.LOG_HIST, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 2, -1)
+    values = np.zeros((5, 1, 2), np.uint64)
+    values[:, 0, 1] = [0, 2**63, 0, 2**63, 0]
+    x = run_of(group_of([stat], [0], {"h": values}))
+    assert x[:3].histogram("h").counts.tolist() == [[0, 2**63]]
+    with pytest.raises(ValueError, match="more than a uint64 holds"):
+        x.histogram("h")
+
+
+def test_what_the_caller_does_to_its_counts_changes_no_histogram():
+    """The counts are the histogram's own."""
+    stat = kf.Stat("h", kf.StatType.LOG_HIST, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 2, -1)
+    counts = np.array([1, 2], np.uint64)
+    h = kf.Histogram(stat, counts)
+    counts[:] = 9
+    assert (h.counts.tolist(), int(h.count)) == ([1, 2], 3)
