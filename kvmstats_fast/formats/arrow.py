@@ -184,14 +184,14 @@ def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str
         return rows_of(np.broadcast_to(values, shape))
 
     infos = [samples.files[index] for index in columns.tolist()]
-    ids = list(dict.fromkeys(_text(info.id) for info in infos))
-    places = np.array([ids.index(_text(info.id)) for info in infos], np.int32)
+    ids: dict[str, int] = {}
+    places = np.array([ids.setdefault(_text(info.id), len(ids)) for info in infos], np.int32)
     arrays = [
         _from_numpy(pa.timestamp("ns", "UTC"), own((samples.time + samples.wall_offset)[:, None])),
         _from_numpy(pa.uint64(), own(samples.tick[:, None])),
         _from_numpy(pa.int64(), own(samples.sweep_ns[:, None])),
         _from_numpy(pa.int32(), own(columns.astype(np.int32))),
-        pa.DictionaryArray.from_arrays(_from_numpy(pa.int32(), own(places)), _strings(ids)),
+        pa.DictionaryArray.from_arrays(_from_numpy(pa.int32(), own(places)), _strings(list(ids))),
     ]
     if group.kind == "vcpu":
         arrays.append(_from_numpy(pa.int64(), own(np.array([info.vcpu_id for info in infos], np.int64))))
