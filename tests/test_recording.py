@@ -117,6 +117,16 @@ def test_a_recording_is_the_batches_that_were_written(x, cuts, rotate, tmp_path_
     assert len(list(path.iterdir())) == len(x._groups) * (len(parts) if rotate else 1)
 
 
+def test_runs_put_together_are_loaded_as_they_were(path):
+    """Their ticks begin anew, and a file fails in one of them: sweeps are not taken for each other."""
+    x, y = (made.samples([("vcpu", VCPU, 2)], 6, errors=errors) for errors in ([], [kf.SampleError(1, 3, ERRORS[0])]))
+    y.time[:] += 10**12
+    both = kf.Samples.concatenate([x, y])
+    assert len(set(both.tick.tolist())) < len(both)
+    both.save(path)
+    made.assert_same(kf.Samples.load(path), both)
+
+
 def test_samples_of_some_statistics_keep_their_order(path):
     """What a Sampler was told to keep, in its order."""
     with SyntheticStats() as one, one.open() as file:

@@ -286,23 +286,24 @@ def _spread(
     rowless: list[list[int]] | None,
 ) -> tuple[tuple[npt.NDArray[Any], ...], list[npt.NDArray[Any]]]:
     """Put rows to their sweep and file where some are missing; what is missing is 0."""
-    time, sweep_ns, tick = clock
     more = rowless or [[], [], []]
-    # Sweeps that no file of this stream lived to see are told apart from the rows.
-    every = [
-        np.concatenate([values, np.array(extra, values.dtype)])
-        for values, extra in zip((tick, time, sweep_ns), more, strict=True)
-    ]
-    ticks, first = np.unique(every[0], return_index=True)
-    row = np.searchsorted(ticks, tick)
+    files = as_numpy(batch.column("file"))
+    # Who has failed stays so: a sweep has files of the sweep before, in ascending order, and rowless ones come last.
+    # (Ticks do not tell sweeps apart: of runs put together each begins at 0.)
+    begins = np.concatenate([np.ones(min(len(files), 1), np.bool_), files[1:] <= files[:-1]])
+    row = np.cumsum(begins) - 1
+    time, sweep_ns, tick = (
+        np.concatenate([values[begins], np.array(extra, values.dtype)])
+        for values, extra in zip(clock, (more[1], more[2], more[0]), strict=True)
+    )
     place = {file: index for index, file in enumerate(origin.columns)}
-    column = np.array([place[file] for file in as_numpy(batch.column("file")).tolist()], np.intp)
+    column = np.array([place[file] for file in files.tolist()], np.intp)
     result = []
     for values in arrays:
-        spread = np.zeros((len(ticks), len(origin.columns), *values.shape[1:]), values.dtype)
+        spread = np.zeros((len(tick), len(origin.columns), *values.shape[1:]), values.dtype)
         spread[row, column] = values
         result.append(spread)
-    return (every[1][first], every[2][first], ticks), result
+    return (time, sweep_ns, tick), result
 
 
 def table(samples: Samples) -> Any:
