@@ -86,6 +86,7 @@ class _Parquet:
         self._pa, self._pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
         self._root, self._host, self._name, self._overwrite = root, host, name, overwrite
         self._waiting: dict[tuple[str, str, str], list[Any]] = {}
+        self._sizes: dict[tuple[str, str, str], int] = {}
         self._numbers: dict[tuple[str, str, str], int] = {}
         self.written: list[Path] = []
 
@@ -100,7 +101,8 @@ class _Parquet:
             where = (samples.files[0].kind, f"host={_quoted(host)}/date={date}", fingerprint)
             rows = table.filter(pc.equal(dates, date)) if pc.count_distinct(dates).as_py() > 1 else table
             self._waiting.setdefault(where, []).append(rows)
-            if sum(one.nbytes for one in self._waiting[where]) >= _ROWS_BYTES:
+            self._sizes[where] = self._sizes.get(where, 0) + rows.nbytes
+            if self._sizes[where] >= _ROWS_BYTES:
                 self._write(where)
 
     def flush(self) -> None:
@@ -110,6 +112,7 @@ class _Parquet:
 
     def _write(self, where: tuple[str, str, str]) -> None:
         tables = self._waiting.pop(where)
+        del self._sizes[where]
         kind, partition, fingerprint = where
         number = self._numbers[where] = self._numbers.get(where, -1) + 1
         path = self._root / kind / partition / f"{self._name}-{fingerprint}-{number:05}.parquet"
