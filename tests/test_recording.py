@@ -432,6 +432,26 @@ def test_ctrl_c_in_the_midst_of_a_batch_cuts_it_off(path, monkeypatch):
     assert len(parts) == 1
 
 
+def test_a_forked_child_leaves_the_recording_alone(path):
+    """It can neither write to it nor end it: what the parent writes afterwards is read."""
+    x = made.samples([("vcpu", VCPU, 2)], 6)
+    with kf.Recorder(path) as recorder:
+        recorder.write(x[:3])
+        pid = os.fork()
+        if not pid:
+            try:
+                recorder.write(x[3:])
+            except RuntimeError:
+                recorder.close()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        recorder.write(x[3:])
+    parts, warned = batches(path)
+    assert not warned
+    made.assert_same(kf.Samples.concatenate(parts), kf.Samples.concatenate([x[:3], x[3:]]))
+
+
 # ---- what is refused
 
 

@@ -136,6 +136,7 @@ class Recorder(Closing):
         self._rotate = (rotate_bytes or float("inf"), rotate_seconds or float("inf"))
         self._sync = sync
         self._recording = os.urandom(16).hex()
+        self._pid = os.getpid()
         self._part = 0
         self._first: Samples | None = None
         self._began = 0
@@ -158,6 +159,8 @@ class Recorder(Closing):
         """
         if self._closed:
             raise ValueError(f"{self.path}: this recording has ended")
+        if self._pid != os.getpid():
+            raise RuntimeError(f"{self.path}: this recording stayed in the parent process: record to a path of your own")
         if self._first is None:
             self._first = samples[:0]
         elif (samples.files, samples._sampled, samples.wall_offset) != (
@@ -220,7 +223,7 @@ class Recorder(Closing):
         with ExitStack() as stack:
             for file, writer in files:
                 stack.callback(file.close)
-                if writer is not None:
+                if writer is not None and self._pid == os.getpid():  # a forked child must not end it
                     stack.callback(writer[0].close)
 
     def close(self) -> None:
