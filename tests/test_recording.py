@@ -480,12 +480,36 @@ def test_samples_of_another_run_are_refused(path):
             made.samples([("vcpu", VCPU, 2)], 2),
             made.samples([("vcpu", ODD, 1)], 2),
             made.samples([("vcpu", VCPU, 1)], 2, wall_offset=5),
+            made.samples([("vcpu", VCPU, 1)], 2, interval=5.0),
+            made.samples([("vcpu", VCPU, 1)], 2, host="other"),
+            made.samples([("vcpu", VCPU, 1)], 2, kernel="other"),
         ):
             with pytest.raises(ValueError, match="record them apart"):
                 recorder.write(other)
     with pytest.raises(ValueError, match="has ended"):
         recorder.write(x)
     made.assert_same(kf.Samples.load(path), x)
+
+
+def test_what_could_not_be_loaded_is_not_written(path):
+    """Samples out of order, of no files, or none at all: refused, and the recording goes on."""
+    x = made.samples([("vcpu", VCPU, 1)], 6)
+    with kf.Recorder(path) as recorder:
+        with pytest.raises(ValueError, match="no files"):
+            recorder.write(x.vm)
+        with pytest.raises(TypeError, match="it must be Samples"):
+            recorder.write([1])
+        recorder.write(x[2:4])
+        with pytest.raises(ValueError, match="order of time"):
+            recorder.write(x[:2])
+        recorder.write(x[4:4])
+        with pytest.raises(ValueError, match="order of time"):
+            recorder.write(x[:2])
+        recorder.write(x[4:])
+    assert kf.Samples.load(path).time.tolist() == x.time[2:].tolist()
+    with pytest.raises(ValueError, match="no files"):
+        x.vm.save(path.with_name("nothing"))
+    assert [one.name for one in path.parent.iterdir()] == ["run"]
 
 
 def test_what_is_no_recording_is_said_so(path, tmp_path):

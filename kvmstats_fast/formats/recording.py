@@ -139,6 +139,7 @@ class Recorder(Closing):
         self._pid = os.getpid()
         self._part = 0
         self._first: Samples | None = None
+        self._last: int | None = None
         self._began = 0
         self.sweeps = self.size = 0
         self.path.mkdir(parents=True, exist_ok=True)
@@ -155,20 +156,29 @@ class Recorder(Closing):
             If they cannot be written, as on a full disk (ENOSPC): the recording has ended, with all that was written
             before.
         ValueError
-            If they are of other files or of another run than those before, or the recording has ended.
+            If they are of other files or of another run than those before, earlier than those, or of no files; or if
+            the recording has ended.
+        RuntimeError
+            In a forked child: the recording is its parent's.
         """
         if self._closed:
             raise ValueError(f"{self.path}: this recording has ended")
         if self._pid != os.getpid():
             raise RuntimeError(f"{self.path}: this recording stayed in the parent process: record to a path of your own")
+        if not isinstance(samples, Samples):
+            raise TypeError(f"samples is a {type(samples).__name__}; it must be Samples")
+        if not samples._groups:
+            raise ValueError(f"{self.path}: these samples are of no files: there is nothing to write")
         if self._first is None:
             self._first = samples[:0]
-        elif (samples.files, samples._sampled, samples.wall_offset) != (
-            self._first.files,
-            self._first._sampled,
-            self._first.wall_offset,
-        ):
+        elif _run_of(samples) != _run_of(self._first):
             raise ValueError(f"{self.path}: these samples are of other files or of another run: record them apart")
+        if len(samples):
+            if self._last is not None and samples.time[0] < self._last:
+                raise ValueError(f"{self.path}: these samples are of before those written: write them in order of time")
+            last = int(samples.time[-1])
+        else:
+            last = self._last
         ends: list[tuple[_File, int]] = []
         try:
             self._begin_part(samples)
@@ -191,6 +201,7 @@ class Recorder(Closing):
                     str(self.path),
                 ) from None
             raise
+        self._last = last
         self.sweeps += len(samples)
         self.size += sum(file.position - position for file, position in ends)
 
@@ -233,6 +244,12 @@ class Recorder(Closing):
 
     def __repr__(self) -> str:
         return f"<Recorder {str(self.path)!r}: {self.sweeps} sweeps, {self.size} bytes>"
+
+
+def _run_of(samples: Samples) -> tuple[Any, ...]:
+    """Tell runs apart: all that is written once for a recording."""
+    about = (samples.wall_offset, samples.interval, samples.host, samples.kernel)
+    return (samples.files, samples._sampled, *about)
 
 
 class _Stream:
