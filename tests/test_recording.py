@@ -363,7 +363,8 @@ def test_a_full_disk_ends_the_recording_and_leaves_it_readable(tmp_path):
             error = write_all(recorder, parts)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             written = recorder.sweeps
-            assert f"the recording ends after {written} sweeps, which can be read" in str(error)
+            can_be_read = ", which can be read" if written else ""
+            assert f"the recording ends after {written} sweeps{can_be_read}: " in str(error)
             with pytest.raises(ValueError, match="has ended"):
                 recorder.write(parts[0])
             read, warned = batches(path) if written else ([], [])
@@ -450,6 +451,47 @@ def test_a_forked_child_leaves_the_recording_alone(path):
     parts, warned = batches(path)
     assert not warned
     made.assert_same(kf.Samples.concatenate(parts), kf.Samples.concatenate([x[:3], x[3:]]))
+
+
+@pytest.mark.parametrize("kinds", [[("vcpu", VCPU, 1)], [("vm", VM, 1), ("vcpu", VCPU, 1)]])
+def test_a_part_that_cannot_begin_leaves_nothing_behind(kinds, path):
+    """What lies where a part is to go stays, the parts before it are read, and no file without a batch is left."""
+    x = made.samples(kinds, 4)
+    path.mkdir()
+    with kf.Recorder(path, rotate_bytes=1) as recorder:
+        recorder.write(x[:2])
+        before = sorted(path.iterdir())
+        taken = path / "vcpu-00001.arrows"
+        taken.write_text("mine")
+        with pytest.raises(FileExistsError, match=r"ends after 2 sweeps, which can be read: .*vcpu-00001\.arrows"):
+            recorder.write(x[2:])
+    assert taken.read_text() == "mine"
+    taken.unlink()
+    assert sorted(path.iterdir()) == before
+    parts, warned = batches(path)
+    assert not warned
+    made.assert_same(parts[0], x[:2])
+
+
+def test_a_batch_that_cannot_be_written_at_the_beginning_of_a_part_leaves_no_part(path, monkeypatch):
+    """An error in the first batch of new files: they are taken back, the part before is read without a warning."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 4)
+    recorder = kf.Recorder(path, rotate_bytes=1)
+    recorder.write(x[:2])
+    write = os.write
+
+    def full(fd, data):
+        if "vcpu-00001" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, "full")
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", full)
+    assert write_all(recorder, [x[2:]]).errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert sorted(one.name for one in path.iterdir()) == ["vcpu-00000.arrows", "vm-00000.arrows"]
+    parts, warned = batches(path)
+    assert not warned
+    made.assert_same(parts[0], x[:2])
 
 
 # ---- what is refused

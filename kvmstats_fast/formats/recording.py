@@ -67,11 +67,14 @@ class _File:
             os.close(self._fd)
 
     def cut(self, position: int) -> None:
-        """End the stream at `position`, behind its last whole batch."""
+        """End the stream at `position`, behind its last whole batch; without one there is no stream."""
         try:
-            os.ftruncate(self._fd, position)
             with suppress(OSError):  # where even these do not fit, the file ends without them
-                os.pwrite(self._fd, _END, position)
+                if position:
+                    os.ftruncate(self._fd, position)
+                    os.pwrite(self._fd, _END, position)
+                else:
+                    self.path.unlink()
         finally:
             self.close()
 
@@ -191,15 +194,13 @@ class Recorder(Closing):
         except BaseException as error:
             # Ctrl-C too may have left half a batch behind.
             self._closed = True
-            for file, position in ends or [(file, file.position) for file, _ in self._files]:
+            for file, position in ends or [(file, 0) for file, _ in self._files]:
                 file.cut(position)
             self._files = []
             if isinstance(error, OSError):
-                raise OSError(
-                    error.errno,
-                    f"{error.strerror or error}; the recording ends after {self.sweeps} sweeps, which can be read",
-                    str(self.path),
-                ) from None
+                kept = f"the recording ends after {self.sweeps} sweeps" + (", which can be read" if self.sweeps else "")
+                where = str(error.filename or self.path)
+                raise OSError(error.errno, f"{error.strerror or error}; {kept}", where) from None
             raise
         self._last = last
         self.sweeps += len(samples)
