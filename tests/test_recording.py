@@ -494,6 +494,37 @@ def test_a_batch_that_cannot_be_written_at_the_beginning_of_a_part_leaves_no_par
     made.assert_same(parts[0], x[:2])
 
 
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_part_without_one_of_its_files_is_left_out(part, torn, path):
+    """All that is read has all files, the warning names what is missing, and the rest can be read by itself."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 6)
+    record(path, [x[:2], x[2:4], x[4:]], rotate_bytes=1)
+    file = path / f"vcpu-0000{part}.arrows"
+    if torn:
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        file.unlink()
+    wanted = [x[2 * i : 2 * i + 2] for i in range(3) if i != part]
+    parts, warned = batches(path)
+    for one, other in zip(parts, wanted, strict=True):
+        made.assert_same(one, other)
+    assert f"part {part} has no file of kind vcpu" in warned[-1]
+    assert str(path / f"vm-0000{part}.arrows") in warned[-1]
+    with pytest.warns(kf.RecordingWarning):
+        made.assert_same(kf.Samples.load(path), kf.Samples.concatenate(wanted))
+
+
+def test_a_kind_that_is_gone_is_said(path):
+    """The other kind is read, and a warning says that there was more."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 4)
+    record(path, [x])
+    (path / "vcpu-00000.arrows").unlink()
+    parts, warned = batches(path)
+    made.assert_same(parts[0], x.vm)
+    assert warned == [f"{path}: the file of kind vcpu is missing"]
+
+
 # ---- what is refused
 
 

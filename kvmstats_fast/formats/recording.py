@@ -357,6 +357,11 @@ class Recording:
         #: Of all files that were recorded, those that are here: one stream alone has those of one kind.
         self._kept = sorted({index for origin in origins for index in origin.columns})
         self.files: tuple[FileInfo, ...] = tuple(first.files[index] for index in self._kept)
+        gone = {info.kind for index, info in enumerate(first.files) if index not in self._kept}
+        if gone and not unread and self.path.is_dir():
+            warnings.warn(
+                f"{path}: the file of kind {', '.join(sorted(gone))} is missing", RecordingWarning, stacklevel=2
+            )
         self.host, self.kernel, self.version = first.host, first.kernel, first.version
         self.recording, self.interval, self.wall_offset = first.recording, first.interval, first.wall_offset
 
@@ -368,6 +373,16 @@ class Recording:
                 missing = f"parts {expected} to {number - 1} are" if number - expected > 1 else f"part {expected} is"
                 warnings.warn(f"{self.path}: {missing} missing", RecordingWarning, stacklevel=2)
             expected = number + 1
+            here = {index for stream in streams for index in stream.origin.columns}
+            if gone := {info.kind for index, info in zip(self._kept, self.files, strict=True) if index not in here}:
+                names = ", ".join(str(stream.path) for stream in streams)
+                warnings.warn(
+                    f"{self.path}: part {number} has no file of kind {', '.join(sorted(gone))}; of the same sweeps "
+                    f"{names} is left out here: open it by itself to read it",
+                    RecordingWarning,
+                    stacklevel=2,
+                )
+                continue
             yield from self._together(streams)
 
     def _together(self, streams: list[_Stream]) -> Iterator[Samples]:
