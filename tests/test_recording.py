@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from itertools import pairwise
@@ -523,6 +524,35 @@ def test_a_kind_that_is_gone_is_said(path):
     parts, warned = batches(path)
     made.assert_same(parts[0], x.vm)
     assert warned == [f"{path}: the file of kind vcpu is missing"]
+
+
+def test_two_threads_do_not_mix_their_batches(path, monkeypatch):
+    """A write while another thread writes is refused, and nothing of it is in the recording."""
+    x = made.samples([("vcpu", VCPU, 2)], 6)
+    recorder = kf.Recorder(path)
+    refused = []
+    write = os.write
+
+    def second():
+        try:
+            recorder.write(x[3:])
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    def slow(fd, data):
+        if not refused:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", slow)
+    recorder.write(x[:3])
+    monkeypatch.undo()
+    assert refused == [f"{path}: another thread is writing to this recording: it has one writer"]
+    recorder.write(x[3:])
+    recorder.close()
+    made.assert_same(kf.Samples.load(path), kf.Samples.concatenate([x[:3], x[3:]]))
 
 
 # ---- what is refused

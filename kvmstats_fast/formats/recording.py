@@ -6,6 +6,7 @@ import errno
 import operator
 import os
 import re
+import threading
 import warnings
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -140,6 +141,7 @@ class Recorder(Closing):
         self._sync = sync
         self._recording = os.urandom(16).hex()
         self._pid = os.getpid()
+        self._writing = threading.Lock()
         self._part = 0
         self._first: Samples | None = None
         self._last: int | None = None
@@ -162,12 +164,20 @@ class Recorder(Closing):
             If they are of other files or of another run than those before, earlier than those, or of no files; or if
             the recording has ended.
         RuntimeError
-            In a forked child: the recording is its parent's.
+            In a forked child, because the recording is its parent's, or while another thread writes.
         """
         if self._closed:
             raise ValueError(f"{self.path}: this recording has ended")
         if self._pid != os.getpid():
             raise RuntimeError(f"{self.path}: this recording stayed in the parent process: record to a path of your own")
+        if not self._writing.acquire(blocking=False):
+            raise RuntimeError(f"{self.path}: another thread is writing to this recording: it has one writer")
+        try:
+            self._write(samples)
+        finally:
+            self._writing.release()
+
+    def _write(self, samples: Samples) -> None:
         if not isinstance(samples, Samples):
             raise TypeError(f"samples is a {type(samples).__name__}; it must be Samples")
         if not samples._groups:
