@@ -574,6 +574,27 @@ def test_what_lies_there_is_not_overwritten(path, tmp_path):
     assert {one.name for one in tmp_path.iterdir()} == {"run", "run.npz"}
 
 
+@pytest.mark.parametrize("form", ["run", "run.npz"])
+@pytest.mark.parametrize("there", [None, "directory", "file"])
+def test_a_symbolic_link_is_replaced_not_what_it_leads_to(form, there, tmp_path):
+    """Wherever it leads, even nowhere; nothing else is left in the directory."""
+    target, link = tmp_path / "target", tmp_path / form
+    if there == "directory":
+        target.mkdir()
+        (target / "mine").touch()
+    elif there == "file":
+        target.write_text("mine")
+    link.symlink_to(target)
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        x.save(link)
+    x.save(link, overwrite=True)
+    made.assert_same(kf.Samples.load(link), x)
+    assert not link.is_symlink()
+    assert {one.name for one in tmp_path.iterdir()} == {form, *(["target"] if there else [])}
+    assert there != "directory" or (target / "mine").exists()
+
+
 def test_samples_of_another_run_are_refused(path):
     """One recording is of one run."""
     x = made.samples([("vcpu", VCPU, 1)], 2)

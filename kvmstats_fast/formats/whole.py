@@ -50,23 +50,23 @@ def save(samples: Samples, path: str | os.PathLike[str], *, overwrite: bool, com
 
 
 def _put(made: Path, path: Path) -> None:
-    if not (path.is_dir() or made.is_dir()):
+    if not (path.is_dir() or path.is_symlink() or made.is_dir()):
         made.replace(path)
         return
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if path.exists():
+    if path.exists() or path.is_symlink():
         path.rename(old)
     try:
         made.rename(path)
     except BaseException:
-        if old.exists():
+        if old.exists() or old.is_symlink():
             old.rename(path)
         raise
     _remove(old)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
