@@ -281,6 +281,13 @@ def test_rotation_by_time(path):
     made.assert_same(kf.Samples.load(path)[:], kf.Samples.concatenate([x[i : i + 1] for i in range(30)]))
 
 
+def test_a_part_that_begins_with_no_sweep_lasts_as_long(path):
+    """Its time begins with its first sweep."""
+    x = made.samples([("vcpu", VCPU, 1)], 4)
+    record(path, [x[:0], x[:1], x[1:]], rotate_seconds=10)
+    assert [one.name for one in path.iterdir()] == ["vcpu-00000.arrows"]
+
+
 #: Forks a recorder for each path on stdin, which says its pid and how many sweeps it has written.
 RECORD = """
 import os, sys
@@ -295,7 +302,8 @@ def record(path):
             for one in (vm, *vcpus):
                 one.set("remote_tlb_flush" if one is vm else "exits", i + 1)
             recorder.write(x)
-            print(recorder.sweeps, flush=True)
+            sys.stdout.write(f"{recorder.sweeps}\\n")  # in one piece, also where Python does not buffer
+            sys.stdout.flush()
 
 import pyarrow
 for line in sys.stdin:

@@ -145,7 +145,7 @@ class Recorder(Closing):
         self._part = 0
         self._first: Samples | None = None
         self._last: int | None = None
-        self._began = 0
+        self._began: int | None = None
         self.sweeps = self.size = 0
         self.path.mkdir(parents=True, exist_ok=True)
         if next(self.path.iterdir(), None) is not None:
@@ -220,12 +220,14 @@ class Recorder(Closing):
         """Open files, if it is time for it."""
         if self._files:
             size, seconds = self._rotate
-            lasted = (int(samples.time[-1]) - self._began) / 1e9 if len(samples) else 0.0
+            if self._began is None and len(samples):
+                self._began = int(samples.time[0])
+            lasted = (int(samples.time[-1]) - self._began) / 1e9 if len(samples) and self._began is not None else 0.0
             if lasted < seconds and max(file.position for file, _ in self._files) < size:
                 return
             self._end_part()
             self._part += 1
-        self._began = int(samples.time[0]) if len(samples) else 0
+        self._began = int(samples.time[0]) if len(samples) else None
         pa = self._pa
         options = pa.ipc.IpcWriteOptions(compression=self._compression)
         counts: dict[str, int] = {}
