@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import operator
 import os
-import re
 import threading
 import warnings
 from contextlib import ExitStack, suppress
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Recorder", "Recording", "RecordingWarning"]
 
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # end of an IPC stream
-_NAME = re.compile(r"(vm|vcpu)([0-9]*)-([0-9]{5,})\.arrows")
 
 
 class RecordingWarning(UserWarning):
