@@ -268,6 +268,26 @@ def test_csv_has_a_column_for_each_bucket(x, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "y.csv"]
 
 
+def test_a_recording_without_a_whole_batch_is_no_empty_table(x, tmp_path):
+    """As `load` does, conversions say so, and leave nothing."""
+    with kf.Recorder(tmp_path / "run", compression=None) as recorder:
+        recorder.write(x)
+    file = tmp_path / "run" / "vcpu-00000.arrows"
+    file.write_bytes(file.read_bytes()[:-100])
+    for convert, target in ((kf.to_csv, "x.csv"), (kf.to_parquet, "set")):
+        with pytest.warns(kf.RecordingWarning), pytest.raises(kf.KvmStatsError, match="run.*no whole batch"):
+            convert(tmp_path / "run", tmp_path / target)
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_csv_does_not_replace_a_symbolic_link(x, tmp_path):
+    """Not even one that leads nowhere."""
+    (tmp_path / "x.csv").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        kf.to_csv(x, tmp_path / "x.csv")
+    assert (tmp_path / "x.csv").is_symlink()
+
+
 # ---- a fleet, with Dask
 
 

@@ -375,6 +375,9 @@ class Recording:
         self.host, self.kernel, self.version = first.host, first.kernel, first.version
         self.recording, self.interval, self.wall_offset = first.recording, first.interval, first.wall_offset
 
+    def __repr__(self) -> str:
+        return f"<Recording {str(self.path)!r}>"
+
     def __iter__(self) -> Iterator[Samples]:
         """Give the batches in turn; each has arrays of its own, which are the file's memory if not compressed."""
         expected = min(self._parts)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.formats.recording import Recording
 from kvmstats_fast.samples import Samples
@@ -57,6 +58,8 @@ def to_parquet(
     ------
     FileExistsError
         If this recording was converted to this place before, without `overwrite`.
+    KvmStatsError
+        If a recording has no whole batch.
     ModuleNotFoundError
         Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
 
@@ -72,9 +75,13 @@ def to_parquet(
         source = Recording(source)
         name = source.recording
     writer = _Parquet(Path(root), host, name or os.urandom(16).hex(), overwrite=overwrite)
+    empty = True
     for samples in _batches(source):
+        empty = False
         for part in samples.split():
             writer.add(part)
+    if empty:
+        raise KvmStatsError(f"{source}: this recording has no whole batch")
     writer.flush()
     return writer.written
 
@@ -180,6 +187,8 @@ def to_csv(
         If there is something at `path`, without `overwrite`.
     KeyError
         As `Samples.to_arrow`.
+    KvmStatsError
+        If a recording has no whole batch.
 
     Notes
     -----
@@ -190,7 +199,7 @@ def to_csv(
     path = Path(path)
     if kind not in (None, "vm", "vcpu"):
         raise ValueError(f"kind is {kind!r}; it must be 'vm' or 'vcpu'")
-    if path.exists() and not overwrite:
+    if (path.exists() or path.is_symlink()) and not overwrite:
         raise FileExistsError(errno.EEXIST, "it is there already; overwrite=True replaces it", str(path))
     made = path.with_name(f".{path.name}.{os.getpid()}.part")
     writer = None
@@ -200,9 +209,10 @@ def to_csv(
             if writer is None:
                 writer = csv.CSVWriter(str(made), table.schema)
             writer.write_table(table)
-        if writer is not None:
-            writer.close()
-            made.replace(path)
+        if writer is None:
+            raise KvmStatsError(f"{source}: this recording has no whole batch")
+        writer.close()
+        made.replace(path)
     except BaseException:
         if writer is not None:
             writer.close()
