@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import hypothesis
 import made
@@ -490,7 +491,7 @@ def test_a_batch_that_cannot_be_written_at_the_beginning_of_a_part_leaves_no_par
     write = os.write
 
     def full(fd, data):
-        if "vcpu-00001" in os.readlink(f"/proc/self/fd/{fd}"):
+        if "vcpu-00001" in str(Path(f"/proc/self/fd/{fd}").readlink()):
             raise OSError(errno.ENOSPC, "full")
         return write(fd, data)
 
@@ -561,6 +562,28 @@ def test_two_threads_do_not_mix_their_batches(path, monkeypatch):
     recorder.write(x[3:])
     recorder.close()
     made.assert_same(kf.Samples.load(path), kf.Samples.concatenate([x[:3], x[3:]]))
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_bytes_that_changed_on_the_disk_are_no_riddle(compression, path):
+    """What is noticed of them is a KvmStatsError that names the file, wherever they are."""
+    x = made.samples([("vcpu", ODD, 2)], 6, errors=[kf.SampleError(1, 3, ERRORS[0])])
+    record(path, [x], compression=compression)
+    file = path / "vcpu-00000.arrows"
+    whole = file.read_bytes()
+    rng = random.Random(5)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(rng.choice([1, 1, 30])):
+            damaged[rng.randrange(len(whole))] = rng.randrange(256)
+        file.write_bytes(damaged)
+        try:
+            batches(path)
+        except kf.KvmStatsError as error:
+            assert "vcpu-00000.arrows" in str(error)  # noqa: PT017 - most are not noticed
+            refused += 1
+    assert refused > 20
 
 
 # ---- what is refused

@@ -31,6 +31,10 @@ __all__ = ["Recorder", "Recording", "RecordingWarning"]
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # end of an IPC stream
 
 
+#: What comes of metadata with bytes that changed on the disk.
+_DAMAGE = (LookupError, ValueError, TypeError, AttributeError)
+
+
 class RecordingWarning(UserWarning):
     """A recording that was not ended as it should; the text says what is lost."""
 
@@ -167,7 +171,9 @@ class Recorder(Closing):
         if self._closed:
             raise ValueError(f"{self.path}: this recording has ended")
         if self._pid != os.getpid():
-            raise RuntimeError(f"{self.path}: this recording stayed in the parent process: record to a path of your own")
+            raise RuntimeError(
+                f"{self.path}: this recording stayed in the parent process: record to a path of your own"
+            )
         if not self._writing.acquire(blocking=False):
             raise RuntimeError(f"{self.path}: another thread is writing to this recording: it has one writer")
         try:
@@ -176,20 +182,7 @@ class Recorder(Closing):
             self._writing.release()
 
     def _write(self, samples: Samples) -> None:
-        if not isinstance(samples, Samples):
-            raise TypeError(f"samples is a {type(samples).__name__}; it must be Samples")
-        if not samples._groups:
-            raise ValueError(f"{self.path}: these samples are of no files: there is nothing to write")
-        if self._first is None:
-            self._first = samples[:0]
-        elif _run_of(samples) != _run_of(self._first):
-            raise ValueError(f"{self.path}: these samples are of other files or of another run: record them apart")
-        if len(samples):
-            if self._last is not None and samples.time[0] < self._last:
-                raise ValueError(f"{self.path}: these samples are of before those written: write them in order of time")
-            last = int(samples.time[-1])
-        else:
-            last = self._last
+        self._check(samples)
         ends: list[tuple[_File, int]] = []
         try:
             self._begin_part(samples)
@@ -210,9 +203,22 @@ class Recorder(Closing):
                 where = str(error.filename or self.path)
                 raise OSError(error.errno, f"{error.strerror or error}; {kept}", where) from None
             raise
-        self._last = last
+        if self._first is None:
+            self._first = samples[:0]
+        if len(samples):
+            self._last = int(samples.time[-1])
         self.sweeps += len(samples)
         self.size += sum(file.position - position for file, position in ends)
+
+    def _check(self, samples: Samples) -> None:
+        if not isinstance(samples, Samples):
+            raise TypeError(f"samples is a {type(samples).__name__}; it must be Samples")
+        if not samples._groups:
+            raise ValueError(f"{self.path}: these samples are of no files: there is nothing to write")
+        if self._first is not None and _run_of(samples) != _run_of(self._first):
+            raise ValueError(f"{self.path}: these samples are of other files or of another run: record them apart")
+        if len(samples) and self._last is not None and samples.time[0] < self._last:
+            raise ValueError(f"{self.path}: these samples are of before those written: write them in order of time")
 
     def _begin_part(self, samples: Samples) -> None:
         """Open files, if it is time for it."""
@@ -270,13 +276,16 @@ class _Stream:
         self.path = path
         self._pa = need("pyarrow", "arrow")
         _, reader = self._open()
-        self.origin = arrow.Origin.decoded(reader.schema.metadata, str(path))
+        try:
+            self.origin = arrow.Origin.decoded(reader.schema.metadata, str(path))
+        except _DAMAGE as error:
+            raise KvmStatsError(f"{path}: its metadata is damaged: {error!r}") from error
 
     def _open(self) -> tuple[Any, Any]:
         try:
             source = self._pa.memory_map(str(self.path))
             return source, self._pa.ipc.open_stream(source)
-        except (self._pa.ArrowInvalid, OSError) as error:
+        except (self._pa.ArrowException, OSError) as error:
             size = self.path.stat().st_size
             raise KvmStatsError(f"{self.path}: no Arrow stream begins in these {size} bytes: {error}") from None
 
@@ -286,10 +295,15 @@ class _Stream:
         while True:
             try:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
-            except (StopIteration, self._pa.ArrowInvalid, OSError):  # how a stream ends, and how a torn one does
+            except (StopIteration, self._pa.ArrowException, OSError):  # how a stream ends, and how a torn one does
                 break
             whole, batches = source.tell(), batches + 1
-            yield arrow.to_samples(batch, metadata, self.origin)
+            try:
+                batch.validate()  # pyarrow aborts the process where a list is longer than its values
+                samples = arrow.to_samples(batch, metadata, self.origin)
+            except (*_DAMAGE, KvmStatsError) as error:
+                raise KvmStatsError(f"{self.path}: batch {batches} is damaged: {error!r}") from error
+            yield samples
         source.seek(whole)
         rest = source.read()
         if rest != _END:

@@ -210,7 +210,7 @@ def to_csv(
                 writer = csv.CSVWriter(str(made), table.schema)
             writer.write_table(table)
         if writer is None:
-            raise KvmStatsError(f"{source}: this recording has no whole batch")
+            raise KvmStatsError(f"{source}: this recording has no whole batch")  # noqa: TRY301 - nothing is left either
         writer.close()
         made.replace(path)
     except BaseException:
