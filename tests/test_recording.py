@@ -690,6 +690,13 @@ def test_what_is_no_recording_is_said_so(path, tmp_path):
     npz.write_bytes(npz.read_bytes()[:-100])
     with pytest.raises(kf.KvmStatsError, match="damaged"):
         kf.Samples.load(npz)
+    with npz.open("wb") as file:
+        np.save(file, np.arange(3))
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: this is no \.npz that Samples\.save wrote"):
+        kf.Samples.load(npz)
+    np.savez(npz, about=np.frombuffer(b"[1]", np.uint8))
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: this is no \.npz that Samples\.save wrote"):
+        kf.Samples.load(npz)
     np.savez(npz, a=1)
     with pytest.raises(kf.KvmStatsError, match=r"no \.npz that Samples.save wrote"):
         kf.Samples.load(npz)

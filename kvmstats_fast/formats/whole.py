@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import zipfile
+import zlib
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,8 @@ def _write_npz(samples: Samples, file: io.BufferedWriter, *, compressed: bool) -
     (np.savez_compressed if compressed else np.savez)(file, **arrays)  # type: ignore[arg-type]
 
 
+#: What comes of a file that is something else, or whose bytes changed.
+_DAMAGE = (LookupError, ValueError, TypeError, AttributeError, EOFError, NotImplementedError)
 #: Attributes of Samples that JSON holds as they are.
 _PLAIN = ("interval", "wall_offset", "missed", "overruns", "interrupted", "host", "kernel")
 
@@ -130,5 +133,5 @@ def _read_npz(path: Path) -> Samples:
                 errors=tuple(SampleError(file, sweep, raised(*error)) for file, sweep, *error in about["errors"]),
                 **{name: about[name] for name in _PLAIN},
             )
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (*_DAMAGE, zlib.error, zipfile.BadZipFile) as error:
         raise KvmStatsError(f"{path}: this is no .npz that Samples.save wrote, or it is damaged: {error}") from error
