@@ -244,6 +244,16 @@ def test_a_recording_becomes_parquet_batch_by_batch(tmp_path):
     assert not list((tmp_path / "set").rglob("*.part"))
 
 
+def test_a_conversion_that_is_killed_spoils_no_data_set(x, tmp_path, monkeypatch):
+    """What it leaves lies where no reader of the data set looks."""
+    kf.to_parquet(x, tmp_path)
+    monkeypatch.setattr(Path, "replace", lambda *_: tmp_path)
+    kf.to_parquet(x, tmp_path)
+    monkeypatch.undo()
+    assert len(list(tmp_path.rglob("*.part"))) == 1
+    assert len(pl.scan_parquet(tmp_path / "vcpu", hive_partitioning=True).collect()) == 10
+
+
 def test_csv_has_a_column_for_each_bucket(x, tmp_path):
     """Python's own csv reads the raw integers back; a part of both kinds is asked for."""
     kf.to_csv(x, tmp_path / "x.csv")

@@ -132,7 +132,8 @@ class _Parquet:
         table = table.set_column(place, field, table.column(place).cast(self._pa.string()))
         split = [column.path for column in self._columns(table) if column.physical_type == "INT64"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_name(f".{path.name}.part")
+        # Not beside it: were it left there by a kill, some readers would stumble over it.
+        made = self._root / f".{path.name}.{os.getpid()}.part"
         try:
             self._pq.write_table(
                 table,
