@@ -129,6 +129,18 @@ def test_runs_put_together_are_loaded_as_they_were(path):
     made.assert_same(kf.Samples.load(path), both)
 
 
+def test_a_path_that_is_no_text(tmp_path):
+    """Linux lets names be any bytes."""
+    x = made.samples([("vcpu", VCPU, 2)], 3)
+    for name in ("r\udcff", "r\udcff.npz"):
+        x.save(tmp_path / name)
+        made.assert_same(kf.Samples.load(tmp_path / name), x)
+    kf.to_csv(x, tmp_path / "r\udcff.csv")
+    assert (tmp_path / "r\udcff.csv").stat().st_size
+    (path,) = kf.to_parquet(x, tmp_path / "set\udcff")
+    assert path.stat().st_size
+
+
 def test_samples_of_some_statistics_keep_their_order(path):
     """What a Sampler was told to keep, in its order."""
     with SyntheticStats() as one, one.open() as file:

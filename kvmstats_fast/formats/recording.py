@@ -283,7 +283,7 @@ class _Stream:
 
     def _open(self) -> tuple[Any, Any]:
         try:
-            source = self._pa.memory_map(str(self.path))
+            source = self._pa.memory_map(os.fsencode(self.path))
             return source, self._pa.ipc.open_stream(source)
         except (self._pa.ArrowException, OSError) as error:
             size = self.path.stat().st_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,16 +136,17 @@ class _Parquet:
         # Not beside it: were it left there by a kill, some readers would stumble over it.
         made = self._root / f".{path.name}.{os.getpid()}.part"
         try:
-            self._pq.write_table(
-                table,
-                made,
-                compression="zstd",
-                use_dictionary=False,
-                column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
-                sorting_columns=self._pq.SortingColumn.from_ordering(
-                    table.schema, [("file", "ascending"), ("time", "ascending")]
-                ),
-            )
+            with self._pa.OSFile(os.fsencode(made), "wb") as sink:
+                self._pq.write_table(
+                    table,
+                    sink,
+                    compression="zstd",
+                    use_dictionary=False,
+                    column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+                    sorting_columns=self._pq.SortingColumn.from_ordering(
+                        table.schema, [("file", "ascending"), ("time", "ascending")]
+                    ),
+                )
             made.replace(path)
         except BaseException:
             made.unlink(missing_ok=True)
@@ -205,18 +207,18 @@ def to_csv(
     made = path.with_name(f".{path.name}.{os.getpid()}.part")
     writer = None
     try:
-        for samples in _batches(source):
-            table = _flat(pa, arrow.table(samples if kind is None else samples.vm if kind == "vm" else samples.vcpu))
-            if writer is None:
-                writer = csv.CSVWriter(str(made), table.schema)
-            writer.write_table(table)
+        with ExitStack() as stack:
+            for samples in _batches(source):
+                one = samples if kind is None else samples.vm if kind == "vm" else samples.vcpu
+                table = _flat(pa, arrow.table(one))
+                if writer is None:
+                    sink = stack.enter_context(pa.OSFile(os.fsencode(made), "wb"))
+                    writer = stack.enter_context(csv.CSVWriter(sink, table.schema))
+                writer.write_table(table)
         if writer is None:
             raise KvmStatsError(f"{source}: this recording has no whole batch")  # noqa: TRY301 - nothing is left either
-        writer.close()
         made.replace(path)
     except BaseException:
-        if writer is not None:
-            writer.close()
         made.unlink(missing_ok=True)
         raise
 
