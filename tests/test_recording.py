@@ -1,6 +1,7 @@
 """Recordings: what goes in comes out, whatever happens to the recorder."""
 
 import errno
+import gc
 import os
 import random
 import resource
@@ -376,6 +377,7 @@ def test_a_full_disk_ends_the_recording_and_leaves_it_readable(tmp_path):
     smallest = 12_000  # the vcpu stream's schema alone
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    gc.collect()  # of other tests
     fds = open_fds()
     try:
         for limit in random.Random(4).sample(range(smallest, size), 20):
