@@ -57,7 +57,8 @@ def assert_same(x, y):
     for name in ("time", "sweep_ns", "tick"):
         a, b = getattr(x, name), getattr(y, name)
         assert (a.dtype, a.tolist()) == (b.dtype, b.tolist()), name
-    assert [(e.file, e.sweep, repr(e.error)) for e in x.errors] == [(e.file, e.sweep, repr(e.error)) for e in y.errors]
+    errors = [[(e.file, e.sweep, repr(e.error), vars(e.error)) for e in one.errors] for one in (x, y)]
+    assert errors[0] == errors[1]
     assert len(x._groups) == len(y._groups)
     for a, b in zip(x._groups, y._groups, strict=True):
         assert (a.kind, a.schema, list(a.places)) == (b.kind, b.schema, list(b.places))

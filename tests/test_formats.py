@@ -23,6 +23,7 @@ from helpers import DATA
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
+from kvmstats_fast.formats import tables
 from kvmstats_fast.testing import SyntheticStats
 
 VM = made.schema_of(None, "vm")
@@ -106,7 +107,7 @@ def test_pandas_has_a_row_for_each_sweep_and_file(x):
 
 def test_xarray_has_a_variable_for_each_statistic_of_both_kinds():
     """Dims time, vcpu, vm and bucket; units as attributes; the bucket's coordinate is its lower edge in base units."""
-    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 3)], 4)
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 3)], 4, missed=3)
     data = x.to_xarray()
     assert isinstance(data, xr.Dataset)
     assert set(data.data_vars) == set(x.names)
@@ -121,7 +122,10 @@ def test_xarray_has_a_variable_for_each_statistic_of_both_kinds():
     assert data["bucket"].values.tolist() == x.stat("halt_wait_hist").bucket_edges()[:-1].tolist()
     assert data["vcpu"].values.tolist() == [1, 2, 3]
     assert data["vcpu_file"].values.tolist() == [info.id for info in x.vcpu.files]
-    assert (data.attrs["host"], data.attrs["interval"]) == (x.host, x.interval)
+    about = {"host": x.host, "kernel": x.kernel, "interval": x.interval, "missed": 3, "errors": []}
+    assert data.attrs == about
+    assert data["tick"].values.tolist() == x.tick.tolist()
+    assert data["sweep_ns"].values.tolist() == x.sweep_ns.tolist()
     assert data["exits"].sel(vcpu=2).values.tolist() == x["exits"][:, 1].tolist()
     si = x.to_xarray(si=True)
     assert np.array_equal(si["halt_wait_ns"].values, x.si("halt_wait_ns"))
@@ -153,6 +157,8 @@ def test_columns_are_labelled_by_what_tells_them_apart():
 
 def test_several_kinds_or_kernels_are_refused_where_there_is_one_table():
     """The error says what to take instead; the parts that it names work."""
+    with pytest.raises(KeyError, match="of no files"):
+        made.samples([("vm", VM, 1)], 2).vcpu.to_arrow()
     both = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 2)
     mixed = made.samples([("vcpu", VCPU, 1), ("vcpu", ODD, 1)], 2)
     for convert in (kf.Samples.to_arrow, kf.Samples.to_pandas):
@@ -252,6 +258,35 @@ def test_a_conversion_that_is_killed_spoils_no_data_set(x, tmp_path, monkeypatch
     monkeypatch.undo()
     assert len(list(tmp_path.rglob("*.part"))) == 1
     assert len(pl.scan_parquet(tmp_path / "vcpu", hive_partitioning=True).collect()) == 10
+
+
+def test_more_rows_than_memory_is_to_hold_become_several_files(tmp_path, monkeypatch):
+    """Each sorted; together they are the whole."""
+    monkeypatch.setattr(tables, "_ROWS_BYTES", 4000)
+    x = made.samples([("vcpu", VCPU, 2)], 12)
+    record = tmp_path / "run"
+    with kf.Recorder(record) as recorder:
+        for i in range(12):
+            recorder.write(x[i : i + 1])
+    paths = kf.to_parquet(record, tmp_path / "set")
+    assert len(paths) > 1
+    read = [pq.read_table(path, partitioning=None) for path in paths]
+    assert [row for table in read for row in table["exits"].to_pylist()] != x["exits"].reshape(-1).tolist()
+    assert sorted(row for table in read for row in table["exits"].to_pylist()) == sorted(
+        x["exits"].reshape(-1).tolist()
+    )
+
+
+@pytest.mark.parametrize("encoding", ["BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN"])
+def test_the_encoding_can_be_one_that_older_readers_know(x, encoding, tmp_path):
+    """DuckDB before 2 knows BYTE_STREAM_SPLIT of floats only."""
+    (path,) = kf.to_parquet(x, tmp_path, encoding=encoding)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    assert encoding in columns["exits"].encodings
+    assert pq.read_table(path, partitioning=None)["exits"].to_pylist() == sorted_rows(x, "exits")
+    with pytest.raises(ValueError, match="encoding is 'RLE'"):
+        kf.to_parquet(x, tmp_path, encoding="RLE")
 
 
 def test_csv_has_a_column_for_each_bucket(x, tmp_path):
@@ -411,8 +446,9 @@ def test_a_captured_v2_file_becomes_a_merged_one():
 
 def test_a_long_name_and_a_long_id_keep_their_length():
     """Fields grow, rather than that a name loses its end."""
-    long = kf.Stat("n" * 47, kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, -1)
-    with SyntheticStats(stats=[long], layout="v5", pid=10**50) as one:
-        new = kf.parse(kf.to_merged(one.to_bytes()))
-        assert list(new) == ["n" * 47]
-        assert new.id == one.id
+    long = kf.Stat("n" * 48, kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, -1)
+    for pid, name_size in ((1, 56), (10**50, 64)):
+        with SyntheticStats(stats=[long], layout="v5", pid=pid) as one:
+            new = kf.parse(kf.to_merged(one.to_bytes()))
+        assert (list(new), new.id) == (["n" * 48], one.id)
+        assert new.header.name_size == name_size  # each ends with a NUL

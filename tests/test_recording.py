@@ -79,6 +79,7 @@ def anything(draw, least=0):
         seed=draw(st.integers(0, 9)),
         errors=errors,
         missed=draw(st.integers(0, 5)),
+        overruns=draw(st.integers(0, 5)),
         interrupted=draw(st.booleans()),
     )
 
@@ -206,6 +207,57 @@ def test_rows_of_a_failed_file_are_left_out(path):
     record(path, [x])
     with pa.ipc.open_stream(path / "vcpu-00000.arrows") as reader:
         assert reader.read_all()["file"].to_pylist() == [0, 1, 0, 1, 0, 0, 0]
+
+
+def test_every_byte_reaches_the_file_however_few_a_write_takes(path, monkeypatch):
+    """The kernel may take less than it is given."""
+    x = made.samples([("vcpu", VCPU, 2)], 9)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, memoryview(data)[:100]))
+    record(path, [x])
+    monkeypatch.undo()
+    made.assert_same(kf.Samples.load(path), x)
+
+
+def test_sync_has_every_batch_on_the_disk(path, monkeypatch):
+    """One fsync for each kind and batch, and none without it."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 9)
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    record(path, [x[:4], x[4:]])
+    assert not synced
+    record(path.with_name("synced"), [x[:4], x[4:]], sync=True)
+    assert len(synced) >= 4
+
+
+def test_a_format_of_the_future_is_refused(path):
+    """It says which format it is, and which this version reads."""
+    made.samples([("vcpu", VCPU, 1)], 2).save(path)
+    file = path / "vcpu-00000.arrows"
+    with pa.ipc.open_stream(file.read_bytes()) as reader:
+        table = reader.read_all()
+    future = table.schema.with_metadata({**table.schema.metadata, b"kvmstats.format": b"2"})
+    with pa.ipc.new_stream(file, future) as writer:
+        writer.write_table(table.cast(future))
+    with pytest.raises(kf.KvmStatsError, match="recording of format 2; this version reads format 1"):
+        kf.Recording(path)
+
+
+def test_kinds_that_are_not_of_the_same_sweeps_are_refused(path):
+    """A file of another moment under the same name of a recording."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 6)
+    record(path, [x])
+    other = path.with_name("other")
+    record(other, [x[1:]])
+    file = other / "vm-00000.arrows"
+    right_bytes, wrong_bytes = (path / "vm-00000.arrows").read_bytes(), file.read_bytes()
+    with pa.ipc.open_stream(right_bytes) as right, pa.ipc.open_stream(wrong_bytes) as wrong:
+        schema = right.schema
+        batch, metadata = wrong.read_next_batch_with_custom_metadata()
+    with pa.ipc.new_stream(path / "vm-00000.arrows", schema) as writer:
+        writer.write_batch(pa.record_batch(batch.columns, schema=schema), custom_metadata=metadata)
+    with pytest.raises(kf.KvmStatsError, match="not of the same sweeps"):
+        kf.Samples.load(path)
 
 
 # ---- what can happen to a recorder

@@ -146,6 +146,8 @@ def arrow_schema(origin: Origin, names: list[str]) -> Any:
 
 def one_group(samples: Samples) -> Group:
     """Return the only group of samples; KeyError if they are of several kinds or kernels."""
+    if not samples._groups:
+        raise KeyError("these samples are of no files")
     if len(samples._groups) != 1:
         kinds = {group.kind for group in samples._groups}
         raise KeyError(

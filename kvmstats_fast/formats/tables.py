@@ -35,6 +35,7 @@ def to_parquet(
     root: str | os.PathLike[str],
     *,
     host: str | None = None,
+    encoding: str = "BYTE_STREAM_SPLIT",
     overwrite: bool = False,
 ) -> list[Path]:
     """Convert samples or a recording to a hive-partitioned Parquet data set, which several hosts may share.
@@ -47,6 +48,8 @@ def to_parquet(
         kind, because their columns differ. Dates are UTC.
     host : str, optional
         Default: the name of the host where the samples were taken.
+    encoding : {"BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN"}
+        Of integers. The first is for readers since 2024 or so (DuckDB 2); all readers know the other two.
     overwrite : bool
         Replace files of the same recording.
 
@@ -66,16 +69,18 @@ def to_parquet(
 
     Notes
     -----
-    In each file rows are sorted by file then time, statistics are compressed with zstd and encoded with
-    BYTE_STREAM_SPLIT, without a dictionary: neighbours differ little. Histograms are lists. Values are raw, and what
+    In each file rows are sorted by file then time, statistics are compressed with zstd and encoded without a
+    dictionary: neighbours differ little. Histograms are lists. Values are raw, and what
     their descriptors say is in the metadata of the fields, as in `Samples.to_arrow`. Each file is there as a whole or
     not at all.
     """
+    if encoding not in _ENCODINGS:
+        raise ValueError(f"encoding is {encoding!r}; it must be one of {', '.join(map(repr, _ENCODINGS))}")
     name = source.recording if isinstance(source, Recording) else ""
     if not isinstance(source, Samples | Recording):
         source = Recording(source)
         name = source.recording
-    writer = _Parquet(Path(root), host, name or os.urandom(16).hex(), overwrite=overwrite)
+    writer = _Parquet(Path(root), host, name or os.urandom(16).hex(), encoding, overwrite=overwrite)
     empty = True
     for samples in _batches(source):
         empty = False
@@ -87,12 +92,16 @@ def to_parquet(
     return writer.written
 
 
+_ENCODINGS = ("BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN")
+
+
 class _Parquet:
     """Collects rows by kind and date, and writes a file for every so many bytes."""
 
-    def __init__(self, root: Path, host: str | None, name: str, *, overwrite: bool) -> None:
+    def __init__(self, root: Path, host: str | None, name: str, encoding: str, *, overwrite: bool) -> None:
         self._pa, self._pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
         self._root, self._host, self._name, self._overwrite = root, host, name, overwrite
+        self._encoding = encoding
         self._waiting: dict[tuple[str, str, str], list[Any]] = {}
         self._sizes: dict[tuple[str, str, str], int] = {}
         self._numbers: dict[tuple[str, str, str], int] = {}
@@ -142,7 +151,7 @@ class _Parquet:
                     sink,
                     compression="zstd",
                     use_dictionary=False,
-                    column_encoding=dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+                    column_encoding=dict.fromkeys(split, self._encoding),
                     sorting_columns=self._pq.SortingColumn.from_ordering(
                         table.schema, [("file", "ascending"), ("time", "ascending")]
                     ),
