@@ -10,12 +10,13 @@ import select
 import signal
 import threading
 import time
+from _thread import start_new_thread
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 
@@ -494,15 +495,21 @@ class _Run:
         self._event = -1
         self._owner = next(_OWNERS)
         self._failure: BaseException | None = None
+        self._threads: list[int] = []
         self.ended = threading.Event()
+        _OWNING[self._owner] = self
         if lib.kvmstats_lock(sampler._sweep, self._owner):
-            raise RuntimeError(_BUSY)
+            last = sampler._sweep.owner
+            # 1 is a sweep. A run that is no more may have been kept from unlocking, by Ctrl-C in its __del__.
+            if last > 1 and last not in _OWNING:
+                lib.kvmstats_unlock(sampler._sweep, last)
+            if lib.kvmstats_lock(sampler._sweep, self._owner):
+                raise RuntimeError(_BUSY)
         try:
             self._prepare(sampler, schedule, chunk, depth, strict)
         except BaseException:
             self._free()
             raise
-        self._thread = threading.Thread(target=self._work, args=(schedule.cpus,), name="kvmstats", daemon=True)
 
     def _prepare(self, sampler: Sampler, schedule: _Schedule, chunk: int, depth: int, strict: bool) -> None:
         slots = chunk * depth
@@ -533,18 +540,20 @@ class _Run:
         run.sweep_ns = self._pointer("int64_t[]", self._sweep_ns)
         run.tick = self._pointer("uint64_t[]", self._tick)
         self._interval = schedule.interval_ns / 1e9
+        self._cpus = schedule.cpus
+        self._wall_offset, self._host, self._kernel = _here_and_now()
 
     def _pointer(self, ctype: str, array: npt.NDArray) -> Any:  # type: ignore[type-arg]
         pointer = ffi.from_buffer(ctype, array, True)
         self._keep.append(pointer)
         return pointer
 
-    def _work(self, cpus: set[int] | None) -> None:
+    def _work(self) -> None:
         try:
             # Ctrl-C is for the thread that waits for us.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            if cpus is not None:
-                os.sched_setaffinity(0, cpus)
+            if self._cpus is not None:
+                os.sched_setaffinity(0, self._cpus)
             lib.kvmstats_run(self.c)
         except BaseException as error:  # noqa: BLE001 - raised again where the run is waited for
             self._failure = error
@@ -552,14 +561,11 @@ class _Run:
             self.ended.set()
 
     def __enter__(self) -> Self:
-        self._wall_offset, self._host, self._kernel = _here_and_now()
         _RUNNING.add(self)
         try:
-            self._thread.start()
-        except RuntimeError:  # no thread could be made
-            self._free()
-            raise
-        except BaseException:  # Ctrl-C while the thread was starting
+            # In one step, so that Ctrl-C comes before it, and there is no thread, or behind it, and we know of it.
+            self._threads.extend(map(start_new_thread, (self._work,), ((),)))
+        except BaseException:
             self.close()
             raise
         return self
@@ -572,17 +578,19 @@ class _Run:
     def close(self) -> None:
         """End the run and wait for that; Ctrl-C meanwhile is raised when all is put away."""
         self.stop()
-        interrupted = _await(self, self.stop)
+        interrupted = _await(self, self.stop) if self._threads else False
         self._free()
         if interrupted:
             raise KeyboardInterrupt
 
     def _free(self) -> None:
-        _RUNNING.discard(self)
-        event, self._event = self._event, -1
-        if event >= 0:
-            os.close(event)
-        lib.kvmstats_unlock(self._sampler._sweep, self._owner)
+        try:
+            _RUNNING.discard(self)
+            event, self._event = self._event, -1
+            if event >= 0:
+                os.close(event)
+        finally:
+            lib.kvmstats_unlock(self._sampler._sweep, self._owner)
 
     # For when Ctrl-C or an error kept `close` from being reached. The thread holds us, so it is not in C any more.
     __del__ = _free
@@ -656,6 +664,8 @@ class _Run:
 #: child it is not there at all.
 _RUNNING: WeakSet[_Run] = WeakSet()
 _OWNERS = itertools.count(2)
+#: Those that may have locked a Sampler.
+_OWNING: WeakValueDictionary[int, _Run] = WeakValueDictionary()
 
 
 @atexit.register
