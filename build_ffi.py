@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext as _build_ext
 from setuptools.command.sdist import sdist as _sdist
 
 # setuptools wants source paths relative to the project's folder, which is where it runs.
-SOURCES = ["csrc/layout.c", "csrc/process.c", "csrc/sweep.c"]
+SOURCES = ["csrc/layout.c", "csrc/process.c", "csrc/sweep.c", "csrc/inject.c"]
 HEADER = "csrc/kvmstats.h"
 
 
@@ -62,7 +62,8 @@ ffibuilder.set_source(
         "-Wno-missing-field-initializers",
         *_sanitize_args(),
     ],
-    extra_link_args=_sanitize_args(),
+    # inject.c forks in a process with threads: in the child the linker may not come to look for functions.
+    extra_link_args=["-Wl,-z,now", *_sanitize_args()],
 )
 
 # It must load into whatever VMM there is: nothing of the compiler's that wants a runtime library or one libc's start-up

@@ -7,7 +7,8 @@
  * sees is what stands here.
  *
  * LIMITATIONS
- *   - Linux only, because of sweep.c and process.c; gcc or clang, for their byte swapping and atomic builtins.
+ *   - Linux only, because of sweep.c, process.c and inject.c, which does nothing but on x86-64; gcc or clang, for their
+ *     byte swapping and atomic builtins.
  *   - A value is one u64. KVM takes no lock while it copies: each u64 is whole on a 64-bit host, but two values of one
  *     read are not of one instant.
  *   - Nothing here is thread-safe per struct; two threads with two structs never meet (there is no global).
@@ -59,6 +60,7 @@
  *   The functions of layout.c return 0, or a negative enum kvmstats_error and then *fault says where.
  *   The functions of sweep.c return 0, or a negative errno; kvmstats_sweep also a number of files.
  *   The functions of process.c return what they name, or a negative errno.
+ *   kvmstats_inject returns 0, an enum kvmstats_inject_result, or a negative errno.
  *   Nothing allocates, nothing keeps a pointer, nothing reads a byte outside [data, data + size).
  */
 #ifndef KVMSTATS_H
@@ -298,6 +300,99 @@ void kvmstats_release(struct kvmstats_run *run, uint64_t chunks);
  */
 int kvmstats_getfd(int pidfd, int fd);
 int kvmstats_same_file(int pid, int fd, int other);
+
+/*
+ * INJECTION (inject.c, x86-64 only). KVM gives a stats file only to the process that made the VM; pidfd_getfd lets others
+ * borrow one that is open there. So a thread of the running VMM is made to open it, and it stays open in the VMM.
+ *
+ * The thread is stopped by ptrace (SEIZE, INTERRUPT: no signal is sent) right behind a `syscall` instruction. Below its
+ * stack goes what the kernel puts there when it delivers a signal (arch/x86/kernel/signal_64.c, asm/sigframe.h,
+ * uapi/asm/sigcontext.h). Then one PTRACE_SETREGSET makes it run the ioctl and return into rt_sigreturn:
+ *
+ *   rsp before ->   +---------------------------------+
+ *                   | red zone, 128 bytes             |
+ *                   +---------------------------------+
+ *                   | magic2, behind the xstate       |   what XRSTOR takes: the regset NT_X86_XSTATE, with sw_reserved
+ *   64-aligned ->   | xstate (fxsave, header, ...)    |   (magic1, extended_size, xfeatures, xstate_size) in its fxsave
+ *                   +---------------------------------+
+ *                   | siginfo, 128 bytes of 0         |
+ *                   | ucontext: flags, stack, mask,   |   all registers of the interrupted call; ss_flags invalid, which
+ *                   |           sigcontext -> xstate  |   keeps the thread's own sigaltstack
+ *   16n + 8 = rsp ->| pretcode: the restorer          |
+ *                   +---------------------------------+
+ *   rip -> syscall; ret (rax = ioctl, orig_rax = -1)     -> restorer: mov $15, %eax; syscall (rt_sigreturn)
+ *
+ * Nobody steps and nothing is patched: memory is written before the commit, and from the commit on the thread finds back
+ * by itself. So the tracer may die at any point. What the thread sees of it is what a signal with an SA_RESTART handler
+ * would have done to the call it was in: it starts again (ERESTARTSYS, ERESTARTNOINTR) or fails with EINTR (the others;
+ * KVM_RUN too). The thread's stack needs room as for any such handler, 3 KiB (with AMX 12 KiB): a thread on a stack that
+ * has none below it which is its own (Go's, or a small sigaltstack) must not be used.
+ */
+enum kvmstats_inject_result {
+    KVMSTATS_INJECT_DONE,          /* committed: the thread makes the call when it next runs */
+    KVMSTATS_INJECT_UNSUPPORTED,   /* this build is not for x86-64 */
+    KVMSTATS_INJECT_GONE,          /* there is no such thread, or it is ending */
+    KVMSTATS_INJECT_KERNEL_THREAD, /* it has no user registers */
+    KVMSTATS_INJECT_TRACED,        /* value: by which process */
+    KVMSTATS_INJECT_HALTED,        /* by SIGSTOP or the like */
+    KVMSTATS_INJECT_SECCOMP,       /* a filter might kill the process for the call. value: the mode */
+    KVMSTATS_INJECT_SHADOW_STACK,  /* CET: the way back would be a forged return */
+    KVMSTATS_INJECT_FOREIGN_ABI,   /* 32-bit or x32 code. value: the code segment, or the number of the call */
+    KVMSTATS_INJECT_NO_SYSCALL,    /* it was interrupted elsewhere: try again. value: its rip */
+    KVMSTATS_INJECT_OTHER_CALL,    /* in_run, and it was in no KVM_RUN of those fds: try again. value: number of the call */
+    KVMSTATS_INJECT_CODE,          /* what stands at `call` or `restorer` is not that. value: the address */
+    KVMSTATS_INJECT_XSTATE,        /* extended state of an unknown size. value: the size */
+    KVMSTATS_INJECT_STACK,         /* no writable memory for the frame. value: its address */
+    KVMSTATS_INJECT_TIMEOUT,       /* it did not stop in time: asleep in the kernel where no signal wakes it */
+    KVMSTATS_INJECT_KILLED,        /* the tracer ended early; `step` says behind what */
+};
+
+/* What the tracer does, in turn. From STEP_COMMIT on the call will be made, whatever becomes of the tracer. */
+enum kvmstats_inject_step {
+    KVMSTATS_STEP_NONE,
+    KVMSTATS_STEP_SEIZE,
+    KVMSTATS_STEP_INTERRUPT,
+    KVMSTATS_STEP_STOP,   /* waited for; signals that come first are handed on */
+    KVMSTATS_STEP_REGS,
+    KVMSTATS_STEP_STATUS, /* in /proc: seccomp, shadow stack */
+    KVMSTATS_STEP_XSTATE,
+    KVMSTATS_STEP_MASK,
+    KVMSTATS_STEP_CODE,
+    KVMSTATS_STEP_FRAME,
+    KVMSTATS_STEP_COMMIT,
+    KVMSTATS_STEP_DETACH,
+};
+
+struct kvmstats_inject {
+    int32_t pid;
+    int32_t tid;
+    const int32_t *fds; /* of the process; num_fds of them, at least 1 */
+    uint64_t num_fds;
+    uint64_t request;   /* of the ioctl, which takes no argument: KVM_GET_STATS_FD */
+    uint64_t call;      /* address of: syscall; ret (0f 05 c3) */
+    uint64_t restorer;  /* address of: mov $15, %rax or %eax; syscall (48 c7 c0 0f 00 00 00 0f 05, b8 0f 00 00 00 0f 05) */
+    int64_t timeout_ns; /* for the whole; more than 0 */
+    int32_t in_run;     /* 0: the ioctl is made on fds[0]. 1: on that one of fds whose KVM_RUN the thread was in */
+    int32_t kill_after; /* enum kvmstats_inject_step: there the tracer kills itself. For tests; else 0 */
+    int32_t fd;         /* set: what the ioctl is made on */
+    int32_t step;       /* set: the last step that was done */
+    int32_t signals;    /* set: how many were handed on */
+    int64_t stopped_ns; /* set: from before the interrupt until behind the detach (CLOCK_MONOTONIC) */
+    uint64_t value;     /* set: see the result */
+};
+
+/*
+ * Make the thread do the ioctl. Returns an enum kvmstats_inject_result, or -errno of the call that failed behind `step`
+ * (EPERM: not permitted to trace it). Except after DONE, or KILLED from STEP_COMMIT on, no call will be made. What the
+ * ioctl returns is not known: look for the new fd in /proc/PID/fd. The thread is not waited for.
+ *
+ * in_run 1 is for vCPUs. Their ioctls wait for vcpu->mutex, which KVM_RUN holds: only a thread that was in KVM_RUN of the
+ * very vCPU cannot be kept waiting by itself. in_run 0 is for VM fds, whose ioctl waits for nothing.
+ *
+ * The tracer is a child with all signals blocked and without an exit signal: no SIGCHLD, no other wait() sees it. It is
+ * given timeout_ns, then killed, and always reaped before the return. Thread-safe; blocks.
+ */
+int kvmstats_inject(struct kvmstats_inject *job);
 
 /* ---- cdef: end ---- */
 

@@ -39,6 +39,34 @@ class _Lib:
     KVMSTATS_E_STAT_NAME: Final[int]
     KVMSTATS_E_DATA_SIZE: Final[int]
     KVMSTATS_E_DUPLICATE: Final[int]
+    KVMSTATS_INJECT_DONE: Final[int]
+    KVMSTATS_INJECT_UNSUPPORTED: Final[int]
+    KVMSTATS_INJECT_GONE: Final[int]
+    KVMSTATS_INJECT_KERNEL_THREAD: Final[int]
+    KVMSTATS_INJECT_TRACED: Final[int]
+    KVMSTATS_INJECT_HALTED: Final[int]
+    KVMSTATS_INJECT_SECCOMP: Final[int]
+    KVMSTATS_INJECT_SHADOW_STACK: Final[int]
+    KVMSTATS_INJECT_FOREIGN_ABI: Final[int]
+    KVMSTATS_INJECT_NO_SYSCALL: Final[int]
+    KVMSTATS_INJECT_OTHER_CALL: Final[int]
+    KVMSTATS_INJECT_CODE: Final[int]
+    KVMSTATS_INJECT_XSTATE: Final[int]
+    KVMSTATS_INJECT_STACK: Final[int]
+    KVMSTATS_INJECT_TIMEOUT: Final[int]
+    KVMSTATS_INJECT_KILLED: Final[int]
+    KVMSTATS_STEP_NONE: Final[int]
+    KVMSTATS_STEP_SEIZE: Final[int]
+    KVMSTATS_STEP_INTERRUPT: Final[int]
+    KVMSTATS_STEP_STOP: Final[int]
+    KVMSTATS_STEP_REGS: Final[int]
+    KVMSTATS_STEP_STATUS: Final[int]
+    KVMSTATS_STEP_XSTATE: Final[int]
+    KVMSTATS_STEP_MASK: Final[int]
+    KVMSTATS_STEP_CODE: Final[int]
+    KVMSTATS_STEP_FRAME: Final[int]
+    KVMSTATS_STEP_COMMIT: Final[int]
+    KVMSTATS_STEP_DETACH: Final[int]
     def kvmstats_read_header(self, data: Any, size: int, repair: int, header: Any, fault: Any, /) -> int: ...
     def kvmstats_read_descriptors(self, data: Any, size: int, header: Any, descs: Any, fault: Any, /) -> int: ...
     def kvmstats_copy_values(self, from_: Any, value_size: int, swapped: int, n: int, to: Any, /) -> None: ...
@@ -52,6 +80,7 @@ class _Lib:
     def kvmstats_unlock(self, sweep: Any, owner: int, /) -> None: ...
     def kvmstats_getfd(self, pidfd: int, fd: int, /) -> int: ...
     def kvmstats_same_file(self, pid: int, fd: int, other: int, /) -> int: ...
+    def kvmstats_inject(self, job: Any, /) -> int: ...
 
 ffi: _FFI
 lib: _Lib

@@ -12,7 +12,7 @@ from kvmstats_fast.testing import SyntheticStats
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-CORE = [str(CSRC / "layout.c"), str(CSRC / "sweep.c"), str(CSRC / "process.c")]
+CORE = [str(CSRC / name) for name in ("layout.c", "sweep.c", "process.c", "inject.c")]
 TEST_CORE = str(TESTS / "c" / "test_core.c")
 TEST_RUN = str(TESTS / "c" / "test_run.c")
 FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
@@ -40,12 +40,20 @@ SYSTEM_CALLS = {
     *("pthread_create", "pthread_join", "pthread_sigmask", "sigfillset"),
     *("sem_init", "sem_destroy", "sem_post", "sem_wait", "sem_trywait"),
 }
+# What inject.c may call besides: tracing, and what a child of a process with threads may do.
+TRACING = {
+    *("ptrace", "waitpid", "process_vm_readv", "process_vm_writev", "syscall", "kill", "getpid", "_exit"),
+    *("open", "open64", "read", "close", "mmap", "mmap64", "munmap", "clock_gettime", "nanosleep", "__errno_location"),
+    *("pthread_sigmask", "sigemptyset", "sigaddset", "sigfillset", "sigtimedwait", "sigaction"),
+    *("strlen", "strstr", "strchr", "strrchr"),
+}
 
 # Of each file, what it may call beyond the string functions.
 IMPORTS = {
     "layout.c": set(),
     "sweep.c": SYSTEM_CALLS | {"kvmstats_copy_values"},
     "process.c": {"syscall", "__errno_location", "___errno_location"},
+    "inject.c": TRACING,
 }
 
 pytestmark = pytest.mark.skipif(shutil.which(CC[0]) is None, reason=f"there is no C compiler {CC[0]}")
@@ -168,6 +176,13 @@ def test_unmutated_captures_are_accepted(tmp_path, corpus):
     """The core accepts every real file, and the same statistics in each layout and byte order."""
     program = build(tmp_path / "fuzz_core", "-DSTANDALONE", FUZZ_CORE, str(CSRC / "layout.c"))
     assert check(program, 0, SEED, *corpus) == f"fuzz_core: {len(corpus)} inputs, {len(corpus)} accepted\n"
+
+
+@pytest.mark.parametrize("source", CORE, ids=lambda path: Path(path).name)
+def test_the_core_compiles_without_a_warning(tmp_path, source):
+    """With the strict warnings, and with either of the macros that ask for the system's functions."""
+    for macro in ("_DEFAULT_SOURCE", "_GNU_SOURCE"):
+        build(tmp_path / "object.o", "-Wconversion", "-Wshadow", LARGE_FILES, f"-D{macro}", "-c", source)
 
 
 def test_the_fuzz_target_compiles_without_its_own_main(tmp_path):
