@@ -465,7 +465,9 @@ def of_qemu(monitor):
     answers = monitor("query-stats", target="vm") + monitor("query-stats", target="vcpu", vcpus=paths)
     by_path = {answer.get("qom-path"): answer for answer in answers if answer["provider"] == "kvm"}
     named = [{one["name"]: one["value"] for one in by_path[path]["stats"]} for path in (None, *paths)]
-    return [{name: value for name, value in one.items() if value is not None} for one in named]
+    # QEMU 7.2 lists the last bucket of a histogram first: it prepends (add_kvmstat_entry, accel/kvm/kvm-all.c).
+    forward = [{name: v[::-1] if isinstance(v, list) else v for name, v in one.items()} for one in named]
+    return [{name: value for name, value in one.items() if value is not None} for one in forward]
 
 
 def plain(snapshot):
