@@ -16,7 +16,7 @@ needs_qemu = pytest.mark.skipif(QEMU is None, reason="there is no qemu-system-x8
 BUSY = bytes.fromhex("fb 31c0 8ed8 66ff060070 ebf9")
 
 
-def until(condition, seconds=10):
+def until(condition, seconds=30):
     """Wait for something to be true, and give it."""
     deadline = time.monotonic() + seconds
     while not (result := condition()) and time.monotonic() < deadline:

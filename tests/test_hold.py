@@ -1,24 +1,23 @@
 """A VMM under the hold library does what it does without it, and its stats files are there."""
 
 import ctypes
-import json
 import os
 import re
 import shlex
 import shutil
-import socket
 import stat
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import machinery
 from pathlib import Path
 
 import numpy as np
 import pytest
+from qemu import Qmp, arguments, needs_qemu
 
 import kvmstats_fast as kf
 from kvmstats_fast import hold
@@ -29,7 +28,6 @@ VMM = TESTS / "c" / "vmm.c"
 SOURCE = TESTS.parent / "csrc" / "hold.c"
 LIBRARY = hold.hold_library()
 CC = shlex.split(os.environ.get("CC", "gcc"))
-QEMU = shutil.which("qemu-system-x86_64")
 NOBODY = 65534
 
 #: By mode of vmm.c: what it finds above its own fds, each time it looks.
@@ -407,41 +405,10 @@ def test_start_finds_the_program_where_popen_does(tmp_path, monkeypatch):
 # ---- QEMU
 
 
-class Qmp:
-    """As much of QEMU's monitor protocol as a test needs."""
-
-    def __init__(self, path, process):
-        self.socket = socket.socket(socket.AF_UNIX)
-        for _ in range(600):
-            with suppress(FileNotFoundError, ConnectionRefusedError):
-                self.socket.connect(str(path))
-                break
-            assert process.poll() is None, "QEMU ended"
-            time.sleep(0.05)
-        self.file = self.socket.makefile("rw")
-        self.file.readline()
-        self("qmp_capabilities")
-
-    def __call__(self, command, **arguments):
-        """Do a command, and return its answer."""
-        self.file.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self.file.flush()
-        while "return" not in (answer := json.loads(self.file.readline())):
-            assert "error" not in answer, answer
-        return answer["return"]
-
-    def close(self):
-        """Hang up."""
-        self.file.close()
-        self.socket.close()
-
-
 @contextmanager
-def qemu(folder, *arguments, **options):
+def qemu(folder, *more, **options):
     """QEMU with four vCPUs, under the library, its firmware booting: (process, monitor)."""
-    path = folder / "qmp"
-    command = [QEMU, "-accel", "kvm", "-smp", "4", "-display", "none", "-nodefaults", *arguments]
-    command += ["-qmp", f"unix:{path},server=on,wait=off"]
+    command, path = arguments(folder, *more)
     with (folder / "log").open("wb") as log:
         process = hold.start(command, stdout=log, stderr=log, **options)
     try:
@@ -455,8 +422,6 @@ def qemu(folder, *arguments, **options):
 
 #: Of nobody on most machines.
 KVM_GROUP = 12345
-
-needs_qemu = pytest.mark.skipif(QEMU is None, reason="there is no qemu-system-x86_64")
 
 
 def of_qemu(monitor):

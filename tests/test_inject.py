@@ -8,7 +8,6 @@ import platform
 import shlex
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import threading
@@ -18,6 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from qemu import Qmp, arguments, boot_disk, needs_qemu, until
 
 import kvmstats_fast as kf
 from kvmstats_fast import inject
@@ -30,7 +30,6 @@ ROUNDS = int(os.environ.get("KVMSTATS_INJECT_ROUNDS", "6"))
 KILLS = max(1, ROUNDS // 10)
 
 TARGET = Path(__file__).parent / "c" / "inject_target.c"
-QEMU = shutil.which("qemu-system-x86_64")
 CC = shlex.split(os.environ.get("CC", "gcc"))
 STEPS = {
     name.removeprefix("KVMSTATS_STEP_"): getattr(lib, name)
@@ -43,15 +42,6 @@ RESTARTED = {"futex", "read"}
 
 x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="inject.c is for x86-64")
 pytestmark = [x86_64, pytest.mark.real_vm]
-needs_qemu = pytest.mark.skipif(QEMU is None, reason="there is no qemu-system-x86_64")
-
-
-def until(condition, seconds=30):
-    """Wait until it is true, and return it."""
-    end = time.monotonic() + seconds
-    while not (value := condition()) and time.monotonic() < end:
-        time.sleep(0.005)
-    return value
 
 
 def status(pid, key):
@@ -102,57 +92,15 @@ def stats_fds(pid):
 
 
 class Qemu:
-    """A QEMU with four vCPUs and a QMP client."""
+    """A QEMU with four vCPUs and its monitor, `qmp`."""
 
-    def __init__(self, folder, *arguments):
-        path = folder / f"qmp-{time.monotonic_ns()}"
-        command = [
-            *MANY_FILES,
-            QEMU,
-            "-accel",
-            "kvm",
-            "-smp",
-            "4",
-            "-display",
-            "none",
-            "-serial",
-            "none",
-            "-monitor",
-            "none",
-        ]
-        self.process = subprocess.Popen(
-            [*command, "-qmp", f"unix:{path},server=on,wait=off", *arguments],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    def __init__(self, folder, *more):
+        command, path = arguments(folder, *more)
+        self.process = subprocess.Popen([*MANY_FILES, *command], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.pid = self.process.pid
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(10)
-
-        def connect():
-            with suppress(FileNotFoundError, ConnectionRefusedError):
-                self.socket.connect(str(path))
-                return True
-            assert self.process.poll() is None
-            return False
-
-        assert until(connect)
-        self.lines = self.socket.makefile("r")
-        self.lines.readline()
-        self.qmp("qmp_capabilities")
+        self.qmp = Qmp(path, self.process)
+        self.word = self.qmp.word
         until(lambda: len(inject._Vmm(self.pid, 0).files()[0]) == 5)
-
-    def qmp(self, command, **arguments):
-        """Give a command; return its answer."""
-        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        while True:
-            answer = json.loads(self.lines.readline())
-            if "event" not in answer:
-                return answer["return"]
-
-    def word(self, address):
-        """A word of the guest's memory."""
-        return int(self.qmp("human-monitor-command", **{"command-line": f"xp /1wx {address:#x}"}).split()[1], 16)
 
     def runs(self):
         """Whether the VM is running."""
@@ -160,8 +108,7 @@ class Qemu:
 
     def close(self):
         """End it."""
-        self.lines.close()
-        self.socket.close()
+        self.qmp.close()
         self.process.kill()
         self.process.wait()
 
@@ -177,12 +124,8 @@ def qemu(tmp_path, resources):
 @pytest.fixture(scope="module")
 def busy_qemu(tmp_path_factory):
     """A QEMU for all tests whose guest counts at 0x7000 as fast as it can, and at 0x46c the ticks of its clock."""
-    # sti; xor ax, ax; mov ds, ax; again: inc dword [0x7000]; jmp again
-    code = bytes.fromhex("fb 31c0 8ed8 66ff060070 ebf9")
     folder = tmp_path_factory.mktemp("qemu")
-    image = folder / "disk"
-    image.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
-    machine = Qemu(folder, "-nodefaults", "-drive", f"file={image},format=raw,if=ide")
+    machine = Qemu(folder, *boot_disk(folder))
     try:
         assert until(lambda: machine.word(0x7000), 30)
         yield machine

@@ -274,7 +274,7 @@ static void exhausted(void)
 
 static void churn(void)
 {
-    for (int i = 0; i < 2000; ++i) {
+    for (int i = 0; i < 700; ++i) {
         int vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
         int vcpu = make(vm, CREATE_VCPU, 0, "CREATE_VCPU");
         check(close(i % 2 ? vm : vcpu), "close");
