@@ -28,16 +28,23 @@ def hold_library() -> Path:
     Raises
     ------
     AttachError
-        If LD_PRELOAD cannot name it: in its syntax a space or a colon ends a path, and a ``$`` is replaced.
+        If LD_PRELOAD cannot name it (in its syntax a space or a colon ends a path, a ``$`` is replaced), or it cannot
+        be read.
     """
     path = Path(__file__).resolve().with_name("libkvmstats-hold.so")
     if any(character in ":$" or character.isspace() for character in str(path)):
         raise AttachError(
             errno.EINVAL, f"LD_PRELOAD cannot name {path}: install the package where no path has a space, ':' or '$'"
         )
-    if not path.is_file():
-        raise AttachError(errno.ENOENT, f"{path} is missing: install the package again")
-    return path
+    try:
+        with path.open("rb"):
+            return path
+    except FileNotFoundError:
+        raise AttachError(errno.ENOENT, f"{path} is missing: install the package again") from None
+    except PermissionError:
+        raise AttachError(
+            errno.EACCES, f"{path} cannot be read by this user: install the package where its VMMs can read it"
+        ) from None
 
 
 def check_can_hold(program: str | os.PathLike[str]) -> None:

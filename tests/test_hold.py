@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from qemu import Qmp, arguments, needs_qemu
+from qemu import Qmp, arguments, needs_qemu, until
 
 import kvmstats_fast as kf
 from kvmstats_fast import hold
 from kvmstats_fast.borrow import borrow
+from kvmstats_fast.find import describe
 
 TESTS = Path(__file__).parent
 VMM = TESTS / "c" / "vmm.c"
@@ -296,18 +297,22 @@ def test_a_missing_program_is_the_kernels_error(tmp_path):
 
 #: Says, as another user, whether it can hold: python -c CHECK uid gid program
 CHECK = """
-import os, sys
-from kvmstats_fast.hold import check_can_hold
+import os, pathlib, sys
+from kvmstats_fast import hold
+if library := sys.argv[4:]:
+    hold.hold_library = lambda: pathlib.Path(*library)
 uid, gid = int(sys.argv[1]), int(sys.argv[2])
 os.setgroups([]), os.setresgid(gid, gid, gid), os.setresuid(uid, uid, uid)
-try: check_can_hold(sys.argv[3])
+try: hold.check_can_hold(sys.argv[3])
 except OSError as error: print(error.strerror)
 else: print("yes")
 """
 
 
 def as_nobody(program, uid=NOBODY, gid=NOBODY, *wrapper):
+    """Whether a user may hold a program, with a library beside it that every user may read."""
     command = [*wrapper, sys.executable, "-c", CHECK, str(uid), str(gid), str(program)]
+    command.append(shutil.copy(LIBRARY, program.parent))
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -344,6 +349,18 @@ def test_programs_that_gain_privilege_are_refused_to_those_who_gain_it(open_fold
     os.setxattr(program, "security.capability", struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))
     assert "it has file capabilities" in as_nobody(program)
     assert as_nobody(program, 0, 0) == "yes"
+
+
+def test_a_library_that_the_user_cannot_read_is_named(open_folder):
+    """It is not the program that is at fault."""
+    closed = open_folder / "closed"
+    closed.mkdir(0o700)
+    script = CHECK.replace("*library)", "*library)\n    hold.__file__ = library[0]\n    hold.hold_library = real")
+    script = script.replace("if library", "real = hold.hold_library\nif library")
+    library = shutil.copy(LIBRARY, closed)
+    command = [sys.executable, "-c", script, str(NOBODY), str(NOBODY), "/bin/true", library]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"{library} cannot be read by this user: install the package where its VMMs can read it\n"
 
 
 def test_the_dynamic_linker_agrees(open_folder):
@@ -441,9 +458,16 @@ def plain(snapshot):
 
 def same_as_qemu_says(process, monitor):
     """Borrow everything of a VM that is stopped, and compare each number."""
+
+    def held():
+        found = describe(process.pid)
+        return found is not None and len(found.held) == 5
+
+    assert until(held)
     files = borrow(process.pid)
     try:
         assert [(file.kind, file.vcpu_id) for file in files] == [("vm", None), *(("vcpu", i) for i in range(4))]
+        assert until(lambda: files[1].snapshot()["exits"])
         monitor("stop")
         for _ in range(50):  # a vCPU's thread that is still on its way out, or the host, may yet move a counter
             before = [plain(file.snapshot()) for file in files]
@@ -469,7 +493,6 @@ def same_as_qemu_says(process, monitor):
 def test_qemus_stats_files_are_all_there_and_say_what_qemu_says(tmp_path, arguments):
     """The VM's and four vCPUs', each number as query-stats has it; also under the seccomp filter of libvirt."""
     with qemu(tmp_path, *arguments) as (process, monitor):
-        time.sleep(0.3)
         same_as_qemu_says(process, monitor)
 
 
