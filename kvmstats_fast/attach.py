@@ -8,14 +8,16 @@ import select
 import signal
 import threading
 import time
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
 from kvmstats_fast import hold
-from kvmstats_fast.borrow import borrow, same_file
+from kvmstats_fast.borrow import borrow, check_alive, hold_process, same_file
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.find import VmProcess, describe
 from kvmstats_fast.owning import Closing
+from kvmstats_fast.stats_file import null_fd
 
 if TYPE_CHECKING:
     import subprocess
@@ -60,22 +62,22 @@ class VirtualMachine(Closing):
         about: VmProcess,
         files: list[StatsFile],
         how: Literal["borrow", "inject", "launch"],
-        process: subprocess.Popen[Any] | None = None,
+        process: subprocess.Popen[Any] | None,
+        pidfd: int,
     ) -> None:
+        self._pidfd = -1  # what __del__ needs, should the rest fail
         self._closed = False
-        self._lock = threading.Lock()
         self._gone: VmGoneError | None = None
         self._about = about
         self.pid, self.vmm, self.name, self.how, self.process = about.pid, about.vmm, about.name, how, process
         self._trouble: list[str] = []
         self._set(files)
-        self._pidfd = -1
+        self._pidfd = os.dup(pidfd)
         try:
-            self._pidfd = os.pidfd_open(about.pid)
-        except ProcessLookupError:
-            self._end()
-        else:
             _WATCHER.add(self._pidfd, self)
+        except BaseException:
+            self._forget()
+            raise
 
     def _set(self, files: list[StatsFile]) -> None:
         self.files = tuple(files)
@@ -83,7 +85,7 @@ class VirtualMachine(Closing):
         self.vm = machines[0] if len(machines) == 1 else None
         self.vcpus = tuple(file for file in files if file.kind == "vcpu")
         for file in files:
-            file._vm = (self.pid, self.name)
+            file._vm, file._watch = (self.pid, self.name), self
 
     @property
     def alive(self) -> bool:
@@ -112,25 +114,26 @@ class VirtualMachine(Closing):
             If the process may not be attached to any more.
         """
         self._check()
-        found = borrow(self.pid)
-        with self._lock:
+        with ExitStack() as found, _WATCHER.lock:
             kept, fresh = [], []
-            for file in found:
+            for file in borrow(self.pid):
+                found.callback(file.close)
                 same = next((own for own in self.files if not own.closed and same_file(own, file)), None)
                 if same is None:
                     fresh.append(file)
                 else:
                     file.close()
                     kept.append(same)
+            about = describe(self.pid)
+            self._check()  # it lives, so all of that was about it
+            found.pop_all()
             stale = [own for own in self.files if own not in kept]
             for file in stale:
                 file.revoke(AttachError(errno.ENODEV, f"{file.id}: process {self.pid} has closed this stats file"))
                 file.close()
+                file._watch = None
             self._set(sorted([*kept, *fresh], key=_order))
-        if self._gone is not None:  # it exited meanwhile
-            self._end()
-        self._check()
-        self._about = describe(self.pid) or self._about
+            self._about = about or self._about
         return bool(fresh or stale)
 
     def explain(self) -> str:
@@ -164,23 +167,26 @@ class VirtualMachine(Closing):
 
     def close(self) -> None:
         """Close the files; the VM runs on. A second call does nothing."""
-        with self._lock:
-            if self._closed:
-                return
+        with _WATCHER.lock:
             self._closed = True
-            pidfd, self._pidfd = self._pidfd, -1
-            if pidfd >= 0:
-                _WATCHER.remove(pidfd)
-                os.close(pidfd)
+            self._forget()
             for file in self.files:
                 file.close()
+                file._watch = None
+
+    def _forget(self) -> None:
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            _WATCHER.close(pidfd)
+
+    # For when nobody has it any more: its files say themselves that they were not closed.
+    __del__ = _forget
 
     def _end(self) -> None:
         """Let go of the files: the VMM has exited."""
-        with self._lock:
-            self._gone = VmGoneError(errno.ESRCH, f"process {self.pid} ({self.vmm}) has exited, and its VM with it")
-            for file in self.files:
-                file.revoke(self._gone)
+        self._gone = VmGoneError(errno.ESRCH, f"process {self.pid} ({self.vmm}) has exited, and its VM with it")
+        for file in self.files:
+            file.revoke(self._gone)
 
     def _check(self) -> None:
         if not self.alive:
@@ -203,46 +209,71 @@ class VirtualMachine(Closing):
 
 
 class _Watcher:
-    """One thread that waits for all VMMs to exit."""
+    """One thread that waits for all VMMs to exit.
+
+    Its lock is that of all machines: one that is ended, closed or refreshed is so by one thread. It is reentrant,
+    because a signal handler may close what is just being closed.
+    """
 
     def __init__(self) -> None:
+        self._epoll: select.epoll | None = None
         self.forget()
+
+    def hold(self) -> None:
+        """Before a fork: not in the middle of something, which in the child nobody would finish."""
+        self.lock.acquire()
+
+    def release(self) -> None:
+        """After a fork, in the parent."""
+        self.lock.release()
 
     def forget(self) -> None:
         """In a forked child: what the parent watches is the parent's."""
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._machines: WeakValueDictionary[int, VirtualMachine] = WeakValueDictionary()
-        self._epoll: select.epoll | None = None
+        epoll, self._epoll = self._epoll, None
+        if epoll is not None:
+            epoll.close()
 
     def add(self, pidfd: int, machine: VirtualMachine) -> None:
         """Have its `_end` called when the process exits."""
-        with self._lock:
-            self._machines[pidfd] = machine
+        null_fd()  # now, because a file is revoked even when there are too many open
+        with self.lock:
             if self._epoll is None:
-                self._epoll = select.epoll()
-                threading.Thread(target=self._work, args=(self._epoll,), name="kvmstats-watch", daemon=True).start()
+                epoll = select.epoll()
+                threading.Thread(target=self._work, args=(epoll,), name="kvmstats-watch", daemon=True).start()
+                self._epoll = epoll
             self._epoll.register(pidfd, select.EPOLLIN)
+            self._machines[pidfd] = machine
 
-    def remove(self, pidfd: int) -> None:
-        """Watch it no more; the caller closes it."""
-        with self._lock:
-            if self._machines.pop(pidfd, None) is not None and self._epoll is not None:
-                self._epoll.unregister(pidfd)
+    def close(self, pidfd: int) -> None:
+        """Close it, and watch it no more. Without the lock: a `__del__` comes by here, in whatever thread."""
+        epoll = self._epoll
+        if epoll is not None:
+            with suppress(OSError):  # it is watched no more
+                epoll.unregister(pidfd)
+        os.close(pidfd)
 
     def _work(self, epoll: select.epoll) -> None:
         while True:
             for pidfd, _ in epoll.poll():
-                with self._lock:
-                    machine = self._machines.pop(pidfd, None)
-                    if machine is not None:
+                with self.lock:
+                    machine = self._machines.get(pidfd)
+                    if machine is not None and machine._pidfd == pidfd and machine.alive:
+                        continue  # another one, which has got the number meanwhile
+                    with suppress(OSError):
                         epoll.unregister(pidfd)
-                if machine is not None:
-                    machine._end()
+                    if machine is not None and machine._pidfd == pidfd:
+                        machine._end()
                 machine = None
 
 
 _WATCHER = _Watcher()
-os.register_at_fork(after_in_child=_WATCHER.forget)
+os.register_at_fork(
+    before=_WATCHER.hold,
+    after_in_parent=_WATCHER.release,
+    after_in_child=_WATCHER.forget,
+)
 
 
 def _order(file: StatsFile) -> int:
@@ -289,15 +320,27 @@ def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMa
                 how = "inject"
             if one.error is not None:
                 trouble.append(str(one.error))
-    files = borrow(pid)
-    about = describe(pid)
-    if about is None or not files:
+    return _machine(pid, how, trouble)
+
+
+def _machine(
+    pid: int,
+    how: Literal["borrow", "inject", "launch"],
+    trouble: list[str],
+    process: subprocess.Popen[Any] | None = None,
+) -> VirtualMachine:
+    with hold_process(pid) as pidfd, ExitStack() as opened:
+        files = borrow(pid)
         for file in files:
-            file.close()
-        raise _nothing(pid, about, trouble)
-    machine = VirtualMachine(about, files, how)
-    machine._trouble = trouble
-    return machine
+            opened.callback(file.close)
+        about = describe(pid)
+        check_alive(pid, pidfd)  # so all of that was about the process that is watched
+        if about is None or not files:
+            raise _nothing(pid, about, trouble)
+        machine = VirtualMachine(about, files, how, process, pidfd)
+        machine._trouble = trouble
+        opened.pop_all()
+        return machine
 
 
 def _nothing(pid: int, about: VmProcess | None, trouble: list[str]) -> AttachError:
@@ -387,7 +430,7 @@ def _when_ready(process: subprocess.Popen[Any], vcpus: int | None, timeout: floa
         now = time.monotonic()
         settled = seen > 0 and now - since >= _SETTLED if vcpus is None else seen >= vcpus
         if settled and about is not None:
-            return VirtualMachine(about, borrow(process.pid), "launch", process)
+            return _machine(process.pid, "launch", [], process)
         if now >= deadline:
             what = f"{seen} of {vcpus} vCPUs" if vcpus else "no VM with a vCPU"
             raise AttachError(

@@ -60,7 +60,7 @@ def borrow(pid: int, fds: Iterable[int] | None = None) -> list[StatsFile]:
     counter of the one is out of step with the other's. In a process with several VMs, ids are ambiguous, and files that
     were opened apart are all kept.
     """
-    with _process(pid) as pidfd, ExitStack() as opened:
+    with hold_process(pid) as pidfd, ExitStack() as opened:
         links = _links(pid, pidfd)
         if fds is None:
             numbers = sorted(fd for fd, link in links.items() if _STATS.match(link))
@@ -79,7 +79,7 @@ def borrow(pid: int, fds: Iterable[int] | None = None) -> list[StatsFile]:
 
 
 @contextmanager
-def _process(pid: int) -> Iterator[int]:
+def hold_process(pid: int) -> Iterator[int]:
     """Hold a pidfd for the block."""
     if pid <= 0:
         raise ValueError(f"{pid} is no pid: it must be positive")
@@ -97,7 +97,7 @@ def _process(pid: int) -> Iterator[int]:
         os.close(pidfd)
 
 
-def _check_alive(pid: int, pidfd: int) -> None:
+def check_alive(pid: int, pidfd: int) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     if poll.poll(0):
@@ -118,10 +118,10 @@ def _links(pid: int, pidfd: int) -> dict[int, str]:
             with suppress(FileNotFoundError):  # closed meanwhile
                 links[int(name)] = str(Path(folder, name).readlink())
     except OSError as error:
-        _check_alive(pid, pidfd)
+        check_alive(pid, pidfd)
         raise _refused(f"reading {folder}", pid, error.errno or 0) from None
     # As long as the process lives, its pid is its own: all that was read just now is about it.
-    _check_alive(pid, pidfd)
+    check_alive(pid, pidfd)
     return links
 
 
@@ -139,7 +139,7 @@ def _take(pid: int, pidfd: int, fd: int) -> StatsFile | None:
     if copy == -errno.EBADF:
         return None
     if copy < 0:
-        _check_alive(pid, pidfd)
+        check_alive(pid, pidfd)
         raise _refused(f"pidfd_getfd of fd {fd}", pid, -copy)
     try:
         if _STATS.match(str(Path(f"/proc/self/fd/{copy}").readlink())):

@@ -7,6 +7,7 @@ import fcntl
 import os
 import warnings
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +59,12 @@ _READ_HINTS = {
     errno.EACCES: "a security module of this process forbids the call",
     errno.EFAULT: "on a kernel with the original series this means that the VM is gone: close its stats files first",
 }
+
+
+@cache
+def null_fd() -> int:
+    """Return an fd of ``/dev/null``, which stays open: once had, it needs no other when there are too many open."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _describe(fd: int) -> str:
@@ -136,7 +143,7 @@ class StatsFile(Closing):
     opposite: there a stats file must be closed before its VM.
     """
 
-    __slots__ = ("_closefd", "_id", "_keep", "_lost", "_out", "_own", "_source", "_spare", "_vm", "schema")
+    __slots__ = ("_closefd", "_id", "_keep", "_lost", "_out", "_own", "_source", "_spare", "_vm", "_watch", "schema")
 
     def __init__(self, stats_fd: int | HasFileno, closefd: bool = True) -> None:
         self._source: Any = None  # what __del__ needs, should the rest fail
@@ -151,6 +158,7 @@ class StatsFile(Closing):
         self._lost: Exception | None = None  # why it was revoked
         self._spare = -1  # its number, when it was
         self._vm: tuple[int | None, str] = (None, "")  # of which process and guest, where that is known
+        self._watch: object = None  # the VirtualMachine: as long as a file of it is used, its VMM is watched
         self._own: npt.NDArray[np.uint64] | None = None
         self._out: object = _NO_ARRAY
         self._keep: Any = None
@@ -356,11 +364,16 @@ class StatsFile(Closing):
         """
         if self.closed or not self._closefd:
             return
-        fd, self._lost = self._source.fd, why
-        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        os.dup2(null, fd, inheritable=False)
-        os.close(null)
-        self._source.fd, self._spare = -1, fd
+        null, self._lost = null_fd(), why
+        # From here on it is ours: a `close` meanwhile, in the thread that reads, finds nothing to close.
+        fd, self._source.fd = self._source.fd, -1
+        if fd >= 0:
+            try:
+                os.dup2(null, fd, inheritable=False)
+            except OSError:  # its number is above a limit that was lowered since
+                os.close(fd)
+            else:
+                self._spare = fd
 
     def _check_open(self) -> None:
         if self._lost is not None:

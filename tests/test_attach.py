@@ -1,13 +1,17 @@
 """VirtualMachine: attach, launch, and what happens when the VMM goes."""
 
+import errno
+import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +20,8 @@ from helpers import open_fds
 from qemu import Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
+
+attach_module = import_module("kvmstats_fast.attach")  # kf.attach is the function
 
 #: A VMM that holds its stats files: says when it is ready, then does as it is told.
 HOLDER = """
@@ -284,6 +290,119 @@ def test_many_machines_that_come_and_go_leave_nothing(resources):
     assert until(lambda: all(file.closed for file in machine))
     machine.close()
     assert open_fds() == fds
+
+
+@pytest.mark.real_vm
+def test_a_machine_that_was_dropped_leaves_nothing(holder):
+    """No fd; and when its VMM exits afterwards, the watch does not run in circles over it."""
+    kf.attach(holder.pid).close()
+    fds = open_fds()
+    machine = kf.attach(holder.pid)
+    del machine
+    with pytest.warns(ResourceWarning, match="unclosed <StatsFile"):
+        gc.collect()
+    assert open_fds() == fds
+    used = time.process_time()
+    holder.end()
+    time.sleep(0.3)
+    assert time.process_time() - used < 0.2
+
+
+@pytest.mark.real_vm
+def test_the_files_alone_keep_the_watch(holder):
+    """Whoever keeps only some of the files has them closed at the end of the VMM too."""
+    file = kf.attach(holder.pid).vcpus[1]
+    gc.collect()
+    holder.process.kill()
+    assert until(lambda: file.closed)
+    with pytest.raises(kf.VmGoneError, match="has exited"):
+        file.read()
+
+
+@pytest.mark.real_vm
+def test_files_are_closed_when_no_other_may_be_opened(resources):
+    """A VMM that exits while this process has as many files open as it may; the watch goes on to the next."""
+    holders = [Holder(resources) for _ in range(2)]
+    machines = [resources.enter_context(kf.attach(holder.pid)) for holder in holders]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir())
+    with ExitStack() as full:
+        full.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+        with suppress(OSError):
+            while True:
+                full.callback(os.close, os.dup(0))
+        for holder, machine in zip(holders, machines, strict=True):
+            holder.process.kill()
+            assert until(lambda machine=machine: all(file.closed for file in machine), 5)
+
+
+@pytest.mark.real_vm
+def test_an_attach_that_fails_half_way_leaves_nothing(holder, monkeypatch):
+    """Whatever fails behind the borrowing: the look at the process, its end, or the watch."""
+    kf.attach(holder.pid).close()
+    fds = open_fds()
+
+    def fails(*_):
+        raise OSError(errno.EMFILE, "too many")
+
+    for where, what in ((attach_module, "describe"), (attach_module._WATCHER, "add")):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, fails)
+            with pytest.raises(OSError, match="too many"):
+                kf.attach(holder.pid)
+        assert open_fds() == fds
+
+    def exits(pid):
+        holder.process.kill()
+        holder.process.wait()
+        return describe(pid)
+
+    describe = attach_module.describe
+    monkeypatch.setattr(attach_module, "describe", exits)
+    with pytest.raises(kf.VmGoneError):
+        kf.attach(holder.pid)
+    assert open_fds() == fds
+
+
+@pytest.mark.real_vm
+def test_a_machine_that_is_closed_while_it_is_refreshed_stays_closed(holder, monkeypatch):
+    """As a signal handler may do: refresh says so, and what it had borrowed is closed."""
+    machine = kf.attach(holder.pid)
+    links, borrow = stats_links(), attach_module.borrow
+
+    def closing(pid):
+        files = borrow(pid)
+        machine.close()
+        return files
+
+    monkeypatch.setattr(attach_module, "borrow", closing)
+    with pytest.raises(ValueError, match="is closed"):
+        machine.refresh()
+    assert stats_links() == links - 3
+    assert all(file.closed for file in machine)
+
+
+@pytest.mark.real_vm
+def test_the_watch_does_not_mix_up_reused_numbers(resources):
+    """A machine whose pidfd has the number of one whose VMM has just exited lives on."""
+    one, other = Holder(resources, 1), Holder(resources, 1)
+    first, second = kf.attach(one.pid), resources.enter_context(kf.attach(other.pid))
+    watcher, number = attach_module._WATCHER, first._pidfd
+    with watcher.lock:
+        one.end()
+        time.sleep(0.05)  # the watcher has heard of it, and waits for the lock
+        first.close()
+        while (pidfd := os.pidfd_open(other.pid)) != number:
+            resources.callback(os.close, pidfd)
+        watcher.close(second._pidfd)
+        second._pidfd = number
+        watcher.add(number, second)
+    time.sleep(0.05)
+    assert second.alive
+    second.vm.read()
+    other.process.kill()
+    assert until(lambda: second.vm.closed)
 
 
 # ---- launch
