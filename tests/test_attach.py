@@ -465,6 +465,24 @@ def test_a_program_that_makes_no_vm_is_ended_and_said_so():
 
 
 @pytest.mark.real_vm
+def test_launch_counts_vcpus_and_not_their_files():
+    """A VMM that opens its vCPU's file itself, as QEMU 8.1 does, has one vCPU with two files; none is no number."""
+    code = """
+import time
+from kvmstats_fast.testing import TinyGuest
+guest = TinyGuest(1)
+files = guest.open_stats()
+time.sleep(60)
+"""
+    with pytest.raises(kf.AttachError, match="1 of 2 vCPUs"):
+        kf.launch([sys.executable, "-c", code], vcpus=2, timeout=2)
+    with kf.launch([sys.executable, "-c", code], vcpus=1) as machine, machine.process as process:
+        process.kill()
+    with pytest.raises(ValueError, match="vcpus is 0"):
+        kf.launch([sys.executable, "-c", code], vcpus=0)
+
+
+@pytest.mark.real_vm
 @needs_qemu
 def test_a_static_program_is_not_started(tmp_path):
     """It would not load the library: refused before it runs."""
