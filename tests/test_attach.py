@@ -20,6 +20,8 @@ from helpers import open_fds
 from qemu import Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
+from kvmstats_fast.cli import main
+from kvmstats_fast.cli import run as run_module
 
 attach_module = import_module("kvmstats_fast.attach")  # kf.attach is the function
 
@@ -569,3 +571,23 @@ def test_kvmstats_run_gives_the_status_of_what_it_ran():
     assert (status, "name the VMM to start" in err) == (2, True)
     status, err = run("--", "no-such-vmm")
     assert (status, "no-such-vmm" in err) == (1, True)
+
+
+def test_kvmstats_run_outlives_a_refusal(monkeypatch, capsys, tmp_path):
+    """What may not be borrowed is said once, and the VMM runs to its end, whose status is given."""
+
+    def refuse(_):
+        raise kf.AttachError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(run_module, "borrow", refuse)
+    assert main(["run", "--", sys.executable, "-c", "import time; time.sleep(0.2); raise SystemExit(7)"]) == 7
+    err = capsys.readouterr().err
+    assert (err.count("not permitted"), "made no VM" in err) == (1, True)
+    monkeypatch.undo()
+    # The file of a run that did not come about would be in the way of the next one.
+    path = tmp_path / "stats"
+    assert main(["run", "--json", str(path), "--", "no-such-vmm"]) == 1
+    assert not path.exists()
+    assert main(["run", "--json", str(path), "--", sys.executable, "-c", ""]) == 0
+    assert path.read_text() == ""
+    assert "made no VM" in capsys.readouterr().err

@@ -7,20 +7,21 @@ import json
 import signal
 import sys
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from subprocess import TimeoutExpired
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from kvmstats_fast import hold
 from kvmstats_fast.borrow import borrow, same_file
 from kvmstats_fast.cli.demo import print_table
-from kvmstats_fast.errors import VmGoneError
+from kvmstats_fast.errors import KvmStatsError, VmGoneError
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Iterator
 
     from kvmstats_fast.stats_file import StatsFile
 
@@ -57,13 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
         print("kvmstats run: name the VMM to start: kvmstats run -- qemu-system-x86_64 -accel kvm ...", file=sys.stderr)
         return 2
     with ExitStack() as stack:
-        output = stack.enter_context(Path(arguments.json).open("x", encoding="utf-8")) if arguments.json else None
+        output = stack.enter_context(_new(Path(arguments.json))) if arguments.json else None
         files: list[StatsFile] = []
+        stack.callback(_close, files)
         process = stack.enter_context(hold.start(command))
         _pass_signals_on(process, stack)
         status = _wait(process, files)
-        for file in files:
-            stack.enter_context(file)
         stats = [_stats(file, arguments.event) for file in files]
         if output is not None:
             for file, values in zip(files, stats, strict=True):
@@ -73,9 +73,25 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"\n{command[0]} (process {process.pid}):\n", file=sys.stderr)
             moved = [{name: value for name, value in one.items() if _is_any(value)} for one in stats]
             print_table(files, moved, sys.stderr)
-        else:
+        if not files:
             print(f"kvmstats: {command[0]} made no VM, or one that was gone at once", file=sys.stderr)
     return status if status >= 0 else 128 - status
+
+
+@contextmanager
+def _new(path: Path) -> Iterator[TextIO]:
+    """Open a new file, which is there afterwards only if all went well."""
+    with path.open("x", encoding="utf-8") as file:
+        try:
+            yield file
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def _close(files: list[StatsFile]) -> None:
+    for file in files:
+        file.close()
 
 
 def _stats(file: StatsFile, patterns: list[str] | None) -> dict[str, Any]:
@@ -101,14 +117,19 @@ def _pass_signals_on(process: subprocess.Popen[Any], stack: ExitStack) -> None:
 
 def _wait(process: subprocess.Popen[Any], files: list[StatsFile]) -> int:
     """Wait for the VMM, and collect its files meanwhile: they can be read when it is gone."""
-    pause = 0.0
+    pause, said = 0.0, ""
     while process.poll() is None:
-        with suppress(VmGoneError):
+        try:
             for file in borrow(process.pid):
                 if any(same_file(file, known) for known in files):
                     file.close()
                 else:
                     files.append(file)
+        except VmGoneError:
+            pass
+        except (KvmStatsError, OSError) as error:  # the VMM is not to suffer from it, and may be asked again
+            if said != (said := str(error)):
+                print(f"kvmstats: {error}", file=sys.stderr)
         pause = min(pause + 0.02, _LOOK)  # soon at first: it may be short
         with suppress(TimeoutExpired):
             process.wait(pause)
