@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
 from kvmstats_fast import hold
-from kvmstats_fast.borrow import borrow, check_alive, hold_process, same_file
+from kvmstats_fast.borrow import borrow, check_alive, hold_process, known_as
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.find import VmProcess, describe
 from kvmstats_fast.owning import Closing
@@ -117,9 +117,9 @@ class VirtualMachine(Closing):
         self._check()
         with ExitStack() as found, _WATCHER.lock:
             kept, fresh = [], []
-            for file in borrow(self.pid):
+            for file in borrow(self.pid, known=self.files):
                 found.callback(file.close)
-                same = next((own for own in self.files if not own.closed and same_file(own, file)), None)
+                same = known_as(file, self.files)
                 if same is None:
                     fresh.append(file)
                 else:
@@ -415,7 +415,9 @@ def launch(
 
 
 def _exit(status: int) -> str:
-    if status >= 0:
+    if status == 0:
+        return "exited with status 0 (one that goes into the background, as by -daemonize: find_vms shows its pid)"
+    if status > 0:
         return f"exited with status {status}"
     hint = " (a seccomp filter that does not know KVM_GET_STATS_FD?)" if -status == signal.SIGSYS else ""
     return f"was killed by signal {-status}{hint}"

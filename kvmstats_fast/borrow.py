@@ -17,7 +17,7 @@ from kvmstats_fast.permission import explain_refusal
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["borrow"]
 
@@ -26,7 +26,7 @@ _STATS = re.compile(r"anon_inode:\[?kvm-(vm|vcpu)-stats\b")
 _VM = re.compile(r"anon_inode:\[?kvm-vm\]?$")
 
 
-def borrow(pid: int, fds: Iterable[int] | None = None) -> list[StatsFile]:
+def borrow(pid: int, fds: Iterable[int] | None = None, *, known: Sequence[StatsFile] = ()) -> list[StatsFile]:
     """Open, here, the stats files that another process has open.
 
     Parameters
@@ -35,6 +35,8 @@ def borrow(pid: int, fds: Iterable[int] | None = None) -> list[StatsFile]:
         The process. It need not help, nor notice.
     fds : iterable of int, optional
         Which of its fds; default: all its stats files, without those that mean the same VM or vCPU.
+    known : sequence of StatsFile
+        Borrowed before: of several that mean the same, a duplicate of one of these is kept.
 
     Returns
     -------
@@ -73,7 +75,7 @@ def borrow(pid: int, fds: Iterable[int] | None = None) -> list[StatsFile]:
             elif fds is not None:
                 raise AttachError(errno.EBADF, f"process {pid} closed its fd {fd} just now")
         if fds is None:
-            files = _distinct(files, only_one_vm=_has_one_vm(pid, links))
+            files = _distinct(files, known, only_one_vm=_has_one_vm(pid, links))
         opened.pop_all()
     return files
 
@@ -157,10 +159,10 @@ def _has_one_vm(pid: int, links: dict[int, str]) -> bool:
     return first >= 0 and all(lib.kvmstats_same_file(pid, first, fd) == 1 for fd in rest)
 
 
-def _distinct(files: list[StatsFile], *, only_one_vm: bool) -> list[StatsFile]:
+def _distinct(files: list[StatsFile], known: Sequence[StatsFile], *, only_one_vm: bool) -> list[StatsFile]:
     """Sort the files, and close those that mean the same as one before."""
     kept: dict[str, list[StatsFile]] = {}
-    for file in sorted(files, key=lambda file: -1 if file.vcpu_id is None else file.vcpu_id):
+    for file in sorted(files, key=lambda file: (_order(file), known_as(file, known) is None)):
         like = kept.setdefault(file.id, [])
         if any(same_file(file, other) or (only_one_vm and _in_step(file, other)) for other in like):
             file.close()
@@ -169,9 +171,23 @@ def _distinct(files: list[StatsFile], *, only_one_vm: bool) -> list[StatsFile]:
     return [file for like in kept.values() for file in like]
 
 
+def _order(file: StatsFile) -> int:
+    return -1 if file.vcpu_id is None else file.vcpu_id
+
+
 def same_file(file: StatsFile, other: StatsFile) -> bool:
     """Whether two are duplicates of one open file; False if the kernel has no kcmp(2)."""
     return bool(lib.kvmstats_same_file(os.getpid(), file.fileno(), other.fileno()) == 1)
+
+
+def known_as(file: StatsFile, known: Sequence[StatsFile]) -> StatsFile | None:
+    """Find the file among those that were borrowed before; by its id, if the kernel has no kcmp(2)."""
+    for one in known:
+        if one.id == file.id and not one.closed:
+            answer = lib.kvmstats_same_file(os.getpid(), file.fileno(), one.fileno())
+            if answer == 1 or answer < 0:
+                return one
+    return None
 
 
 def _in_step(file: StatsFile, other: StatsFile) -> bool:

@@ -229,7 +229,7 @@ class Sampler(Unique):
             entry = files[index]
             if entry.error and entry.failed_at < stop:
                 if file._lost is not None:
-                    error: Exception = file._lost
+                    error: Exception = type(file._lost)(*file._lost.args)  # a run may add its samples to it
                 elif file.closed:
                     error = ValueError(f"StatsFile {file.id} was closed while it was sampled")
                 else:

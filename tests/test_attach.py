@@ -20,6 +20,8 @@ from helpers import open_fds
 from qemu import Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
+from kvmstats_fast import borrow as borrowing
+from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.cli import main
 from kvmstats_fast.cli import run as run_module
 
@@ -27,7 +29,8 @@ attach_module = import_module("kvmstats_fast.attach")  # kf.attach is the functi
 
 #: A VMM that holds its stats files: says when it is ready, then does as it is told.
 HOLDER = """
-import sys
+import os, sys
+spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
 from kvmstats_fast.testing import TinyGuest
 guest = TinyGuest(int(sys.argv[1]))
 files = guest.open_stats() if sys.argv[2] == "all" else guest.open_stats()[1:] if sys.argv[2] == "vcpus" else []
@@ -39,6 +42,10 @@ for line in sys.stdin:
     elif command == "close":
         files.pop().close()
     elif command == "open":
+        files += guest.open_stats()
+    elif command == "low":
+        for fd in spare:
+            os.close(fd)
         files += guest.open_stats()
     print("done", flush=True)
 """
@@ -69,6 +76,17 @@ class Holder:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
+
+
+class NoKcmp:
+    """The core on a kernel without kcmp."""
+
+    kvmstats_getfd = staticmethod(lib.kvmstats_getfd)
+
+    @staticmethod
+    def kvmstats_same_file(*_):
+        """Say so."""
+        return -errno.ENOSYS
 
 
 def stats_links(pid="self"):
@@ -165,6 +183,21 @@ def test_refresh_adds_what_is_new_and_closes_what_the_vmm_closed(resources):
         assert [file.vcpu_id for file in machine.vcpus] == [0, 1]
         assert machine.explain() == ""
         machine.vcpus[1].read()
+
+
+@pytest.mark.real_vm
+@pytest.mark.parametrize("has_kcmp", [True, False])
+def test_refresh_keeps_its_files_when_the_vmm_opens_them_once_more(holder, monkeypatch, has_kcmp):
+    """Even at lower numbers, and where the kernel does not tell duplicates: a run goes on with what it has."""
+    if not has_kcmp:
+        monkeypatch.setattr(borrowing, "lib", NoKcmp())
+    with kf.attach(holder.pid) as machine:
+        files = machine.files
+        assert len(files) == 3
+        holder.do("low")
+        assert machine.refresh() is False
+        assert machine.files == files
+        assert not any(file.closed for file in files)
 
 
 # ---- when the VMM goes
@@ -373,7 +406,7 @@ def test_a_machine_that_is_closed_while_it_is_refreshed_stays_closed(holder, mon
     machine = kf.attach(holder.pid)
     links, borrow = stats_links(), attach_module.borrow
 
-    def closing(pid):
+    def closing(pid, **_):
         files = borrow(pid)
         machine.close()
         return files
@@ -576,7 +609,7 @@ def test_kvmstats_run_gives_the_status_of_what_it_ran():
 def test_kvmstats_run_outlives_a_refusal(monkeypatch, capsys, tmp_path):
     """What may not be borrowed is said once, and the VMM runs to its end, whose status is given."""
 
-    def refuse(_):
+    def refuse(*_, **__):
         raise kf.AttachError(errno.EPERM, "not permitted")
 
     monkeypatch.setattr(run_module, "borrow", refuse)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from kvmstats_fast import hold
-from kvmstats_fast.borrow import borrow, same_file
+from kvmstats_fast.borrow import borrow, known_as
 from kvmstats_fast.cli.demo import print_table
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
 
@@ -120,8 +120,8 @@ def _wait(process: subprocess.Popen[Any], files: list[StatsFile]) -> int:
     pause, said = 0.0, ""
     while process.poll() is None:
         try:
-            for file in borrow(process.pid):
-                if any(same_file(file, known) for known in files):
+            for file in borrow(process.pid, known=files):
+                if known_as(file, files):
                     file.close()
                 else:
                     files.append(file)
