@@ -337,10 +337,10 @@ def test_a_machine_that_was_dropped_leaves_nothing(holder):
     with pytest.warns(ResourceWarning, match="unclosed <StatsFile"):
         gc.collect()
     assert open_fds() == fds
-    used = time.process_time()
+    used, began = time.process_time(), time.monotonic()
     holder.end()
     time.sleep(0.3)
-    assert time.process_time() - used < 0.2
+    assert time.process_time() - used < (time.monotonic() - began) / 2
 
 
 @pytest.mark.real_vm

@@ -261,9 +261,9 @@ def test_qemu_survives_a_tracer_that_dies(busy_qemu, resources, step):
 def test_a_paused_vm_is_refused_and_does_as_soon_as_it_runs(qemu):
     """The VM's own file can be had at once, those of vCPUs that run nowhere cannot, and the reason is told in time."""
     qemu.qmp("stop")
-    began = time.monotonic()
-    vm, *vcpus = open_missing(qemu.pid, timeout=0.5)
-    assert time.monotonic() - began < 5
+    began, timeout = time.monotonic(), 0.5
+    vm, *vcpus = open_missing(qemu.pid, timeout=timeout)
+    assert time.monotonic() - began < 10 * timeout
     assert vm.error is None
     assert len(vcpus) == 4
     for vcpu in vcpus:
@@ -489,10 +489,9 @@ def test_a_thread_outside_system_calls_is_let_alone(target):
 def test_a_thread_that_nothing_wakes_times_out(target):
     """One that waits for a vfork child is given up in time, and is as before."""
     vmm_process = target(0, 0, "vfork")
-    began = time.monotonic()
     attempt = vmm_of(vmm_process.pid, 0.2).attempt(vmm_process.tids["vfork"], (0,), in_run=False)
     assert attempt.result == Result.TIMEOUT
-    assert time.monotonic() - began < 2.5
+    assert vmm_process.thread("vfork")["calls"] == 0  # it waits yet
     assert until(lambda: vmm_process.thread("vfork")["calls"] == 1)
 
 
@@ -514,11 +513,10 @@ def test_a_tracer_that_hangs_is_killed(target):
     mine |= {int(c) for t in Path("/proc/self/task").iterdir() for c in (t / "children").read_text().split()}
     stopper = threading.Thread(target=stop_it)
     stopper.start()
-    began = time.monotonic()
     attempt = vmm.attempt(vmm_process.tids["vfork"], (0,), in_run=False)
     stopper.join()
     assert attempt.result == Result.KILLED
-    assert time.monotonic() - began < 2.5
+    assert vmm_process.thread("vfork")["calls"] == 0  # it waits yet
     assert os.waitpid(-1, os.WNOHANG | 0x40000000) == (0, 0)
     assert until(lambda: vmm_process.thread("vfork")["calls"] == 1)
 
@@ -636,11 +634,11 @@ def test_a_vmm_that_dies_meanwhile_is_a_clear_error(program):
             vmm_process = Target(program, 1, 4)
             stack.callback(vmm_process.close)
             threading.Timer(0.002 * i, vmm_process.process.kill).start()
-            began = time.monotonic()
+            began, timeout = time.monotonic(), 30
             with suppress(AttachError):
-                for result in open_missing(vmm_process.pid, timeout=30):
+                for result in open_missing(vmm_process.pid, timeout=timeout):
                     assert result.error is None or isinstance(result.error, AttachError), result
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < timeout / 2
 
 
 def test_files_of_several_vms_are_told_apart_as_far_as_can_be(target, resources):
