@@ -126,8 +126,7 @@ class Sampler(Unique):
         stats: str | Iterable[str] | None = None,
         threads: int = 1,
     ) -> None:
-        self._owners = list(files)  # a VirtualMachine is to live as long as it is sampled
-        chosen = list(_flat(self._owners))
+        chosen = list(_flat(files))
         for file in chosen:
             if not isinstance(file, StatsFile):
                 raise TypeError(f"files has a {type(file).__name__}; it must be StatsFiles only")
