@@ -31,6 +31,18 @@ def open_fds():
 NOBODY = 65534
 
 
+def take_away(fd):
+    """Make fd fail as a closed one does, with EBADF, while its number stays taken.
+
+    After a plain close() the next file that any thread opens has the number, and would be read in its place.
+    """
+    unreadable = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(unreadable, fd, inheritable=False)
+    finally:
+        os.close(unreadable)
+
+
 def forked(work, uid=None):
     """Run `work` in a forked child, as another user if told so, and return the child's pid; see `exit_status`.
 
