@@ -1,10 +1,17 @@
 """Fixtures, and the count of tests that ran against a real VM."""
 
+import signal
 from contextlib import ExitStack
 
 import pytest
 
 from kvmstats_fast.testing import KvmUnavailableError, TinyGuest, exit_counter
+
+
+def pytest_configure():
+    """Have Ctrl-C, which tests send themselves, also where a shell in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
