@@ -250,11 +250,21 @@ def test_a_recording_becomes_parquet_batch_by_batch(tmp_path):
     assert not list((tmp_path / "set").rglob("*.part"))
 
 
+def test_the_same_samples_are_converted_once(x, tmp_path):
+    """A second time they would stand in the data set twice; other sweeps, statistics or hosts go beside them."""
+    paths = kf.to_parquet(x, tmp_path)
+    with pytest.raises(FileExistsError, match="converted before"):
+        kf.to_parquet(x[:], tmp_path)
+    assert kf.to_parquet(x, tmp_path, overwrite=True) == paths
+    others = [*kf.to_parquet(x[1:], tmp_path), *kf.to_parquet(x, tmp_path, host="another")]
+    assert len({*paths, *others}) == len(paths) + len(others) == len(list(tmp_path.rglob("*.parquet")))
+
+
 def test_a_conversion_that_is_killed_spoils_no_data_set(x, tmp_path, monkeypatch):
     """What it leaves lies where no reader of the data set looks."""
     kf.to_parquet(x, tmp_path)
     monkeypatch.setattr(Path, "replace", lambda *_: tmp_path)
-    kf.to_parquet(x, tmp_path)
+    kf.to_parquet(x, tmp_path, overwrite=True)
     monkeypatch.undo()
     assert len(list(tmp_path.rglob("*.part"))) == 1
     assert len(pl.scan_parquet(tmp_path / "vcpu", hive_partitioning=True).collect()) == 10

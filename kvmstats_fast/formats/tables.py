@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from contextlib import ExitStack
+from dataclasses import astuple
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import arrow, need
@@ -51,7 +56,7 @@ def to_parquet(
     encoding : {"BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN"}
         Of integers. The first is for readers since 2024 or so (DuckDB 2); all readers know the other two.
     overwrite : bool
-        Replace files of the same recording.
+        Replace the files of the same samples or recording.
 
     Returns
     -------
@@ -61,7 +66,7 @@ def to_parquet(
     Raises
     ------
     FileExistsError
-        If this recording was converted to this place before, without `overwrite`.
+        If these samples or this recording were converted to this place before, without `overwrite`.
     KvmStatsError
         If a recording has no whole batch.
     ModuleNotFoundError
@@ -76,11 +81,10 @@ def to_parquet(
     """
     if encoding not in _ENCODINGS:
         raise ValueError(f"encoding is {encoding!r}; it must be one of {', '.join(map(repr, _ENCODINGS))}")
-    name = source.recording if isinstance(source, Recording) else ""
     if not isinstance(source, Samples | Recording):
         source = Recording(source)
-        name = source.recording
-    writer = _Parquet(Path(root), host, name or os.urandom(16).hex(), encoding, overwrite=overwrite)
+    name = _name(source) if isinstance(source, Samples) else source.recording
+    writer = _Parquet(Path(root), host, name, encoding, overwrite=overwrite)
     empty = True
     for samples in _batches(source):
         empty = False
@@ -90,6 +94,14 @@ def to_parquet(
         raise KvmStatsError(f"{source}: this recording has no whole batch")
     writer.flush()
     return writer.written
+
+
+def _name(samples: Samples) -> str:
+    """Name samples by when and of what they are, as random bytes name a recording: the same twice is noticed."""
+    what = [samples.host, samples.wall_offset, samples.names, [astuple(info) for info in samples.files]]
+    digest = blake2b(json.dumps(what).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(samples.time).data)
+    return digest.hexdigest()
 
 
 _ENCODINGS = ("BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN")
