@@ -4,6 +4,7 @@ import os
 import struct
 import sys
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,16 @@ def open_fds():
 
 
 NOBODY = 65534
+
+
+def stats_fds(pid="self"):
+    """Which fds of a process are stats files."""
+    found = set()
+    for one in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that lists them
+            if "-stats" in str(one.readlink()):
+                found.add(int(one.name))
+    return found
 
 
 def take_away(fd):

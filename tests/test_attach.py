@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import open_fds
+from helpers import open_fds, stats_fds
 from qemu import Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
@@ -24,6 +24,7 @@ from kvmstats_fast import borrow as borrowing
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.cli import main
 from kvmstats_fast.cli import run as run_module
+from kvmstats_fast.testing import counts_right
 
 attach_module = import_module("kvmstats_fast.attach")  # kf.attach is the function
 
@@ -87,15 +88,6 @@ class NoKcmp:
     def kvmstats_same_file(*_):
         """Say so."""
         return -errno.ENOSYS
-
-
-def stats_links(pid="self"):
-    """How many stats files a process has open."""
-    count = 0
-    for one in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # the one that lists them
-            count += "-stats" in str(one.readlink())
-    return count
 
 
 @pytest.fixture
@@ -208,13 +200,13 @@ def test_files_are_closed_soon_after_the_vmm_is_gone(resources):
     """Within 100 ms, whether anybody looks or not; what is asked then says what happened. Tried up to three times."""
     for attempt in range(3):
         holder = Holder(resources)
-        others = stats_links()
+        others = len(stats_fds())
         machine = kf.attach(holder.pid)
-        assert stats_links() == others + 3
+        assert len(stats_fds()) == others + 3
         holder.process.kill()
         holder.process.wait()
         gone = time.monotonic()
-        assert until(lambda others=others: stats_links() == others)
+        assert until(lambda others=others: len(stats_fds()) == others)
         took = time.monotonic() - gone
         assert machine.alive is False
         for call in (machine.vcpus[0].read, machine.vm.snapshot, machine.refresh):
@@ -267,7 +259,7 @@ def test_the_other_vm_goes_on_without_a_gap_when_one_is_killed(resources):
         timer.start()
         x = sampler.run(0.001, duration=1)
         timer.join()
-        assert stats_links() >= 3
+        assert len(stats_fds()) >= 3
         assert len(x) + x.missed == 1000
         assert x.time[-1] - x.time[0] >= 0.9e9
         assert [x.files[error.file].pid for error in x.errors] == [one.pid] * 2
@@ -404,7 +396,7 @@ def test_an_attach_that_fails_half_way_leaves_nothing(holder, monkeypatch):
 def test_a_machine_that_is_closed_while_it_is_refreshed_stays_closed(holder, monkeypatch):
     """As a signal handler may do: refresh says so, and what it had borrowed is closed."""
     machine = kf.attach(holder.pid)
-    links, borrow = stats_links(), attach_module.borrow
+    links, borrow = len(stats_fds()), attach_module.borrow
 
     def closing(pid, **_):
         files = borrow(pid)
@@ -414,7 +406,7 @@ def test_a_machine_that_is_closed_while_it_is_refreshed_stays_closed(holder, mon
     monkeypatch.setattr(attach_module, "borrow", closing)
     with pytest.raises(ValueError, match="is closed"):
         machine.refresh()
-    assert stats_links() == links - 3
+    assert len(stats_fds()) == links - 3
     assert all(file.closed for file in machine)
 
 
@@ -569,7 +561,7 @@ def test_kvmstats_run_shows_what_the_statistics_came_to(tmp_path):
         )
         assert until(lambda child=child: any(ppid(found.pid) == child.pid for found in kf.find_vms()))
         monitor = Qmp(path, child)
-        assert until(lambda child=child: stats_links(child.pid) == 5)
+        assert until(lambda child=child: len(stats_fds(child.pid)) == 5)
         time.sleep(0.3)
         monitor("quit")
         monitor.close()
@@ -624,3 +616,46 @@ def test_kvmstats_run_outlives_a_refusal(monkeypatch, capsys, tmp_path):
     assert main(["run", "--json", str(path), "--", sys.executable, "-c", ""]) == 0
     assert path.read_text() == ""
     assert "made no VM" in capsys.readouterr().err
+
+
+@pytest.mark.real_vm
+def test_kvmstats_run_lets_go_of_a_vm_that_was_destroyed(tmp_path):
+    """Its statistics are shown all the same; its memory in the kernel is not kept for the rest of the run."""
+    vmm = (
+        "import sys\n"
+        "from kvmstats_fast.testing import TinyGuest\n"
+        "for exits in map(int, sys.argv[1:]):\n"
+        "    with TinyGuest(1) as guest:\n"
+        "        guest.run(exits)\n"
+        "        print('made', flush=True)\n"
+        "        sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-m", "kvmstats_fast", "run", "--json", str(tmp_path / "stats"), "--"]
+    child = subprocess.Popen(
+        [*command, sys.executable, "-c", vmm, "500", "700"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with child:
+        before = set()
+        for _ in range(2):
+            assert child.stdout.readline() == "made\n"
+            assert until(lambda before=before: len(now := stats_fds(child.pid)) == 2 and not now & before)
+            before = stats_fds(child.pid)
+            child.stdin.write("\n")
+            child.stdin.flush()
+    rows = [json.loads(line) for line in (tmp_path / "stats").read_text().splitlines()]
+    assert [row["vcpu"] for row in rows] == [None, None, 0, 0]
+    assert all(counts_right(row["stats"], exits) for row, exits in zip(rows[2:], (500, 700), strict=True))
+
+
+def test_kvmstats_run_passes_on_a_signal_that_comes_before_the_vmm(monkeypatch):
+    """SIGTERM just before there is somebody to pass it on to ends the VMM, not kvmstats alone."""
+    start = run_module.hold.start
+
+    def signalled(argv):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(argv)
+
+    monkeypatch.setattr(run_module.hold, "start", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["run", "--", sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -17,6 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+from helpers import stats_fds
 from qemu import Qmp, arguments, boot_disk, needs_qemu, until
 
 import kvmstats_fast as kf
@@ -82,10 +83,6 @@ def vmm_of(pid, seconds=30):
 def ask(vmm, tid, fds, *, in_run=False, **more):
     """Attempt until the thread is met in a call."""
     return until(lambda: (a := vmm.attempt(tid, fds, in_run=in_run, **more)).result not in inject._PASSING and a)
-
-
-def stats_fds(pid):
-    return [fd for fds in inject._Vmm(pid, 0).files()[1].values() for fd in fds]
 
 
 # ---- QEMU
@@ -658,14 +655,14 @@ def test_files_of_several_vms_are_told_apart_as_far_as_can_be(target, resources)
 def test_one_held_file_of_several_vms_is_nobodys(target):
     """With fewer files than VMs each VM gets a new one, because whose the held one is cannot be told."""
     vmm_process = target(2, 1, "held")
-    before = set(stats_fds(vmm_process.pid))
+    before = stats_fds(vmm_process.pid)
     assert len(before) == 2
     results = open_missing(vmm_process.pid, timeout=30)
     assert [(r.opened, r.error) for r in results] == [(True, None)] * 4
     assert not before & {r.stats_fd for r in results}
     one = target(1, 1, "held")
     assert [(r.opened, r.error) for r in open_missing(one.pid, timeout=30)] == [(False, None)] * 2
-    assert {r.stats_fd for r in open_missing(one.pid, timeout=30)} == set(stats_fds(one.pid))
+    assert {r.stats_fd for r in open_missing(one.pid, timeout=30)} == stats_fds(one.pid)
 
 
 # ---- this process

@@ -21,7 +21,7 @@ from kvmstats_fast.errors import KvmStatsError, VmGoneError
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from kvmstats_fast.stats_file import StatsFile
 
@@ -61,10 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
         output = stack.enter_context(_new(Path(arguments.json))) if arguments.json else None
         files: list[StatsFile] = []
         stack.callback(_close, files)
+        pass_on_to = _pass_signals_on(stack)
         process = stack.enter_context(hold.start(command))
-        _pass_signals_on(process, stack)
-        status = _wait(process, files)
-        stats = [_stats(file, arguments.event) for file in files]
+        pass_on_to(process)
+        destroyed: dict[StatsFile, dict[str, Any]] = {}
+        for file in _watched(process, files):
+            destroyed[file] = _stats(file, arguments.event)
+        stats = [destroyed.get(file) or _stats(file, arguments.event) for file in files]
+        status = process.returncode
         if output is not None:
             for file, values in zip(files, stats, strict=True):
                 who = {"pid": process.pid, "id": file.id, "kind": file.kind, "vcpu": file.vcpu_id}
@@ -105,26 +109,50 @@ def _is_any(value: Any) -> bool:
     return any(value) if isinstance(value, list) else bool(value)
 
 
-def _pass_signals_on(process: subprocess.Popen[Any], stack: ExitStack) -> None:
-    """End with the VMM, not before it: Ctrl-C reaches it from the terminal, the others through us."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in _PASSED_ON}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
-    for number, handler in before.items():
-        stack.callback(signal.signal, number, handler)
+def _pass_signals_on(stack: ExitStack) -> Callable[[subprocess.Popen[Any]], None]:
+    """End with the VMM, not before it: Ctrl-C reaches it from the terminal, the others through us, once it is named."""
+    arrived: list[int] = []
+    named: list[subprocess.Popen[Any]] = []
+
+    def handle(number: int, _: object) -> None:
+        for process in named:
+            process.send_signal(number)
+        if not named:
+            arrived.append(number)
+
+    def pass_on_to(process: subprocess.Popen[Any]) -> None:
+        named.append(process)
+        for number in arrived:
+            process.send_signal(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in _PASSED_ON:
+            stack.callback(signal.signal, number, signal.signal(number, handle))
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: None))
+    return pass_on_to
 
 
-def _wait(process: subprocess.Popen[Any], files: list[StatsFile]) -> int:
-    """Wait for the VMM, and collect its files meanwhile: they can be read when it is gone."""
+def _watched(process: subprocess.Popen[Any], files: list[StatsFile]) -> Iterator[StatsFile]:
+    """Wait for the VMM, and collect its files meanwhile: they can be read when it is gone.
+
+    Those of a VM that it has destroyed are yielded, and closed behind that, because they keep its memory in the kernel.
+    """
     pause, said = 0.0, ""
     while process.poll() is None:
         try:
+            held = []
             for file in borrow(process.pid, known=files):
-                if known_as(file, files):
-                    file.close()
-                else:
+                own = known_as(file, files)
+                if own is None:
                     files.append(file)
+                else:
+                    file.close()
+                held.append(own or file)
+            # A process that holds none any more may just be exiting, and its vCPUs not have stopped yet.
+            for file in files if held else ():
+                if file not in held and not file.closed:
+                    yield file
+                    file.close()
         except VmGoneError:
             pass
         except (KvmStatsError, OSError) as error:  # the VMM is not to suffer from it, and may be asked again
@@ -134,4 +162,3 @@ def _wait(process: subprocess.Popen[Any], files: list[StatsFile]) -> int:
         with suppress(TimeoutExpired):
             process.wait(pause)
     files.sort(key=lambda file: -1 if file.vcpu_id is None else file.vcpu_id)
-    return process.returncode
