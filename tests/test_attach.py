@@ -630,7 +630,8 @@ def test_kvmstats_run_lets_go_of_a_vm_that_was_destroyed(tmp_path):
         "        print('made', flush=True)\n"
         "        sys.stdin.readline()\n"
     )
-    command = [sys.executable, "-m", "kvmstats_fast", "run", "--json", str(tmp_path / "stats"), "--"]
+    shown = ["-e", "exits", "-e", "fpu_reload", "-e", "preempt*", "-e", "signal_exits"]
+    command = [sys.executable, "-m", "kvmstats_fast", "run", *shown, "--json", str(tmp_path / "stats"), "--"]
     child = subprocess.Popen(
         [*command, sys.executable, "-c", vmm, "500", "700"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -644,6 +645,7 @@ def test_kvmstats_run_lets_go_of_a_vm_that_was_destroyed(tmp_path):
             child.stdin.flush()
     rows = [json.loads(line) for line in (tmp_path / "stats").read_text().splitlines()]
     assert [row["vcpu"] for row in rows] == [None, None, 0, 0]
+    assert rows[0]["stats"] == {}  # none of those that were asked for
     assert all(counts_right(row["stats"], exits) for row, exits in zip(rows[2:], (500, 700), strict=True))
 
 

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         destroyed: dict[StatsFile, dict[str, Any]] = {}
         for file in _watched(process, files):
             destroyed[file] = _stats(file, arguments.event)
-        stats = [destroyed.get(file) or _stats(file, arguments.event) for file in files]
+        stats = [destroyed[file] if file in destroyed else _stats(file, arguments.event) for file in files]
         status = process.returncode
         if output is not None:
             for file, values in zip(files, stats, strict=True):
