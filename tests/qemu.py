@@ -1,6 +1,7 @@
 """A real QEMU with KVM, and its monitor."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,18 @@ import pytest
 
 QEMU = shutil.which("qemu-system-x86_64")
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="there is no qemu-system-x86_64 (apt-get install qemu-system-x86)")
+
+
+def version():
+    """Which QEMU this is, as (major, minor); (0, 0) if there is none."""
+    if QEMU is None:
+        return (0, 0)
+    said = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.search(r"version (\d+)\.(\d+)", said).groups()))
+
+
+#: Whether it opens the stats files of its vCPUs itself, and keeps them (accel/kvm/kvm-all.c, kvm_init_vcpu).
+HOLDS_VCPUS = version() >= (8, 1)
 
 #: sti; xor ax, ax; mov ds, ax; again: inc dword [0x7000]; jmp again
 BUSY = bytes.fromhex("fb 31c0 8ed8 66ff060070 ebf9")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import open_fds, stats_fds
-from qemu import Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
+from qemu import HOLDS_VCPUS, Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
 from kvmstats_fast import borrow as borrowing
@@ -527,11 +527,20 @@ def test_a_static_program_is_not_started(tmp_path):
 @pytest.mark.real_vm
 @needs_qemu
 def test_attach_with_inject_has_everything_and_the_next_only_borrows(tmp_path, resources):
-    """QEMU 7.2 holds nothing: first its threads open the files, afterwards they are there; the VM runs on."""
+    """What QEMU does not hold its threads open, afterwards it is there; the VM runs on.
+
+    Before 8.1 it holds nothing, from then on its vCPUs' files, which are had without injection.
+    """
     process, monitor = plain_qemu(tmp_path, resources, *boot_disk(tmp_path))
     assert until(lambda: monitor.word(0x7000), 30)
-    with pytest.raises(kf.AttachError, match="holds no stats files"):
-        kf.attach(process.pid)
+    if HOLDS_VCPUS:
+        with kf.attach(process.pid) as machine:
+            assert (machine.how, machine.vm) == ("borrow", None)
+            assert [file.vcpu_id for file in machine.vcpus] == [0, 1, 2, 3]
+            assert "the VM's file" in machine.explain()
+    else:
+        with pytest.raises(kf.AttachError, match="holds no stats files"):
+            kf.attach(process.pid)
     with kf.attach(process.pid, inject=True, timeout=30) as machine:
         assert machine.how == "inject", machine.explain()
         assert machine.vm is not None
