@@ -2,6 +2,7 @@
 
 import pytest
 import table
+from limit import compile_limit
 
 from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest
 
@@ -30,6 +31,12 @@ def stats_fd():
     except KvmUnavailableError:
         with SyntheticStats() as made:
             yield made.fileno()
+
+
+@pytest.fixture(scope="session")
+def limit():
+    """(ffi, lib) of what is measured against."""
+    return compile_limit()
 
 
 def pytest_addoption(parser):

@@ -1,5 +1,6 @@
 """The limit: a bare C loop of pread over the same fds, compiled for the occasion and run in this process.
-`lost_ticks` is the limit of a schedule: what a loop that does nothing but read the clock would miss on this machine.
+`lost_ticks` and `overslept_ticks` are the limits of a schedule: what a loop that does nothing but read the clock, or
+sleep from tick to tick, would miss on this machine.
 """
 
 import importlib.util
@@ -8,6 +9,7 @@ import tempfile
 from cffi import FFI
 
 _SOURCE = """
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -31,6 +33,24 @@ static long lost_ticks(long interval, long long duration)
     return lost;
 }
 
+/* Ticks that a thread slept through which does nothing else, with the least timer slack. */
+static long overslept_ticks(long interval, long long duration)
+{
+    long missed = 0;
+    int slack = prctl(PR_GET_TIMERSLACK);
+    long long due = now_ns() + interval, end = due + duration;
+    prctl(PR_SET_TIMERSLACK, 1);
+    for (; due < end; due += interval) {
+        struct timespec at = {due / 1000000000, due % 1000000000};
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, 0);
+        long late = (now_ns() - due) / interval;
+        missed += late;
+        due += late * interval;
+    }
+    prctl(PR_SET_TIMERSLACK, slack);
+    return missed;
+}
+
 static double sweeps(const int *fds, const long *positions, long n, long size, char *rows, long repeat)
 {
     struct timespec a, b;
@@ -46,10 +66,10 @@ static double sweeps(const int *fds, const long *positions, long n, long size, c
 
 
 def compile_limit():
-    """Return (ffi, lib); lib.sweeps gives the nanoseconds of one sweep, lib.lost_ticks a number."""
+    """Return (ffi, lib); lib.sweeps gives the nanoseconds of one sweep, the others numbers of ticks."""
     builder = FFI()
     builder.cdef("double sweeps(const int *, const long *, long, long, char *, long);")
-    builder.cdef("long lost_ticks(long, long long);")
+    builder.cdef("long lost_ticks(long, long long); long overslept_ticks(long, long long);")
     builder.set_source("_kvmstats_limit", _SOURCE, extra_compile_args=["-O2"])
     with tempfile.TemporaryDirectory() as folder:
         spec = importlib.util.spec_from_file_location("_kvmstats_limit", builder.compile(folder))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from limit import compile_limit
 from rivals import PythonStatsFile
 from table import add, compare_timers, nothing, per_call
 
@@ -22,11 +21,6 @@ from kvmstats_fast.testing import KvmUnavailableError, TinyGuest
 
 COUNTS = (1, 8, 64, 512, 1000)
 ROUNDS = 21
-
-
-@pytest.fixture(scope="module")
-def limit():
-    return compile_limit()
 
 
 @pytest.fixture(scope="module")
