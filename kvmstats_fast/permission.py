@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Facts", "explain", "explain_refusal", "facts_of"]
 
-_CAP_SYS_PTRACE = 1 << 19  # include/uapi/linux/capability.h
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SYS_PTRACE = 1 << 1, 1 << 2, 1 << 19  # include/uapi/linux/capability.h
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -40,6 +40,9 @@ class Facts:
         This process' real uid and gid; the other's real, effective and saved uid and then gid (empty: not known).
     capable : bool
         Whether this process has CAP_SYS_PTRACE.
+    reads_all : bool
+        Whether it has CAP_DAC_READ_SEARCH or CAP_DAC_OVERRIDE: ``/proc/PID/fd`` is a folder of the other process' user,
+        or of root if that is not dumpable, and CAP_SYS_PTRACE opens no folders.
     more_capable : bool
         Whether the other process has capabilities that this one lacks.
     dumpable : bool
@@ -60,6 +63,7 @@ class Facts:
     my_ids: tuple[int, int] = (0, 0)
     ids: tuple[int, ...] = ()
     capable: bool = False
+    reads_all: bool = False
     more_capable: bool = False
     dumpable: bool = True
     descendant: bool = False
@@ -107,6 +111,7 @@ def facts_of(pid: int, error: int) -> Facts:
         my_ids=(os.getuid(), os.getgid()),
         ids=ids,
         capable=bool(_hex(mine, "CapEff") & _CAP_SYS_PTRACE),
+        reads_all=bool(_hex(mine, "CapEff") & (_CAP_DAC_OVERRIDE | _CAP_DAC_READ_SEARCH)),
         more_capable=bool(capabilities & ~my_capabilities),
         dumpable=dumpable,
         descendant=_descends(pid),
@@ -189,11 +194,20 @@ def _of_another(facts: Facts) -> bool:
     return _guarded(facts) and bool(facts.ids) and facts.ids != (facts.my_ids[0],) * 3 + (facts.my_ids[1],) * 3
 
 
+def _is_anothers_folder(facts: Facts) -> bool:
+    return bool(facts.ids) and (facts.ids[1] != facts.my_ids[0] or not facts.dumpable)
+
+
 _PASS = "let the VMM pass its stats files on (SCM_RIGHTS), which needs no permission at all"  # noqa: S105
 _LAUNCH = "start the VMM as a child of this process: kvmstats_fast.launch([...]), or `kvmstats run -- ...`"
 _CAPABILITY = (
     "give this process CAP_SYS_PTRACE alone (a systemd unit's AmbientCapabilities=CAP_SYS_PTRACE, "
     "`setpriv --inh-caps +sys_ptrace --ambient-caps +sys_ptrace`, a container's `--cap-add SYS_PTRACE`)"
+)
+_CAPABILITIES = (
+    "give this process CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH alone (a systemd unit's "
+    "AmbientCapabilities=CAP_SYS_PTRACE CAP_DAC_READ_SEARCH, `setpriv --inh-caps +sys_ptrace,+dac_read_search "
+    "--ambient-caps +sys_ptrace,+dac_read_search`, a container's `--cap-add SYS_PTRACE --cap-add DAC_READ_SEARCH`)"
 )
 _ROOT = "run this as root"
 _NAMESPACE = (
@@ -221,7 +235,7 @@ _TABLE = (
     _Row(
         lambda facts: _forbidden(facts) and not facts.visible,
         "process {pid} is not to be seen here: /proc's hidepid hides the processes of other users",
-        ("run this as the VMM's user", "join the group that /proc's mount option gid= names", _CAPABILITY),
+        ("run this as the VMM's user", "join the group that /proc's mount option gid= names", _CAPABILITIES),
     ),
     _Row(
         lambda facts: not facts.visible,
@@ -240,19 +254,19 @@ _TABLE = (
     _Row(
         lambda facts: _of_another(facts) and len(set(facts.ids[:3])) == len(set(facts.ids[3:])) == 1,
         "process {pid} is of uid {uid} and gid {gid}, this one of uid {me[0]} and gid {me[1]}: both must be the same",
-        ("run this as its user (`setpriv --reuid {uid} --regid {gid} --clear-groups`)", _PASS, _CAPABILITY, _ROOT),
+        ("run this as its user (`setpriv --reuid {uid} --regid {gid} --clear-groups`)", _PASS, _CAPABILITIES, _ROOT),
     ),
     _Row(
         _of_another,
         "process {pid} is of uid {uid} and gid {gid}, with other real or saved ids; all must be uid {me[0]} and gid "
         "{me[1]}, which this one has",
-        (_PASS, _CAPABILITY, _ROOT),
+        (_PASS, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: _guarded(facts) and not facts.dumpable,
         "process {pid} is guarded: it changed its user, its program is setuid or not readable, or it asked for it "
         "(PR_SET_DUMPABLE)",
-        (_PASS, _CAPABILITY, _ROOT),
+        (_PASS, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: facts.yama is not None and facts.yama >= 3,
@@ -285,6 +299,12 @@ _TABLE = (
         lambda facts: facts.other_user_namespace,
         "process {pid} is in another user namespace, where the capabilities of this one do not count",
         ("run this in the VMM's user namespace, or in one above it (on the host)", _PASS),
+    ),
+    _Row(
+        lambda facts: facts.errno == errno.EACCES and not facts.reads_all and _is_anothers_folder(facts),
+        "/proc/{pid}/fd is a folder of another user (root's, if process {pid} is guarded), and CAP_SYS_PTRACE, which "
+        "this process has, opens no folders",
+        (_PASS, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: facts.filtered,

@@ -302,6 +302,19 @@ ME = {"my_ids": (1000, 100), "ids": (1000, 1000, 1000, 100, 100, 100)}
             "root",
         ),
         ({"more_capable": True}, "capabilities that this one lacks", "run the VMM without", "as root"),
+        (
+            {"errno": errno.EACCES, "capable": True, "ids": (5, 5, 5, 6, 6, 6)},
+            "/proc/7/fd is a folder of another user",
+            "SCM_RIGHTS",
+            "as root",
+        ),
+        ({"errno": errno.EACCES, "capable": True, "dumpable": False}, "opens no folders", "SCM_RIGHTS", "as root"),
+        (
+            {"errno": errno.EACCES, "capable": True, "reads_all": True, "dumpable": False},
+            "probably a security module",
+            "SCM_RIGHTS",
+            "policy",
+        ),
         ({"capable": True, "other_user_namespace": True}, "another user namespace", "the VMM's user", "SCM_RIGHTS"),
         ({"capable": True, "filtered": True}, "a seccomp filter of this process", "SCM_RIGHTS", "policy"),
         ({"capable": True, "ids": (5, 5, 5, 6, 6, 6)}, "a security module", "SCM_RIGHTS", "policy"),
@@ -324,7 +337,7 @@ def test_each_refusal_has_its_reason_and_the_least_remedy_first(facts, reason, f
 def test_every_row_of_the_table_is_reached():
     """Each row is the answer to some facts: none stands behind a row that takes all of its cases."""
     values = {
-        "errno": [errno.EPERM, errno.ENOSYS, errno.EMFILE, errno.ENFILE, errno.ESRCH],
+        "errno": [errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EMFILE, errno.ENFILE, errno.ESRCH],
         "visible": [True, False],
         "ids": [ME["ids"], (5, 5, 5, 6, 6, 6), (1000, 0, 0, 100, 100, 100)],
         "capable": [False, True],
@@ -425,6 +438,28 @@ def test_a_process_without_the_capability_that_root_has_is_told(sleeper):
     command = [*drop, sys.executable, "-c", code, str(process.pid)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"of uid {NOBODY} and gid 7, this one of uid 0 and gid 0" in done.stdout
+
+
+@needs_root
+@pytest.mark.parametrize("guarded", [False, True])
+def test_the_capabilities_that_are_advised_are_enough(sleeper, guarded):
+    """For the process of another user, and a guarded one of the same; CAP_SYS_PTRACE alone is told apart."""
+    become = f"os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY}); os.setresuid({NOBODY}, {NOBODY}, {NOBODY})"
+    pid = sleeper(become if guarded else "").pid
+    code = "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.borrow import borrow\n"
+    code += "try: print(borrow(int(sys.argv[1])))\nexcept kf.AttachError as error: print(error.strerror)"
+
+    def said(capabilities):
+        user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        given = [f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}"] if capabilities else []
+        command = [*user, *given, sys.executable, "-c", code, str(pid)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    advised = "--ambient-caps +sys_ptrace,+dac_read_search`"
+    assert advised in said("")
+    assert "CAP_SYS_PTRACE, which this process has, opens no folders" in said("+sys_ptrace")
+    assert advised in said("+sys_ptrace")
+    assert said("+sys_ptrace,+dac_read_search") == "[]\n"
 
 
 def test_facts_are_what_the_system_says(sleeper):
