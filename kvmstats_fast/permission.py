@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Facts", "explain", "explain_refusal", "facts_of"]
 
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SYS_PTRACE = 1 << 1, 1 << 2, 1 << 19  # include/uapi/linux/capability.h
+_FIRST_USER_NAMESPACE = "user:[4026531837]"  # include/linux/proc_ns.h: PROC_USER_INIT_INO
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -52,7 +53,7 @@ class Facts:
     yama : int or None
         ``kernel.yama.ptrace_scope``; None where the kernel has no Yama.
     other_user_namespace : bool
-        Whether it is known to be in another user namespace, where this process' capabilities may not count.
+        Whether it is, as far as can be seen, in another user namespace, where this process' capabilities may not count.
     filtered : bool
         Whether this process has a seccomp filter, as containers have.
     """
@@ -170,9 +171,13 @@ def _descends(pid: int) -> bool:
 
 
 def _other_user_namespace(pid: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/ns/user").readlink() != Path("/proc/self/ns/user").readlink()
-    return False
+    mine = os.readlink("/proc/self/ns/user")  # noqa: PTH115 - the text is what is wanted
+    try:
+        return os.readlink(f"/proc/{pid}/ns/user") != mine  # noqa: PTH115
+    except PermissionError:  # as where no capability of ours counts: then it is likely, if ours is not the first one
+        return mine != _FIRST_USER_NAMESPACE
+    except OSError:
+        return False
 
 
 class _Row(NamedTuple):
@@ -297,7 +302,8 @@ _TABLE = (
     ),
     _Row(
         lambda facts: facts.other_user_namespace,
-        "process {pid} is in another user namespace, where the capabilities of this one do not count",
+        "process {pid} is, as far as can be seen, in another user namespace, where the capabilities of this one do not "
+        "count",
         ("run this in the VMM's user namespace, or in one above it (on the host)", _PASS),
     ),
     _Row(

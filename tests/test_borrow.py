@@ -506,6 +506,20 @@ def test_a_process_in_another_pid_namespace_is_not_visible():
     assert "in another pid namespace" in done.stdout
 
 
+@needs_root
+def test_root_of_a_user_namespace_is_told_that_its_capabilities_do_not_count():
+    """As in a container without root that sees the host's processes: it has all capabilities, and may do nothing."""
+    code = (
+        "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.borrow import borrow\n"
+        "try: borrow(int(sys.argv[1]))\nexcept kf.AttachError as error: print(error.strerror)"
+    )
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code, str(os.getpid())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no user namespace can be made here: {done.stderr.strip()}")
+    assert "in another user namespace" in done.stdout
+
+
 @pytest.mark.real_vm
 @needs_root
 def test_another_user_may_be_given_what_it_may_not_take(guest, stats):
