@@ -445,10 +445,18 @@ def _when_ready(process: subprocess.Popen[Any], vcpus: int | None, timeout: floa
         if settled and about is not None:
             return _machine(process.pid, "launch", [], process)
         if now >= deadline:
-            what = f"{seen} of {vcpus} vCPUs" if vcpus else "no VM with a vCPU"
+            made = len(about.vcpus or ()) if about else 0
+            if made > seen:
+                what = f"{made} vCPUs, of which it holds the stats files of {seen},"
+                hint = (
+                    "Did a wrapper keep the hold library from it (LD_PRELOAD cleared, another root directory), is its "
+                    "`ulimit -n` not 512 above its number of files, or is the kernel older than 5.14?"
+                )
+            else:
+                what = f"{seen} of {vcpus} vCPUs" if vcpus else "no VM with a vCPU"
+                hint = "Does it use KVM (QEMU: -accel kvm), and in this process, not in one that it starts?"
             raise AttachError(
                 errno.ETIMEDOUT,
-                f"{process.args!r} (process {process.pid}) has made {what} in {timeout} s, and was killed. Does it use "
-                "KVM (QEMU: -accel kvm), and in this process, not in one that it starts?",
+                f"{process.args!r} (process {process.pid}) has made {what} in {timeout} s, and was killed. {hint}",
             )
         time.sleep(_POLL)

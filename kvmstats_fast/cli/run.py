@@ -78,7 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
             moved = [{name: value for name, value in one.items() if _is_any(value)} for one in stats]
             print_table(files, moved, sys.stderr)
         if not files:
-            print(f"kvmstats: {command[0]} made no VM, or one that was gone at once", file=sys.stderr)
+            print(
+                f"kvmstats: no stats file of {command[0]} (process {process.pid}) was seen: it made no VM, or one that "
+                "was gone at once, or one in another process that it started; or the hold library could not keep the "
+                "files (LD_PRELOAD cleared, another root directory, a low `ulimit -n`)",
+                file=sys.stderr,
+            )
     return status if status >= 0 else 128 - status
 
 
