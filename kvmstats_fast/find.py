@@ -121,12 +121,9 @@ def scan(proc: str | os.PathLike[str]) -> tuple[list[VmProcess], int]:
         folder = f"{root}/{pid}"
         with suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError):  # it has ended, or is none
             try:
-                files = _kvm_files(folder)
-            except PermissionError:
-                files = None
-            if files:
-                found.append(_seen(folder, pid, files, own=own))
-            elif files is None:
+                if files := _kvm_files(folder):
+                    found.append(_seen(folder, pid, files, own=own))
+            except PermissionError:  # perhaps by now only: it has changed its user, or guards itself
                 process, hidden = _unseen(folder, pid, own=own)
                 found += process
                 unseen += hidden

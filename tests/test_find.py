@@ -221,6 +221,23 @@ def test_a_process_whose_files_may_not_be_seen_is_listed_if_its_name_is_a_vmms(p
     assert len(kf.find_vms(proc.root)) == 4
 
 
+def test_a_process_that_guards_itself_meanwhile_is_no_error(monkeypatch, proc):
+    """Its files were seen and its program is not: then it is one that does not show them, and the others are listed."""
+    for pid, program in ((1, "crosvm"), (2, "renamed"), (3, "lkvm")):
+        proc.add(pid, [program], vm_links(1))
+    readlink = Path.readlink
+
+    def refusing(path):
+        if path.name == "exe" and path.parent.name in ("1", "2"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return readlink(path)
+
+    monkeypatch.setattr(Path, "readlink", refusing)
+    found, unseen = scan(proc.root)
+    assert [(process.pid, process.vmm, process.vms) for process in found] == [(1, "crosvm", None), (3, "lkvm", 1)]
+    assert unseen == 1
+
+
 # ---- real processes
 
 
