@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.abi import KVM_LINK
+from kvmstats_fast.permission import reason_of_refusal
 
 __all__ = ["HeldFile", "VmProcess", "find_vms", "may_attach"]
 
@@ -63,7 +64,7 @@ class VmProcess:
     attachable : bool
         Whether this process may take fds from it (``pidfd_getfd(2)``): the kernel's own answer, of that moment.
     why_not : str
-        Why it may not; empty if it may.
+        Why it may not; empty if it may. What helps is in the error of `attach`.
     """
 
     pid: int
@@ -160,22 +161,16 @@ def may_attach(pid: int) -> str:
     try:
         pidfd = os.pidfd_open(pid)
     except OSError as error:
-        return _refusal("pidfd_open", error.errno or 0)
+        return _refusal("pidfd_open", pid, error.errno or 0)
     try:
         answer = -lib.kvmstats_getfd(pidfd, _NO_FD)
     finally:
         os.close(pidfd)
-    return "" if answer == errno.EBADF else _refusal("pidfd_getfd", answer)
+    return "" if answer == errno.EBADF else _refusal("pidfd_getfd", pid, answer)
 
 
-def _refusal(call: str, error: int) -> str:
-    if error == errno.ESRCH:
-        return "it has ended"
-    hint = {
-        errno.EPERM: "not permitted to this user (PTRACE_MODE_ATTACH_REALCREDS, see ptrace(2))",
-        errno.ENOSYS: "this kernel does not have the call, which came with Linux 5.6",
-    }
-    return f"{call}: {hint.get(error) or os.strerror(error)}"
+def _refusal(call: str, pid: int, error: int) -> str:
+    return "it has ended" if error == errno.ESRCH else f"{call}: {reason_of_refusal(pid, error)}"
 
 
 def _is_own(root: str) -> bool:
@@ -251,7 +246,7 @@ def _unseen(folder: str, pid: int, *, own: bool) -> tuple[list[VmProcess], int]:
     vmm = _known(names)
     if vmm is None:
         return [], 1
-    why_not = _why_not(folder, pid, own=own) or "its files may not be seen (PTRACE_MODE_READ_FSCREDS, see ptrace(2))"
+    why_not = _why_not(folder, pid, own=own) or reason_of_refusal(pid, errno.EACCES)
     process = VmProcess(
         pid=pid,
         vmm=next(name for name in names if vmm.program.match(name)),

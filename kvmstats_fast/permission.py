@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Facts", "explain", "explain_refusal", "facts_of"]
+__all__ = ["Facts", "explain", "explain_refusal", "facts_of", "reason_of_refusal"]
 
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SYS_PTRACE = 1 << 1, 1 << 2, 1 << 19  # include/uapi/linux/capability.h
 _FIRST_USER_NAMESPACE = "user:[4026531837]"  # include/linux/proc_ns.h: PROC_USER_INIT_INO
@@ -96,6 +96,11 @@ def explain_refusal(pid: int, error: int) -> str:
     return explain(facts_of(pid, error))
 
 
+def reason_of_refusal(pid: int, error: int) -> str:
+    """As `explain_refusal`, without the remedies."""
+    return _reason_and_remedies(facts_of(pid, error))[0]
+
+
 def facts_of(pid: int, error: int) -> Facts:
     """Look up what `explain` needs; what cannot be looked up keeps its default."""
     mine, theirs = _status("self"), _status(str(pid))
@@ -124,15 +129,19 @@ def facts_of(pid: int, error: int) -> Facts:
 
 def explain(facts: Facts) -> str:
     """Turn the facts into the reason and its remedies: a pure function."""
-    row = next(row for row in _TABLE if row.applies(facts))
-    uid, gid = (facts.ids[1], facts.ids[4]) if facts.ids else (None, None)
-    known = {"pid": facts.pid, "uid": uid, "gid": gid, "me": facts.my_ids, "yama": facts.yama}
-    reason = row.reason.format(said=os.strerror(facts.errno), **known)
-    remedies = [remedy.format(**known) for remedy in row.remedies]
+    reason, remedies = _reason_and_remedies(facts)
     if len(remedies) == 1:
         return f"{reason}. What helps: {remedies[0]}"
     listed = "; ".join(f"({i}) {remedy}" for i, remedy in enumerate(remedies, 1))
     return f"{reason}. What helps, the least privilege first: {listed}"
+
+
+def _reason_and_remedies(facts: Facts) -> tuple[str, list[str]]:
+    row = next(row for row in _TABLE if row.applies(facts))
+    uid, gid = (facts.ids[1], facts.ids[4]) if facts.ids else (None, None)
+    known = {"pid": facts.pid, "uid": uid, "gid": gid, "me": facts.my_ids, "yama": facts.yama}
+    reason = row.reason.format(said=os.strerror(facts.errno), **known)
+    return reason, [remedy.format(**known) for remedy in row.remedies]
 
 
 def _status(pid: str) -> dict[str, str]:

@@ -318,12 +318,17 @@ def test_another_user_sees_that_there_may_be_a_vm_and_that_it_may_not_attach(res
             it = found(process.pid)
             assert (it.vmm, it.vms, it.vcpus, it.held, it.uid) == ("qemu-system-x86_64", None, None, None, 0)
             assert not it.attachable
-            assert it.why_not.startswith("pidfd_getfd: not permitted")
+            assert it.why_not.startswith(f"pidfd_getfd: process {process.pid} is of uid ")
             assert found(os.getppid()) is None
             assert scan("/proc")[1] >= 1
             assert may_attach(process.pid) == it.why_not
 
         assert exit_status(forked(work, NOBODY)) == 0
+        setpriv = f"setpriv --reuid={NOBODY} --clear-groups --inh-caps=+sys_ptrace --ambient-caps=+sys_ptrace"
+        code = "import sys, kvmstats_fast as kf; print({it.pid: it.why_not for it in kf.find_vms()}[int(sys.argv[1])])"
+        command = [*setpriv.split(), sys.executable, "-c", code, str(process.pid)]
+        capable = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert capable.stdout.startswith(f"/proc/{process.pid}/fd is a folder of another user"), capable.stderr
 
 
 @pytest.mark.real_vm
@@ -368,15 +373,17 @@ def test_may_attach_asks_the_kernel():
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (errno.ENOSYS, "pidfd_getfd: this kernel does not have the call, which came with Linux 5.6"),
-        (errno.EPERM, "pidfd_getfd: not permitted to this user (PTRACE_MODE_ATTACH_REALCREDS, see ptrace(2))"),
-        (errno.EMFILE, "pidfd_getfd: Too many open files"),
+        (errno.ENOSYS, "this kernel has no pidfd_getfd, which came with Linux 5.6, or a container's filter hides it"),
+        (errno.EPERM, "kernel.yama.ptrace_scope is 3: nobody may attach to a process, root neither"),
+        (errno.EMFILE, "this process has as many files open as it may"),
     ],
 )
-def test_each_refusal_says_why(monkeypatch, error, words):
-    """Old kernels and limits are reasons, too."""
+def test_each_refusal_says_why(monkeypatch, tmp_path, error, words):
+    """The reason that attach would give, without the remedies. Old kernels and limits are reasons, too."""
+    (tmp_path / "ptrace_scope").write_text("3\n")
+    monkeypatch.setattr("kvmstats_fast.permission._YAMA", tmp_path / "ptrace_scope")
     monkeypatch.setattr("kvmstats_fast.find.lib", type("Lib", (), {"kvmstats_getfd": lambda *_: -error}))
-    assert may_attach(os.getpid()) == words
+    assert may_attach(os.getpid()) == f"pidfd_getfd: {words}"
 
 
 def test_an_fd_of_another_process_can_be_taken(resources):
