@@ -430,6 +430,15 @@ def test_the_table_has_a_line_a_process(monkeypatch, capsys, proc):
     ]
 
 
+def test_a_long_name_does_not_widen_the_table(monkeypatch, capsys, proc):
+    """Anybody may give a process a name of some megabytes: the table has its beginning, JSON all of it."""
+    proc.add(7, ["qemu-system-x86_64", "-name", "n" * 3_000_000], vm_links(1))
+    _, out, _ = listed(monkeypatch, capsys, proc.root)
+    assert f"  {'n' * 61}...  1  " in out
+    _, out, _ = listed(monkeypatch, capsys, proc.root, "--json")
+    assert len(json.loads(out)["name"]) == 3_000_000
+
+
 def test_json_is_one_object_a_line(monkeypatch, capsys, proc):
     """All that find_vms knows, by the same names."""
     proc.add(7, ["qemu-system-x86_64", "-name", "web"], vm_links(2, "kvm-vcpu-stats:1"))

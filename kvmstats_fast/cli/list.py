@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.find import VmProcess
 
+_WIDEST = 64  # characters of a name in the table; --json has all
+
 
 def add_parser(verbs: Any) -> None:
     """Add this verb to argparse's subparsers."""
@@ -68,7 +70,8 @@ def _print_table(found: list[VmProcess]) -> None:
 
 
 def _shown(name: str) -> str:
-    """Make a name of somebody else's choice harmless for a terminal."""
+    """Make a name of somebody else's choice harmless for a terminal, and for the width of the other lines."""
+    name = name if len(name) <= _WIDEST else name[: _WIDEST - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
