@@ -1,6 +1,7 @@
 """Which processes have VMs: made-up proc trees, real VMMs, and what other users see."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -437,6 +438,16 @@ def test_a_long_name_does_not_widen_the_table(monkeypatch, capsys, proc):
     assert f"  {'n' * 61}...  1  " in out
     _, out, _ = listed(monkeypatch, capsys, proc.root, "--json")
     assert len(json.loads(out)["name"]) == 3_000_000
+
+
+def test_a_name_that_stdout_cannot_encode_hides_no_vm(monkeypatch, proc):
+    """A terminal that is not UTF-8 gets an escape, not a traceback."""
+    proc.add(7, ["qemu-system-x86_64", "-name", "\u65e5"], vm_links(1))
+    monkeypatch.setattr("kvmstats_fast.cli.list.scan", lambda _: scan(proc.root))
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    assert cli.main(["list"]) == 0
+    assert b"  \\u65e5  1  " in raw.getvalue()
 
 
 def test_json_is_one_object_a_line(monkeypatch, capsys, proc):

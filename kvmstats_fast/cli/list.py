@@ -72,7 +72,9 @@ def _print_table(found: list[VmProcess]) -> None:
 def _shown(name: str) -> str:
     """Make a name of somebody else's choice harmless for a terminal, and for the width of the other lines."""
     name = name if len(name) <= _WIDEST else name[: _WIDEST - 3] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _vcpus(process: VmProcess) -> str:
