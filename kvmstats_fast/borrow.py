@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.errors import AttachError, VmGoneError
+from kvmstats_fast.find import is_own
 from kvmstats_fast.permission import explain_refusal
 from kvmstats_fast.stats_file import StatsFile
 
@@ -85,6 +86,7 @@ def hold_process(pid: int) -> Iterator[int]:
     """Hold a pidfd for the block."""
     if pid <= 0:
         raise ValueError(f"{pid} is no pid: it must be positive")
+    check_proc(pid)
     try:
         pidfd = os.pidfd_open(pid)
     except OSError as failure:
@@ -97,6 +99,17 @@ def hold_process(pid: int) -> Iterator[int]:
         yield pidfd
     finally:
         os.close(pidfd)
+
+
+def check_proc(pid: int) -> None:
+    """Refuse a /proc that shows another process of that number than the kernel's calls mean."""
+    if not is_own("/proc"):
+        raise AttachError(
+            errno.ENXIO,
+            f"/proc is not that of this process' pid namespace, so its process {pid} is another one than the kernel's: "
+            "mount the namespace's own (`unshare --mount-proc`), or run this in the namespace that /proc is of "
+            "(`nsenter --target PID --pid --mount`)",
+        )
 
 
 def check_alive(pid: int, pidfd: int) -> None:

@@ -116,7 +116,7 @@ def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
 def scan(proc: str | os.PathLike[str]) -> tuple[list[VmProcess], int]:
     """As `find_vms`; and how many processes show neither their files nor the name of a known VMM."""
     root = os.fspath(proc)
-    own = _is_own(root)
+    own = is_own(root)
     found, unseen = [], 0
     for pid in sorted(int(name) for name in os.listdir(root) if name.isascii() and name.isdigit()):  # noqa: PTH208
         folder = f"{root}/{pid}"
@@ -173,7 +173,7 @@ def _refusal(call: str, pid: int, error: int) -> str:
     return "it has ended" if error == errno.ESRCH else f"{call}: {reason_of_refusal(pid, error)}"
 
 
-def _is_own(root: str) -> bool:
+def is_own(root: str) -> bool:
     """Whether the pids in it are those of our pid namespace: then self is what we are called."""
     try:
         return str(Path(root, "self").readlink()) == str(os.getpid())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import Layout, ioctl_number
+from kvmstats_fast.borrow import check_proc
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.permission import explain_refusal
 
@@ -210,6 +211,7 @@ def open_missing(pid: int, *, timeout: float = 5.0) -> list[Injected]:
         raise AttachError(_ERRNO[Result.UNSUPPORTED], _MESSAGES[Result.UNSUPPORTED])
     if pid == os.getpid():
         raise AttachError(errno.EINVAL, f"process {pid} is this one: open its stats files with StatsFile.open")
+    check_proc(pid)
     try:
         return _Vmm(pid, deadline).open_missing()
     except (FileNotFoundError, ProcessLookupError):

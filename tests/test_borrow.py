@@ -507,6 +507,22 @@ def test_a_process_in_another_pid_namespace_is_not_visible():
 
 
 @needs_root
+@pytest.mark.parametrize("inject", [False, True])
+def test_a_proc_of_another_pid_namespace_is_not_believed(inject):
+    """Its process 2 is not the kernel's: what was seen of the one would be done to the other."""
+    code = (
+        "import subprocess, kvmstats_fast as kf\nprocess = subprocess.Popen(['sleep', '60'])\n"
+        f"try: kf.attach(process.pid, inject={inject})\nexcept kf.AttachError as error: print(error.strerror)\n"
+        "finally: process.kill()"
+    )
+    command = ["unshare", "--pid", "--fork", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no pid namespace can be made here: {done.stderr.strip()}")
+    assert "/proc is not that of this process' pid namespace" in done.stdout
+
+
+@needs_root
 def test_root_of_a_user_namespace_is_told_that_its_capabilities_do_not_count():
     """As in a container without root that sees the host's processes: it has all capabilities, and may do nothing."""
     code = (
