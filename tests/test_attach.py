@@ -681,3 +681,17 @@ def test_kvmstats_run_passes_on_a_signal_that_comes_before_the_vmm(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     assert main(["run", "--", sys.executable, "-c", "import time; time.sleep(60)"]) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_vmm_under_kvmstats_run_ignores_the_signals_that_were_ignored():
+    """Under nohup, or behind a script's &, neither a hangup nor Ctrl-C ends the VMM, as without kvmstats."""
+    ignored = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT}
+    code = "import signal; print([int(n) for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN])"
+
+    def ignore():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    command = [sys.executable, "-m", "kvmstats_fast", "run", "--", sys.executable, "-c", code]
+    out = subprocess.run(command, preexec_fn=ignore, capture_output=True, text=True, check=True).stdout
+    assert ignored <= set(json.loads(out))

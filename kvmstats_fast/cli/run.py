@@ -131,9 +131,10 @@ def _pass_signals_on(stack: ExitStack) -> Callable[[subprocess.Popen[Any]], None
             process.send_signal(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in _PASSED_ON:
-            stack.callback(signal.signal, number, signal.signal(number, handle))
-        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *_: None))
+        handlers = {**dict.fromkeys(_PASSED_ON, handle), signal.SIGINT: lambda *_: None}
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup: the VMM is to ignore it, too
+                stack.callback(signal.signal, number, signal.signal(number, handler))
     return pass_on_to
 
 
