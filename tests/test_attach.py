@@ -673,9 +673,9 @@ def test_kvmstats_run_passes_on_a_signal_that_comes_before_the_vmm(monkeypatch):
     """SIGTERM just before there is somebody to pass it on to ends the VMM, not kvmstats alone."""
     start = run_module.hold.start
 
-    def signalled(argv):
+    def signalled(argv, **options):
         os.kill(os.getpid(), signal.SIGTERM)
-        return start(argv)
+        return start(argv, **options)
 
     monkeypatch.setattr(run_module.hold, "start", signalled)
     before = signal.getsignal(signal.SIGTERM)
@@ -695,3 +695,14 @@ def test_a_vmm_under_kvmstats_run_ignores_the_signals_that_were_ignored():
     command = [sys.executable, "-m", "kvmstats_fast", "run", "--", sys.executable, "-c", code]
     out = subprocess.run(command, preexec_fn=ignore, capture_output=True, text=True, check=True).stdout
     assert ignored <= set(json.loads(out))
+
+
+def test_a_vmm_under_kvmstats_run_has_the_files_that_the_shell_opened_for_it(tmp_path):
+    """As `qemu -netdev tap,fd=3 3<>/dev/tap5` has; and nothing of ours."""
+    code = "import os; print([int(fd) for fd in os.listdir('/proc/self/fd') if os.path.exists('/proc/self/fd/' + fd)])"
+    command = [sys.executable, "-m", "kvmstats_fast", "run", "--json", str(tmp_path / "stats"), "--"]
+    with (tmp_path / "tap").open("x") as tap:
+        fds = [*range(3), tap.fileno()]
+        vmm = [sys.executable, "-c", code]
+        out = subprocess.run([*command, *vmm], pass_fds=fds[3:], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == fds

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         files: list[StatsFile] = []
         stack.callback(_close, files)
         pass_on_to = _pass_signals_on(stack)
-        process = stack.enter_context(hold.start(command))
+        process = stack.enter_context(hold.start(command, close_fds=False))  # the shell's 3<>/dev/tap5
         pass_on_to(process)
         destroyed: dict[StatsFile, dict[str, Any]] = {}
         for file in _watched(process, files):
