@@ -168,8 +168,17 @@ def _check_privilege(path: Path) -> None:
     group = stat.S_ISGID | stat.S_IXGRP
     if info.st_mode & group == group and info.st_gid != os.getgid():
         raise _cannot(path, f"it is setgid to gid {info.st_gid}; start it with that group, or a copy without the bit")
-    if os.getuid() != 0 and "security.capability" in os.listxattr(path):
+    if os.getuid() != 0 and _has_capabilities(path):
         raise _cannot(path, "it has file capabilities; start a copy without them, from a parent that passes them on")
+
+
+def _has_capabilities(path: Path) -> bool:
+    try:
+        return "security.capability" in os.listxattr(path)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:  # a file system that has none, as virtiofs may be
+            raise
+        return False
 
 
 def _keeps_its_privilege(path: Path) -> bool:

@@ -1,6 +1,7 @@
 """A VMM under the hold library does what it does without it, and its stats files are there."""
 
 import ctypes
+import errno
 import os
 import re
 import shlex
@@ -349,6 +350,17 @@ def test_programs_that_gain_privilege_are_refused_to_those_who_gain_it(open_fold
     os.setxattr(program, "security.capability", struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0))
     assert "it has file capabilities" in as_nobody(program)
     assert as_nobody(program, 0, 0) == "yes"
+
+
+def test_a_file_system_without_attributes_has_no_capabilities(tmp_path, monkeypatch):
+    """A virtiofs that passes none on answers ENOTSUP: its programs can hold."""
+
+    def listxattr(path):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), path)
+
+    monkeypatch.setattr(os, "getuid", lambda: NOBODY)
+    monkeypatch.setattr(os, "listxattr", listxattr)
+    hold.check_can_hold(program_of(tmp_path / "vmm", elf()))
 
 
 def test_a_library_that_the_user_cannot_read_is_named(open_folder):
