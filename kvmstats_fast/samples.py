@@ -377,8 +377,9 @@ class Samples:
         # The ticks that were missed before a sweep go with it, so that parts add up to the whole.
         missed = 0
         if stop > start:
-            before = int(self.tick[start - 1]) if start else int(self.tick[0]) - 1 - self._missed_before_first()
-            missed = int(self.tick[stop - 1]) - before - (stop - start)
+            missed = self._gaps(max(start - 1, 0), stop)
+            if not start:  # 0 also where a part of a recording is gone: its ticks were not missed
+                missed += max(self.missed - self._gaps(0, len(self)), 0)
         errors = tuple(
             error._replace(sweep=max(0, -(-(error.sweep - start) // step)))
             for error in self.errors
@@ -386,8 +387,11 @@ class Samples:
         )
         return self._like(groups, clock, missed, errors)
 
-    def _missed_before_first(self) -> int:
-        return self.missed - (int(self.tick[-1]) - int(self.tick[0]) + 1 - len(self))
+    def _gaps(self, start: int, stop: int) -> int:
+        """Count the ticks missed between these sweeps; those of a run that was put behind another begin at 0."""
+        tick = self.tick[start:stop].astype(np.int64)
+        gaps = np.diff(tick) - 1
+        return int(np.where(gaps < 0, tick[1:], gaps).sum())
 
     def delta(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
         """Change of a statistic from each sweep to the next, raw.

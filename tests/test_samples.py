@@ -124,6 +124,19 @@ def test_parts_put_together_are_the_whole():
     assert kf.Samples.concatenate([x]) is x
 
 
+def test_parts_of_runs_put_together_tell_what_each_missed():
+    """Their ticks begin anew with each run, and a run may have missed its first ones: none is less than 0."""
+    first = samples_of([[{"count": i}] for i in range(3)], ticks=[0, 2, 3])
+    second = samples_of([[{"count": i}] for i in range(3)], ticks=[1, 2, 5])
+    first.missed, second.missed = 1, 3
+    second.time += first.time[-1]
+    x = kf.Samples.concatenate([first, second])
+    assert [part.missed for part in (x[:2], x[2:4], x[4:])] == [1, 1, 2]
+    assert [part.missed for part in (x[:3], x[3:])] == [1, 3]
+    x.missed = 0  # as of a recording that lacks a part
+    assert [part.missed for part in (x[:1], x[1:])] == [0, 4]
+
+
 def test_parts_that_do_not_belong_together_are_refused():
     """No parts, other files, or the wrong order are ValueErrors."""
     x = samples_of([[{"count": i}] for i in range(4)])
