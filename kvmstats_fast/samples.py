@@ -695,7 +695,7 @@ class Samples:
         Raises
         ------
         FileExistsError
-            If there is something at `path`, without `overwrite`.
+            If there is something at `path`, without `overwrite`; or, also with it, a directory that is no recording.
         OSError
             If it cannot be written; then nothing has changed.
         """

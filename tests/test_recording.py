@@ -672,6 +672,23 @@ def test_what_lies_there_is_not_overwritten(path, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["run", "run.npz"])
+def test_a_directory_of_other_things_is_never_replaced(form, tmp_path):
+    """Whoever names a home or a data directory by mistake keeps what is in it; a recording, or nothing, is replaced."""
+    path = tmp_path / form
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    path.mkdir()
+    x.save(path, overwrite=True)
+    if path.is_file():
+        path.unlink()
+        path.mkdir()
+    (path / "mine").mkdir()
+    with pytest.raises(FileExistsError, match="more in it than a recording"):
+        x.save(path, overwrite=True)
+    assert (path / "mine").exists()
+    assert [one.name for one in tmp_path.iterdir()] == [form]
+
+
+@pytest.mark.parametrize("form", ["run", "run.npz"])
 @pytest.mark.parametrize("there", [None, "directory", "file"])
 def test_a_symbolic_link_is_replaced_not_what_it_leads_to(form, there, tmp_path):
     """Wherever it leads, even nowhere; nothing else is left in the directory."""

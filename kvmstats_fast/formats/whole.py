@@ -34,6 +34,9 @@ def save(samples: Samples, path: str | os.PathLike[str], *, overwrite: bool, com
         raise ValueError(f"compression is {compression!r}; it must be 'zstd', 'lz4' or None")
     if not overwrite and (path.exists() or path.is_symlink()):
         raise FileExistsError(errno.EEXIST, "it is there already; overwrite=True replaces it", str(path))
+    if path.is_dir() and not path.is_symlink() and any(one.suffix != ".arrows" for one in path.iterdir()):
+        # Not overwrite=True either may take away what is none of ours.
+        raise FileExistsError(errno.EEXIST, "there is more in it than a recording: save to another path", str(path))
     made = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if path.suffix == ".npz":
