@@ -175,7 +175,8 @@ def heatmap(samples: Samples, name: str, ax: Any = None) -> Any:
     edges, rate = _rate(samples, name)
     ax = _axes(ax)
     files = np.arange(rate.shape[1] + 1) - 0.5
-    mesh = ax.pcolormesh(edges, files, np.ma.masked_invalid(rate.T), shading="flat", rasterized=True, vmin=0)
+    least = np.fmin.reduce(rate, axis=None, initial=0)  # below 0 where a value fell
+    mesh = ax.pcolormesh(edges, files, np.ma.masked_invalid(rate.T), shading="flat", rasterized=True, vmin=least)
     step = -(-rate.shape[1] // 24)
     whose = _whose(samples, name)
     ax.set_yticks(range(0, len(whose), step), whose[::step])

@@ -108,6 +108,14 @@ def test_a_heat_map_has_a_row_for_each_vcpu():
     assert len(plot.heatmap(run(4, 300), "exits").get_yticklabels()) <= 24
 
 
+def test_a_heat_map_tells_a_fall_from_no_change():
+    """The colours of what goes up and down reach below 0; those of what only grows begin at 0."""
+    assert plot.heatmap(run(4, 3), "exits").collections[0].norm.vmin == 0
+    x = run(4, 1, errors=[kf.SampleError(0, 3, OSError(9, "gone"))])
+    x["blocking"][:, 0] = [1, 0, 0, 0]
+    assert plot.heatmap(x, "blocking").collections[0].norm.vmin == -1000
+
+
 def test_an_axes_that_is_given_is_drawn_into():
     """No figure is made then."""
     _, ax = plt.subplots()
