@@ -324,6 +324,26 @@ def test_csv_has_a_column_for_each_bucket(x, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "y.csv"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="hiding the system's time zones takes root")
+def test_conversions_need_no_time_zones_of_the_system(tmp_path):
+    """Small containers have none, and everything is in UTC."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(made.__file__).parent)!r})\n"
+        "import made, kvmstats_fast as kf\n"
+        "x = made.samples([('vcpu', made.schema_of(None), 1)], 2)\n"
+        f"print(kf.to_parquet(x, {str(tmp_path)!r})[0].parent.name)\n"
+        f"kf.to_csv(x, {str(tmp_path / 'x.csv')!r})\n"
+    )
+    hidden = 'mount -t tmpfs none /usr/share/zoneinfo && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mount is not permitted here")
+    result = subprocess.run([*command, sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout == "date=2026-09-21\n"
+    assert "2026-09-21 14:30:00.0" in (tmp_path / "x.csv").read_text()
+
+
 def test_a_recording_without_a_whole_batch_is_no_empty_table(x, tmp_path):
     """As `load` does, conversions say so, and leave nothing."""
     with kf.Recorder(tmp_path / "run", compression=None) as recorder:

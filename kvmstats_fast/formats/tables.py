@@ -121,14 +121,14 @@ class _Parquet:
 
     def add(self, samples: Samples) -> None:
         """Take samples of one kind and kernel."""
-        pc = need("pyarrow.compute", "arrow")
         table = arrow.table(samples)
-        dates = pc.strftime(table["time"], format="%Y-%m-%d")
+        # By numpy: pyarrow asks a database of time zones for UTC too, which not every system has.
+        dates = arrow.as_numpy(table["time"].combine_chunks()).view("datetime64[ns]").astype("datetime64[D]")
         host = self._host or samples.host or "unknown"
         fingerprint = samples._groups[0].schema.fingerprint[:8]
-        for date in pc.unique(dates).to_pylist():
+        for date in np.unique(dates):
             where = (samples.files[0].kind, f"host={_quoted(host)}/date={date}", fingerprint)
-            rows = table.filter(pc.equal(dates, date)) if pc.count_distinct(dates).as_py() > 1 else table
+            rows = table if (dates == date).all() else table.filter(self._pa.array(dates == date))
             self._waiting.setdefault(where, []).append(rows)
             self._sizes[where] = self._sizes.get(where, 0) + rows.nbytes
             if self._sizes[where] >= _ROWS_BYTES:
@@ -246,11 +246,16 @@ def to_csv(
 
 def _flat(pa: Any, table: Any) -> Any:
     """Return a table without lists or dictionaries."""
+    pc = need("pyarrow.compute", "arrow")
     columns: dict[str, Any] = {}
     for field, column in zip(table.schema, table.columns, strict=True):
         if pa.types.is_fixed_size_list(field.type):
             values = arrow.as_numpy(column.combine_chunks())
             columns |= {f"{field.name}[{i}]": pa.array(values[:, i]) for i in range(field.type.list_size)}
+        elif pa.types.is_timestamp(field.type):
+            # Without its time zone, which pyarrow would look up in a database that not every system has.
+            text = column.cast(pa.timestamp("ns")).cast(pa.string())
+            columns[field.name] = pc.binary_join_element_wise(text, "Z", "")
         else:
             columns[field.name] = column.cast(pa.string()) if pa.types.is_dictionary(field.type) else column
     return pa.table(columns)
