@@ -369,18 +369,19 @@ def test_a_csv_does_not_replace_a_symbolic_link(x, tmp_path):
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
-    """Three hosts of two vCPUs on two days, whose counters grow; one is cleared on the way."""
+    """Three hosts of two vCPUs in two nights, whose counters grow; one is cleared on the way."""
     root = tmp_path_factory.mktemp("fleet")
     runs = {}
     rng = np.random.default_rng(5)
-    for host, day in itertools.product(("a", "b", "c"), (0, 1)):
+    for host, day in itertools.product(("a", "b", "ç"), (0, 1)):
         x = made.samples([("vcpu", VCPU, 2)], 50, host=host, seed=day)
         values = x._groups[0].values
         values[:] = np.cumsum(rng.integers(0, 1000, values.shape), axis=0).astype(np.uint64) + np.uint64(2**60)
         if host == "b":
             values[20:, 1] -= values[20, 1]
-        x.time[:] += day * 86400 * 10**9
-        kf.to_parquet(x, root)
+        midnight = (20000 + day) * 86400 * 10**9
+        x.time[:] += midnight - x.wall_offset - x.time[25]
+        assert len(kf.to_parquet(x, root)) == 2
         runs[host, day] = x
     return root, runs
 
@@ -409,7 +410,7 @@ def test_dask_gives_what_numpy_gives_in_memory(fleet):
     workers, rates, counts = json.loads(result.stdout)
     assert workers == 2
     wanted, merged = {}, None
-    for host in "abc":
+    for host in "abç":
         days = [runs[host, day] for day in (0, 1)]
         change = sum(x.delta("exits").sum(axis=0) for x in days)
         seconds = sum((int(x.time[-1]) - int(x.time[0])) / 1e9 for x in days)

@@ -2,16 +2,19 @@
 
     python fleet.py DATASET         # a directory that has vcpu/host=.../date=.../*.parquet
 
-Each file is read by whichever worker is free; what travels is a few numbers for each file. On a cluster pass the
-address of its scheduler to ``Client``; here two worker processes are started on this machine.
+Each recording is read by whichever worker is free; what travels is a few numbers for each of them. On a cluster pass
+the address of its scheduler to ``Client``; here two worker processes are started on this machine.
 """
 
+import itertools
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import dask
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from dask.distributed import Client, LocalCluster
 
@@ -21,17 +24,28 @@ from kvmstats_fast.formats.arrow import Origin
 HISTOGRAM = "halt_wait_hist"
 
 
-def of_one_file(path: str) -> tuple[pd.DataFrame, kf.Histogram]:
-    """Sum up exits and seconds of each vCPU in one Parquet file, and what its halt histogram counted."""
-    file = pq.ParquetFile(path)
-    host = dict(part.split("=", 1) for part in path.split("/") if "=" in part)["host"]
-    stat = Origin.decoded(file.schema_arrow.metadata, path).stats[HISTOGRAM]
-    table = file.read(["file", "id", "time", "exits", HISTOGRAM])
+def recording_of(path: str) -> str:
+    """Tell of which recording a file is: they are called HOST/DATE/RECORDING-KERNEL-NUMBER."""
+    file = Path(path)
+    return f"{file.parents[1].name}/{file.name.rpartition('-')[0]}"
+
+
+def of_one_recording(paths: list[str]) -> tuple[pd.DataFrame, kf.Histogram]:
+    """Sum up exits and seconds of each vCPU in one recording, and what its halt histogram counted.
+
+    It has a file for each day, and more if it is large. They are put together, because what happened from the last
+    sweep in one of them to the first in the next is part of the sum.
+    """
+    files = [pq.ParquetFile(path) for path in paths]
+    host = unquote(Path(paths[0]).parents[1].name.removeprefix("host="))
+    stat = Origin.decoded(files[0].schema_arrow.metadata, paths[0]).stats[HISTOGRAM]
+    table = pa.concat_tables([file.read(["file", "id", "time", "exits", HISTOGRAM]) for file in files])
+    table = table.sort_by([("file", "ascending"), ("time", "ascending")])
     which = table["file"].to_numpy()
     time = table["time"].cast("int64").to_numpy()
     exits = table["exits"].to_numpy()
     counts = table[HISTOGRAM].combine_chunks().flatten().to_numpy().reshape(len(which), -1)
-    # Rows are sorted by file, then time: changes are between neighbours of the same file.
+    # Changes are between neighbours of the same file.
     same = which[1:] == which[:-1]
     fell = exits[1:] < exits[:-1]  # cleared through debugfs: the new value is the change
     change = np.where(fell, exits[1:], exits[1:] - exits[:-1])[same]
@@ -44,7 +58,8 @@ def of_one_file(path: str) -> tuple[pd.DataFrame, kf.Histogram]:
 
 def of_fleet(paths: list[str]) -> tuple[pd.Series, kf.Histogram]:
     """Return exits per second by host and vCPU, and the halt histogram of all of them."""
-    parts = dask.compute(*(dask.delayed(of_one_file)(path) for path in paths))
+    recordings = [list(group) for _, group in itertools.groupby(sorted(paths, key=recording_of), recording_of)]
+    parts = dask.compute(*(dask.delayed(of_one_recording)(one) for one in recordings))
     sums = pd.concat([sums for sums, _ in parts]).groupby(["host", "id"]).sum()
     merged = parts[0][1]
     for _, histogram in parts[1:]:
