@@ -671,6 +671,23 @@ def test_what_lies_there_is_not_overwritten(path, tmp_path):
     assert {one.name for one in tmp_path.iterdir()} == {"run", "run.npz"}
 
 
+def test_a_file_that_the_kernel_refuses_to_open_is_not_called_damaged(path):
+    """With too many files open, or no permission: the error is the kernel's."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 2)
+    record(path, [x])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))  # room for one more
+    try:
+        with pytest.raises(OSError, match=r"vcpu-00000\.arrows") as caught:
+            kf.Samples.load(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.errno == errno.EMFILE
+    made.assert_same(kf.Samples.load(path), x)
+
+
 @pytest.mark.parametrize("form", ["run", "run.npz"])
 def test_a_directory_of_other_things_is_never_replaced(form, tmp_path):
     """Whoever names a home or a data directory by mistake keeps what is in it; a recording, or nothing, is replaced."""

@@ -282,8 +282,8 @@ class _Stream:
             raise KvmStatsError(f"{path}: its metadata is damaged: {error!r}") from error
 
     def _open(self) -> tuple[Any, Any]:
+        source = self._pa.memory_map(os.fsencode(self.path))  # may be refused, which says nothing of what is in it
         try:
-            source = self._pa.memory_map(os.fsencode(self.path))
             return source, self._pa.ipc.open_stream(source)
         except (self._pa.ArrowException, OSError) as error:
             size = self.path.stat().st_size
@@ -341,6 +341,8 @@ class Recording:
     ------
     FileNotFoundError, KvmStatsError
         If there is no recording, or one that this version does not read.
+    OSError
+        If the kernel refuses to open one of its files.
 
     Warns
     -----
@@ -354,10 +356,11 @@ class Recording:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        found = [self.path] if self.path.is_file() else sorted(self.path.glob("*.arrows"))
+        if not self.path.exists():
+            raise FileNotFoundError(errno.ENOENT, "there is no recording", str(path))
+        every = [self.path] if self.path.is_file() else self.path.iterdir()
+        found = sorted(one for one in every if one.suffix == ".arrows" or one == self.path)
         if not found:
-            if not self.path.exists():
-                raise FileNotFoundError(errno.ENOENT, "there is no recording", str(path))
             raise KvmStatsError(f"{path}: there is no recording: it has no .arrows file")
         self._parts: dict[int, list[_Stream]] = {}
         unread = []
