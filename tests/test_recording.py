@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -650,6 +651,38 @@ def test_bytes_that_changed_on_the_disk_are_no_riddle(compression, path):
             assert "vcpu-00000.arrows" in str(error)  # noqa: PT017 - most are not noticed
             refused += 1
     assert refused > 20
+
+
+@pytest.mark.parametrize(
+    ("true", "false", "about"),
+    [
+        (b"[1, 2]", b"[1, 7]", "not all of files"),
+        (b"[1, 2]", b"[0, 2]", "not all of files"),
+        (b'"vcpu", 2', b'"vcpu", 3', "other stats files"),
+    ],
+)
+def test_metadata_that_contradicts_itself_is_no_riddle(true, false, about, path):
+    """Which stats files a stream is of: the error names it."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 6)
+    record(path, [x])
+    file = path / "vcpu-00000.arrows"
+    whole = file.read_bytes()
+    assert true in whole
+    file.write_bytes(whole.replace(true, false))
+    with pytest.raises(kf.KvmStatsError, match=about) as caught:
+        kf.Samples.load(path if "other" in about else file)
+    assert str(file) in str(caught.value)
+
+
+def test_batches_out_of_order_are_damage(path):
+    """Nothing that Recorder writes is so: the error names the recording."""
+    x = made.samples([("vcpu", VCPU, 1)], 6)
+    with kf.Recorder(path) as recorder:
+        recorder.write(x[3:])
+        recorder._last = None
+        recorder.write(x[:3])
+    with pytest.raises(kf.KvmStatsError, match=f"{re.escape(str(path))}: .*order of time"):
+        kf.Samples.load(path)
 
 
 # ---- what is refused

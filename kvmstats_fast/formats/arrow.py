@@ -91,6 +91,9 @@ class Origin:
         }
         plain["files"] = tuple(FileInfo(*info) for info in plain["files"])
         plain["columns"] = tuple(plain["columns"])
+        of_kind = {index for index, info in enumerate(plain["files"]) if info.kind == plain["kind"]}
+        if not of_kind.issuperset(plain["columns"]):
+            raise ValueError(f"not all of files {plain['columns']} are of kind {plain['kind']}")
         prefix = b64decode(found["kvmstats.header_and_descriptors"])
         return cls(**plain, stats=schema_of(prefix, f"{source}: header and descriptors"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import operator
 import os
 import threading
@@ -315,6 +316,18 @@ class _Stream:
             )
 
 
+def _files_of(path: Path) -> list[Path]:
+    """Return the files of a recording, or the one that this is."""
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no recording", str(path))
+    if path.is_file():
+        return [path]
+    found = sorted(one for one in path.iterdir() if one.suffix == ".arrows")
+    if not found:
+        raise KvmStatsError(f"{path}: there is no recording: it has no .arrows file")
+    return found
+
+
 class Recording:
     """A recording on disk: iterate over it for Samples batch by batch, or `load` it as a whole.
 
@@ -356,15 +369,9 @@ class Recording:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.exists():
-            raise FileNotFoundError(errno.ENOENT, "there is no recording", str(path))
-        every = [self.path] if self.path.is_file() else self.path.iterdir()
-        found = sorted(one for one in every if one.suffix == ".arrows" or one == self.path)
-        if not found:
-            raise KvmStatsError(f"{path}: there is no recording: it has no .arrows file")
         self._parts: dict[int, list[_Stream]] = {}
         unread = []
-        for one in found:
+        for one in _files_of(self.path):
             try:
                 stream = _Stream(one)
             except KvmStatsError as error:
@@ -381,6 +388,9 @@ class Recording:
         first = origins[0]
         if any(origin.recording != first.recording for origin in origins):
             raise KvmStatsError(f"{path}: files of different recordings lie here: give each a directory of its own")
+        for stream in itertools.chain(*self._parts.values()):
+            if stream.origin.files != first.files:
+                raise KvmStatsError(f"{stream.path}: its metadata is damaged: other stats files than in the first file")
         #: Of all files that were recorded, those that are here: one stream alone has those of one kind.
         self._kept = sorted({index for origin in origins for index in origin.columns})
         self.files: tuple[FileInfo, ...] = tuple(first.files[index] for index in self._kept)
@@ -451,7 +461,10 @@ class Recording:
             raise KvmStatsError(f"{self.path}: this recording has no whole batch")
         if len(parts) == 1:
             return parts[0]
-        return _concatenated(parts)
+        try:
+            return _concatenated(parts)
+        except ValueError as error:
+            raise KvmStatsError(f"{self.path}: this recording is damaged: {error}") from error
 
 
 def _concatenated(parts: list[Samples]) -> Samples:
