@@ -215,7 +215,7 @@ def _whole_numbers(values: object, what: str) -> npt.NDArray[np.uint64]:
     if not whole:  # numpy takes a list of small numbers and some above 2**63 for floats
         array = np.asarray(values, object)
         whole = all(isinstance(number, (int, np.integer)) for number in array.flat)
-    if not whole or (array.size and not 0 <= array.min() <= array.max() < _MOST):
+    if not whole or (array.size and not 0 <= int(array.min()) <= int(array.max()) < _MOST):
         raise TypeError(f"{what} must be whole numbers, none negative or above 2**64 - 1")
     return array.astype(np.uint64)
 

@@ -353,6 +353,11 @@ def test_totals_of_different_raw_units_are_not_added():
     assert both.raw_total is None
 
 
+def test_truths_count_as_one():
+    """``values > limit`` is an array of counts too."""
+    assert kf.Histogram(LOG, np.arange(5) == 3).counts.tolist() == [0, 0, 0, 1, 0]
+
+
 # ---- wrong input
 
 
