@@ -203,6 +203,8 @@ def test_parquet_is_what_was_asked_for(x, tmp_path):
         assert order == sorted(order)
         assert table.schema.field("halt_wait_ns").metadata[b"kvmstats.units"] == b"ns"
     assert sum(len(pq.read_table(path, partitioning=None)) for path in paths) == 10
+    x.host = "no\udcfftext"  # Linux lets it be any bytes
+    assert {path.parent.parent.name for path in kf.to_parquet(x, tmp_path)} == {"host=no%FFtext"}
 
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # of dask's, to pandas

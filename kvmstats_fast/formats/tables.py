@@ -184,7 +184,8 @@ class _Parquet:
 
 def _quoted(host: str) -> str:
     """Quote what a directory's name cannot have, as Hive does."""
-    return re.sub(r"[^A-Za-z0-9._-]", lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), host)
+    raw = host.encode("utf-8", "surrogateescape")
+    return re.sub(rb"[^A-Za-z0-9._-]", lambda match: b"%%%02X" % match[0][0], raw).decode()
 
 
 def to_csv(
