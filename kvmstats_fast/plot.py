@@ -144,11 +144,14 @@ def histogram(hist: Histogram, ax: Any = None) -> Any:
 
 
 def _si(value: float, unit: str) -> str:
-    """Write a value with at most three digits and the prefix that suits it: ``16.4 µs``."""
+    """Write a value with at most three digits and the prefix that suits it, ``16.4 µs``; a mere number as it is."""
     if not np.isfinite(value):
         return "∞"
-    if value == 0 or not unit:
-        return f"{value:.3g} {unit}".rstrip()
+    if not unit:
+        return f"{value:.6g}"
+    value = float(f"{value:.3g}")  # 999.6 µs is 1 ms
+    if value == 0:
+        return f"0 {unit}"
     power = int(np.clip(np.floor(np.log10(abs(value)) / 3), -4, 4))
     return f"{value / 10.0 ** (3 * power):.3g} {'pnµm kMGT'[power + 4].strip()}{unit}"
 

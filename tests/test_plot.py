@@ -97,6 +97,18 @@ def test_a_histogram_has_bars_from_the_first_bucket_in_use_to_the_last():
     assert plot.histogram(run(2, 1).histogram("halt_wait_hist")).get_title() == "0 counted"
 
 
+def test_labels_of_neighbouring_edges_differ():
+    """Numbers without a unit are written out; with one, what rounds to 1000 has the next prefix."""
+    stat = kf.Stat("depth", kf.StatType.LINEAR_HIST, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 300, -1, 5)
+    counts = np.zeros(300, np.uint64)
+    counts[200] = 1
+    ax = plot.histogram(kf.Histogram(stat, counts))
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1000", "1005"]
+    hist = run(2, 1).stat("halt_wait_hist")
+    ax = plot.histogram(kf.Histogram(hist, np.arange(32) == 20, 999_600))
+    assert ax.get_title() == "1 counted, mean 1 ms"
+
+
 def test_a_heat_map_has_a_row_for_each_vcpu():
     """Rates as colours, the first vCPU on top, the unit at the colour bar."""
     ax = plot.heatmap(run(4, 3), "exits")
