@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
 from kvmstats_fast import hold
-from kvmstats_fast.borrow import borrow, check_alive, hold_process, known_as
+from kvmstats_fast.borrow import borrow, by_vcpu, check_alive, hold_process, known_as
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.find import VmProcess, describe
 from kvmstats_fast.owning import Closing
@@ -133,7 +133,7 @@ class VirtualMachine(Closing):
                 file.revoke(AttachError(errno.ENODEV, f"{file.id}: process {self.pid} has closed this stats file"))
                 file.close()
                 file._watch = None
-            self._set(sorted([*kept, *fresh], key=_order))
+            self._set(sorted([*kept, *fresh], key=by_vcpu))
             self._about = about or self._about
         return bool(fresh or stale)
 
@@ -275,10 +275,6 @@ os.register_at_fork(
     after_in_parent=_WATCHER.release,
     after_in_child=_WATCHER.forget,
 )
-
-
-def _order(file: StatsFile) -> int:
-    return -1 if file.vcpu_id is None else file.vcpu_id
 
 
 def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMachine:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import select
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.abi import StatType
+from kvmstats_fast.abi import KVM_LINK, StatType
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.find import is_own
 from kvmstats_fast.permission import explain_refusal
@@ -22,9 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["borrow"]
 
-#: What the kernel calls a stats file, and what a VM; older kernels put the name into brackets.
-_STATS = re.compile(r"anon_inode:\[?kvm-(vm|vcpu)-stats\b")
-_VM = re.compile(r"anon_inode:\[?kvm-vm\]?$")
+_STATS = {"vm-stats", "vcpu-stats"}
 
 
 def borrow(pid: int, fds: Iterable[int] | None = None, *, known: Sequence[StatsFile] = ()) -> list[StatsFile]:
@@ -66,7 +63,7 @@ def borrow(pid: int, fds: Iterable[int] | None = None, *, known: Sequence[StatsF
     with hold_process(pid) as pidfd, ExitStack() as opened:
         links = _links(pid, pidfd)
         if fds is None:
-            numbers = sorted(fd for fd, link in links.items() if _STATS.match(link))
+            numbers = sorted(fd for fd, link in links.items() if _what(link) in _STATS)
         else:
             numbers = [_checked(pid, fd, links) for fd in fds]
         files = []
@@ -140,10 +137,15 @@ def _links(pid: int, pidfd: int) -> dict[int, str]:
     return links
 
 
+def _what(link: str) -> str:
+    match = KVM_LINK.fullmatch(link)
+    return match["what"] if match else ""
+
+
 def _checked(pid: int, fd: int, links: dict[int, str]) -> int:
     if fd not in links:
         raise AttachError(errno.EBADF, f"process {pid} has no fd {fd} open")
-    if not _STATS.match(links[fd]):
+    if _what(links[fd]) not in _STATS:
         raise AttachError(errno.EINVAL, f"fd {fd} of process {pid} is no stats file but {links[fd]}")
     return fd
 
@@ -157,7 +159,7 @@ def _take(pid: int, pidfd: int, fd: int) -> StatsFile | None:
         check_alive(pid, pidfd)
         raise _refused(f"pidfd_getfd of fd {fd}", pid, -copy)
     try:
-        if _STATS.match(str(Path(f"/proc/self/fd/{copy}").readlink())):
+        if _what(str(Path(f"/proc/self/fd/{copy}").readlink())) in _STATS:
             return StatsFile(copy)
     except BaseException:
         os.close(copy)
@@ -168,14 +170,14 @@ def _take(pid: int, pidfd: int, fd: int) -> StatsFile | None:
 
 def _has_one_vm(pid: int, links: dict[int, str]) -> bool:
     """Whether all VM fds of the process are duplicates of one."""
-    first, *rest = [fd for fd, link in links.items() if _VM.match(link)] or [-1]
+    first, *rest = [fd for fd, link in links.items() if _what(link) == "vm"] or [-1]
     return first >= 0 and all(lib.kvmstats_same_file(pid, first, fd) == 1 for fd in rest)
 
 
 def _distinct(files: list[StatsFile], known: Sequence[StatsFile], *, only_one_vm: bool) -> list[StatsFile]:
     """Sort the files, and close those that mean the same as one before."""
     kept: dict[str, list[StatsFile]] = {}
-    for file in sorted(files, key=lambda file: (_order(file), known_as(file, known) is None)):
+    for file in sorted(files, key=lambda file: (by_vcpu(file), known_as(file, known) is None)):
         like = kept.setdefault(file.id, [])
         if any(same_file(file, other) or (only_one_vm and _in_step(file, other)) for other in like):
             file.close()
@@ -184,7 +186,8 @@ def _distinct(files: list[StatsFile], known: Sequence[StatsFile], *, only_one_vm
     return [file for like in kept.values() for file in like]
 
 
-def _order(file: StatsFile) -> int:
+def by_vcpu(file: StatsFile) -> int:
+    """Key to sort files by: those of VMs, then of vCPUs by number."""
     return -1 if file.vcpu_id is None else file.vcpu_id
 
 

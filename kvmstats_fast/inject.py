@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvmstats_fast._kvmstats import ffi, lib
-from kvmstats_fast.abi import Layout, ioctl_number
+from kvmstats_fast.abi import KVM_LINK, Layout, ioctl_number
 from kvmstats_fast.borrow import check_proc
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.permission import explain_refusal
@@ -94,7 +94,6 @@ _PASSING = {Result.NO_SYSCALL, Result.OTHER_CALL}
 #: It says nothing of the VMM: workers of the kernel show the registers of the thread that made them.
 _NOBODY = {Result.GONE, Result.KERNEL_THREAD}
 
-_LINK = re.compile(r"anon_inode:\[?kvm-(?:vm|vcpu)(-stats)?(?::(\d+))?\]?")
 _C_LIBRARY = re.compile(r"/(?:libc[.-]|ld-musl)[^/]*$")
 _KVM_RUN = 0xAE80
 _NR_IOCTL = 16
@@ -262,11 +261,12 @@ class _Vmm:
             raise ProcessLookupError  # a zombie has a folder, and a thread that seems to be outside system calls
         for fd in sorted(map(int, names)):
             try:
-                match = _LINK.fullmatch(os.readlink(self.proc / "fd" / str(fd)))  # noqa: PTH115
+                match = KVM_LINK.fullmatch(os.readlink(self.proc / "fd" / str(fd)))  # noqa: PTH115
             except FileNotFoundError:  # closed since
                 continue
             if match:
-                (held if match[1] else kvm).setdefault(int(match[2]) if match[2] else None, []).append(fd)
+                files = held if match["what"].endswith("-stats") else kvm
+                files.setdefault(int(match["vcpu"]) if match["vcpu"] else None, []).append(fd)
         return kvm, held
 
     def look(self) -> tuple[list[_Subject], dict[int | None, list[int]]]:

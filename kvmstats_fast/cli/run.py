@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from kvmstats_fast import hold
-from kvmstats_fast.borrow import borrow, known_as
+from kvmstats_fast.borrow import borrow, by_vcpu, known_as
 from kvmstats_fast.cli.demo import print_table
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
 
@@ -167,4 +167,4 @@ def _watched(process: subprocess.Popen[Any], files: list[StatsFile]) -> Iterator
         pause = min(pause + 0.02, _LOOK)  # soon at first: it may be short
         with suppress(TimeoutExpired):
             process.wait(pause)
-    files.sort(key=lambda file: -1 if file.vcpu_id is None else file.vcpu_id)
+    files.sort(key=by_vcpu)
