@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -573,19 +573,18 @@ def test_kvmstats_run_shows_what_the_statistics_came_to(tmp_path):
     """The table on stderr, the VMM's own stdout untouched, its exit status ours; --json for programs."""
     command, path = arguments(tmp_path, *boot_disk(tmp_path))
     for options in ([], ["--json", str(tmp_path / "stats")]):
-        child = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "kvmstats_fast", "run", "-e", "exits", "-e", "halt_*", *options, "--", *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )
-        assert until(lambda child=child: any(ppid(found.pid) == child.pid for found in kf.find_vms()))
-        monitor = Qmp(path, child)
-        assert until(lambda child=child: len(stats_fds(child.pid)) == 5)
-        time.sleep(0.3)
-        monitor("quit")
-        monitor.close()
-        out, err = child.communicate(timeout=30)
+        ) as child:
+            assert until(lambda child=child: child.pid in {ppid(found.pid) for found in kf.find_vms()})
+            with closing(Qmp(path, child)) as monitor:
+                assert until(lambda child=child: len(stats_fds(child.pid)) == 5)
+                time.sleep(0.3)
+                monitor("quit")
+            out, err = child.communicate(timeout=30)
         assert (child.returncode, out) == (0, ""), err
     rows = [json.loads(line) for line in (tmp_path / "stats").read_text().splitlines()]
     assert [(row["kind"], row["vcpu"]) for row in rows] == [("vm", None), *(("vcpu", i) for i in range(4))]
@@ -596,8 +595,11 @@ def test_kvmstats_run_shows_what_the_statistics_came_to(tmp_path):
 
 
 def ppid(pid):
-    """The parent of a process."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    """The parent of a process; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def test_kvmstats_run_gives_the_status_of_what_it_ran():
