@@ -698,6 +698,8 @@ class Samples:
             If there is something at `path`, without `overwrite`; or, also with it, a directory that is no recording.
         OSError
             If it cannot be written; then nothing has changed.
+        ValueError
+            If the samples are of no files.
         """
         from kvmstats_fast.formats import whole  # noqa: PLC0415 - reaches pyarrow
 
@@ -739,7 +741,8 @@ class Samples:
         Raises
         ------
         ValueError
-            If there are none, if they are of different files or statistics, or not in the order of time.
+            If there are none, if they are of different files, statistics, hosts or kernels, or not in the order of
+            time.
         """
         if not parts:
             raise ValueError("no samples to concatenate")
@@ -749,6 +752,9 @@ class Samples:
         for before, after in pairwise(parts):
             if after.files != before.files or after._sampled != before._sampled:
                 raise ValueError("these samples are of different files or statistics")
+            if (after.host, after.kernel) != (before.host, before.kernel):
+                both = f"({before.host!r}, {before.kernel!r}) and ({after.host!r}, {after.kernel!r})"
+                raise ValueError(f"these samples are of different hosts or kernels, {both}: their clocks differ")
             if len(before) and len(after) and after.time[0] < before.time[-1]:
                 raise ValueError("these samples are not in the order of time")
         groups = tuple(_joined(groups) for groups in zip(*(part._groups for part in parts), strict=True))

@@ -155,10 +155,12 @@ def test_columns_are_labelled_by_what_tells_them_apart():
         assert x.to_xarray()["vcpu"].values.tolist() == wanted
 
 
-def test_several_kinds_or_kernels_are_refused_where_there_is_one_table():
+def test_several_kinds_or_kernels_are_refused_where_there_is_one_table(tmp_path):
     """The error says what to take instead; the parts that it names work."""
     with pytest.raises(KeyError, match="of no files"):
         made.samples([("vm", VM, 1)], 2).vcpu.to_arrow()
+    with pytest.raises(KeyError, match="none of these samples' files is of kind 'vcpu'"):
+        kf.to_csv(made.samples([("vm", VM, 1)], 2), tmp_path / "x.csv", kind="vcpu")
     both = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 2)
     mixed = made.samples([("vcpu", VCPU, 1), ("vcpu", ODD, 1)], 2)
     for convert in (kf.Samples.to_arrow, kf.Samples.to_pandas):

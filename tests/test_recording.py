@@ -795,8 +795,9 @@ def test_what_could_not_be_loaded_is_not_written(path):
             recorder.write(x[:2])
         recorder.write(x[4:])
     assert kf.Samples.load(path).time.tolist() == x.time[2:].tolist()
-    with pytest.raises(ValueError, match="no files"):
-        x.vm.save(path.with_name("nothing"))
+    for name in ("nothing", "nothing.npz"):
+        with pytest.raises(ValueError, match=rf"/{name}: these samples are of no files"):
+            x.vm.save(path.with_name(name))
     assert [one.name for one in path.parent.iterdir()] == ["run"]
 
 
@@ -820,6 +821,8 @@ def test_what_is_no_recording_is_said_so(path, tmp_path):
         kf.Recording(path)
     npz = tmp_path / "x.npz"
     x.save(npz)
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: this is no recording but an \.npz: Samples\.load reads it"):
+        kf.Recording(npz)
     npz.write_bytes(npz.read_bytes()[:-100])
     with pytest.raises(kf.KvmStatsError, match="damaged"):
         kf.Samples.load(npz)
@@ -833,6 +836,18 @@ def test_what_is_no_recording_is_said_so(path, tmp_path):
     np.savez(npz, a=1)
     with pytest.raises(kf.KvmStatsError, match=r"no \.npz that Samples.save wrote"):
         kf.Samples.load(npz)
+
+
+@pytest.mark.parametrize("name", ["x", "x.npz"])
+def test_what_cannot_be_written_is_named_as_the_caller_named_it(name, tmp_path):
+    """Not by the name that it would have had until it was whole; nor is anything left."""
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    (tmp_path / "file").write_bytes(b"")
+    path = tmp_path / "file" / name
+    with pytest.raises(OSError, match="Not a directory") as caught:
+        x.save(path)
+    assert caught.value.filename == str(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(

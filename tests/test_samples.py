@@ -147,6 +147,10 @@ def test_parts_that_do_not_belong_together_are_refused():
         kf.Samples.concatenate([x, other])
     with pytest.raises(ValueError, match="order of time"):
         kf.Samples.concatenate([x[2:], x[:2]])
+    other = x[2:]
+    other.host = "another"
+    with pytest.raises(ValueError, match=r"different hosts or kernels.*'another'"):
+        kf.Samples.concatenate([x[:2], other])
     with pytest.raises(ValueError, match="must be positive"):
         x[::-1]
     with pytest.raises(TypeError, match="3 is neither"):

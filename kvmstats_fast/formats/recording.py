@@ -320,6 +320,8 @@ def _files_of(path: Path) -> list[Path]:
     """Return the files of a recording, or the one that this is."""
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no recording", str(path))
+    if path.suffix == ".npz":
+        raise KvmStatsError(f"{path}: this is no recording but an .npz: Samples.load reads it")
     if path.is_file():
         return [path]
     found = sorted(one for one in path.iterdir() if one.suffix == ".arrows")

@@ -231,8 +231,7 @@ def to_csv(
     try:
         with ExitStack() as stack:
             for samples in _batches(source):
-                one = samples if kind is None else samples.vm if kind == "vm" else samples.vcpu
-                table = _flat(pa, arrow.table(one))
+                table = _flat(pa, arrow.table(samples if kind is None else _of_kind(samples, kind)))
                 if writer is None:
                     sink = stack.enter_context(pa.OSFile(os.fsencode(made), "wb"))
                     writer = stack.enter_context(csv.CSVWriter(sink, table.schema))
@@ -243,6 +242,13 @@ def to_csv(
     except BaseException:
         made.unlink(missing_ok=True)
         raise
+
+
+def _of_kind(samples: Samples, kind: str) -> Samples:
+    one = samples.vm if kind == "vm" else samples.vcpu
+    if not one.files:
+        raise KeyError(f"none of these samples' files is of kind {kind!r}")
+    return one
 
 
 def _flat(pa: Any, table: Any) -> Any:

@@ -8,6 +8,7 @@ import os
 import shutil
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ def save(samples: Samples, path: str | os.PathLike[str], *, overwrite: bool, com
     if path.is_dir() and not path.is_symlink() and any(one.suffix != ".arrows" for one in path.iterdir()):
         # Not overwrite=True either may take away what is none of ours.
         raise FileExistsError(errno.EEXIST, "there is more in it than a recording: save to another path", str(path))
+    if not samples.files:
+        raise ValueError(f"{path}: these samples are of no files: there is nothing to save")
     made = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if path.suffix == ".npz":
@@ -48,8 +51,11 @@ def save(samples: Samples, path: str | os.PathLike[str], *, overwrite: bool, com
             with Recorder(made, compression=compression) as recorder:
                 recorder.write(samples)
         _put(made, path)
-    except BaseException:
-        _remove(made)
+    except BaseException as error:
+        with suppress(NotADirectoryError):
+            _remove(made)
+        if isinstance(error, OSError) and str(error.filename) == str(made):
+            error.filename = str(path)
         raise
 
 
