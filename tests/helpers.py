@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import ctypes
 import os
 import struct
 import sys
@@ -54,7 +55,23 @@ def take_away(fd):
         os.close(unreadable)
 
 
-def forked(work, uid=None):
+CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 1 << 2, 1 << 19
+
+
+def become(uid, capabilities):
+    """Be another user, who has these capabilities and no others."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep_capabilities = 8
+    assert libc.prctl(keep_capabilities, 1, 0, 0, 0) == 0
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+    # Version 3; then effective, permitted and inheritable ones, of which those above 31 come second.
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert libc.capset(header, (ctypes.c_uint32 * 6)(capabilities, capabilities)) == 0, os.strerror(ctypes.get_errno())
+
+
+def forked(work, uid=None, capabilities=0):
     """Run `work` in a forked child, as another user if told so, and return the child's pid; see `exit_status`.
 
     The child ends without clean-up; what it raises is printed, and is exit status 1.
@@ -67,9 +84,7 @@ def forked(work, uid=None):
     status = 1
     try:
         if uid is not None:
-            os.setgroups([])
-            os.setgid(uid)
-            os.setuid(uid)
+            become(uid, capabilities)
         work()
         status = 0
     except BaseException:  # noqa: BLE001 - nothing may leave the child

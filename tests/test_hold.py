@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import NOBODY
 from qemu import HOLDS_VCPUS, Qmp, arguments, needs_qemu, until
 
 import kvmstats_fast as kf
@@ -30,7 +31,6 @@ VMM = TESTS / "c" / "vmm.c"
 SOURCE = TESTS.parent / "csrc" / "hold.c"
 LIBRARY = hold.hold_library()
 CC = shlex.split(os.environ.get("CC", "gcc"))
-NOBODY = 65534
 
 #: By mode of vmm.c: what it finds above its own fds, each time it looks.
 HELD = {
