@@ -498,4 +498,4 @@ def test_the_list_says_what_it_could_not_see(proc):
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     assert "  1  crosvm  -     ?      ?            no: " in text
-    assert "kvmstats: 2 more processes do not show this user their files, and have no known VMM's name\n" in text
+    assert "kvmstats: processes that do not show this user their files, and have no known VMM's name: 2\n" in text

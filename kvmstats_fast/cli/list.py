@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("kvmstats: no process has a VM open", file=sys.stderr)
     if unseen:
         print(
-            f"kvmstats: {unseen} more processes do not show this user their files, and have no known VMM's name",
+            f"kvmstats: processes that do not show this user their files, and have no known VMM's name: {unseen}",
             file=sys.stderr,
         )
     return 0
