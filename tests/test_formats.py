@@ -433,6 +433,9 @@ def test_the_example_prints_a_table(fleet):
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.splitlines()[0].split() == ["host", "id"]
     assert "99th percentile" in result.stdout
+    result = subprocess.run([sys.executable, FLEET, FLEET.parent], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr[-2000:]
+    assert "there is no vcpu/host=" in result.stderr
 
 
 # ---- the layouts before the merge, as merged files

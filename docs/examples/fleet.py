@@ -70,6 +70,8 @@ def of_fleet(paths: list[str]) -> tuple[pd.Series, kf.Histogram]:
 def main(root: str) -> None:
     """Print both."""
     paths = sorted(map(str, Path(root).glob("vcpu/host=*/date=*/*.parquet")))
+    if not paths:
+        sys.exit(f"{root}: there is no vcpu/host=.../date=.../*.parquet, as kvmstats_fast.to_parquet writes")
     cluster = LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
     with cluster, Client(cluster):
         rates, merged = of_fleet(paths)
