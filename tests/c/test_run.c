@@ -548,16 +548,22 @@ static void test_stop(void)
     CHECK(s->run.taken == 0 && s->run.missed == 0 && kvmstats_ready(&s->run) == 0);
     end_sampler(s);
 
-    s = new_sampler(2, 1, 64, 32);
-    struct reading r = {.s = s, .most = UINT64_MAX};
     snprintf(context, sizeof context, "duration");
-    s->run.duration = 20000000;
-    int64_t begin = now_ns();
-    CHECK(run_with(&r, NULL) == 0);
-    CHECK(now_ns() - begin >= 20000000);
-    CHECK(r.sweeps == s->run.taken && s->run.taken >= 1);
-    CHECK(r.last_time < s->run.start + 20000000);
-    end_sampler(s);
+    for (int tries = 1; tries <= 3; ++tries) {
+        s = new_sampler(2, 1, 64, 32);
+        struct reading r = {.s = s, .most = UINT64_MAX};
+        s->run.duration = 20000000;
+        int64_t begin = now_ns();
+        CHECK(run_with(&r, NULL) == 0);
+        CHECK(now_ns() - begin >= 20000000);
+        CHECK(r.sweeps == s->run.taken);
+        CHECK(r.last_time < s->run.start + 20000000);
+        int many = s->run.taken > 1; /* on a machine that lets us run meanwhile */
+        end_sampler(s);
+        if (many)
+            break;
+        CHECK(tries < 3);
+    }
 }
 
 /* The eventfd is told of every chunk and of the end; a run that could not start says so there too. */
