@@ -10,7 +10,7 @@ import select
 import signal
 import threading
 import time
-from _thread import start_new_thread
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -315,7 +315,7 @@ class Sampler(Unique):
         collector = _Collector(Stream(self, schedule, None, 8, strict=strict))
         with collector.stream:
             # In a thread of its own, because Ctrl-C may come between any two steps of this one, and lose a part.
-            threading.Thread(target=collector.work, name="kvmstats-collector", daemon=True).start()
+            start_new_thread(collector.work, ())
             interrupted = _await(collector, collector.stream.stop)
         if not collector.parts and collector.failure is not None:
             raise collector.failure
@@ -379,16 +379,42 @@ def _with_samples(samples: Samples) -> Exception:
     return error
 
 
-class _Ends(Protocol):
-    """Something in another thread that sets an event at its end."""
+class _End:
+    """An event that whoever waits for it may be interrupted at: each step that matters is a single call in C.
 
-    ended: threading.Event
+    After a Ctrl-C between two steps of threading.Event's, its condition is released without having been acquired
+    (RuntimeError), or stays acquired, and the other thread hangs.
+    """
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._lock = allocate_lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        """Tell those that wait; once."""
+        self._is_set = True
+        self._lock.release()
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long at most."""
+        if not self._is_set and self._lock.acquire(timeout=seconds):
+            self._lock.release()
+
+
+class _Ends(Protocol):
+    """Something in another thread that has an end to wait for."""
+
+    ended: _End
 
 
 def _await(work: _Ends, stop: Callable[[], None]) -> bool:
     """Wait for an end; Ctrl-C makes it `stop`, and the result True.
 
-    An Event, because Thread.join takes a thread for ended when Ctrl-C interrupts it (before Python 3.13).
+    Not by Thread.join, which takes a thread for ended when Ctrl-C interrupts it (before Python 3.13).
     """
     interrupted = False
     while not work.ended.is_set():
@@ -407,7 +433,7 @@ class _Collector:
         self.stream = stream
         self.parts: list[Samples] = []
         self.failure: BaseException | None = None
-        self.ended = threading.Event()
+        self.ended = _End()
 
     def work(self) -> None:
         """Collect until the stream ends or fails, or memory does."""
@@ -495,7 +521,7 @@ class _Run:
         self._owner = next(_OWNERS)
         self._failure: BaseException | None = None
         self._threads: list[int] = []
-        self.ended = threading.Event()
+        self.ended = _End()
         _OWNING[self._owner] = self
         if lib.kvmstats_lock(sampler._sweep, self._owner):
             last = sampler._sweep.owner
@@ -597,7 +623,7 @@ class _Run:
     def abandon(self) -> None:
         """In a forked child, where the thread is not."""
         self._failure = RuntimeError("this run or stream stayed in the parent process: start one of your own")
-        self.ended = threading.Event()
+        self.ended = _End()
         self.ended.set()
         self._free()
 

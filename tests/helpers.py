@@ -100,18 +100,16 @@ def exit_status(pid):
 
 
 class CtrlC:
-    """In a ``with`` block, KeyboardInterrupt at the `at`th bytecode instruction of the package's own code.
+    """In a ``with`` block, KeyboardInterrupt at the `at`th bytecode instruction of the code in `folder`.
 
-    `left` is more than 0 if there were not so many.
+    By default that is the package's own. `left` is more than 0 if there were not so many.
     """
 
-    package = str(Path(kf.__file__).parent)
-
-    def __init__(self, at):
-        self.left = at
+    def __init__(self, at, folder=str(Path(kf.__file__).parent)):
+        self.left, self.folder = at, folder
 
     def _trace(self, frame, event, _):
-        if not frame.f_code.co_filename.startswith(self.package):
+        if not frame.f_code.co_filename.startswith(self.folder):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -121,6 +119,7 @@ class CtrlC:
         return self._trace
 
     def __enter__(self):
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one only now
         sys.settrace(self._trace)
         return self
 

@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import DATA, open_fds, take_away
+from helpers import DATA, CtrlC, open_fds, take_away
 
 import kvmstats_fast as kf
 from kvmstats_fast import sampler as sampler_module
@@ -597,6 +598,24 @@ def test_nothing_is_left_of_ten_thousand_samplers(files):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 2048  # KiB: 210 bytes for each
 
 
+def test_ctrl_c_at_any_instruction_of_waiting_is_ctrl_c(monkeypatch):
+    """In the standard library's code too: the run is stopped or KeyboardInterrupt comes through, and no other error."""
+    monkeypatch.setattr(sampler_module, "_POLL", 0.0001)
+    stopped = 0
+    for at in range(1, 200):
+        work = SimpleNamespace(ended=sampler_module._End())
+        interrupted = False
+        with CtrlC(at, "/") as ctrl_c:
+            interrupted = sampler_module._await(work, work.ended.set)
+        assert ctrl_c.left <= 0
+        assert interrupted == work.ended.is_set()
+        stopped += interrupted
+        if not interrupted:
+            work.ended.set()  # what the other thread does
+        sampler_module._await(work, pytest.fail)
+    assert stopped > 100
+
+
 RANDOM_CTRL_C = """
 import os, random, signal, sys, threading, time
 import kvmstats_fast as kf
@@ -641,7 +660,7 @@ def disturbed(i):
         left[0] = 0
 
 signal.signal(signal.SIGINT, handle)
-thread = threading.Thread(target=interrupt)
+thread = threading.Thread(target=interrupt, daemon=True)
 thread.start()
 interrupted, i, end = 0, 0, time.monotonic() + 4
 while time.monotonic() < end:
