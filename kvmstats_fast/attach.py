@@ -8,6 +8,7 @@ import select
 import signal
 import threading
 import time
+from _thread import start_new_thread
 from collections import Counter
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -242,7 +243,7 @@ class _Watcher:
         with self.lock:
             if self._epoll is None:
                 epoll = select.epoll()
-                threading.Thread(target=self._work, args=(epoll,), name="kvmstats-watch", daemon=True).start()
+                start_new_thread(self._work, (epoll,))  # in one step, for the sake of Ctrl-C
                 self._epoll = epoll
             self._epoll.register(pidfd, select.EPOLLIN)
             self._machines[pidfd] = machine
