@@ -8,19 +8,19 @@
 from importlib.metadata import version
 
 from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
-from kvmstats_fast.attach import VirtualMachine, attach, launch
-from kvmstats_fast.derived import DutyCycle, Figure, Figures, HaltPollAdvice
+from kvmstats_fast.analysis.figures import DutyCycle, Figure, Figures, HaltPollAdvice
+from kvmstats_fast.analysis.histogram import Histogram
 from kvmstats_fast.errors import AttachError, ErrorCode, FormatError, KvmStatsError, VmGoneError
-from kvmstats_fast.find import VmProcess, find_vms
-from kvmstats_fast.formats.merged import to_merged
+from kvmstats_fast.formats.parquet import to_csv, to_parquet
 from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
-from kvmstats_fast.formats.tables import to_csv, to_parquet
-from kvmstats_fast.histogram import Histogram
-from kvmstats_fast.passing import HandOverError, inherited_files, receive_files, send_files
-from kvmstats_fast.sampler import Sampler, Stream, measure
+from kvmstats_fast.merged import to_merged
 from kvmstats_fast.samples import FileInfo, SampleError, Samples
+from kvmstats_fast.sampling.sampler import Sampler, Stream, measure
 from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
 from kvmstats_fast.stats_file import StatsFile
+from kvmstats_fast.vmm.find import VmProcess, find_vms
+from kvmstats_fast.vmm.handover import HandOverError, inherited_files, receive_files, send_files
+from kvmstats_fast.vmm.machine import VirtualMachine, attach, launch
 
 __all__ = [
     "AttachError",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvmstats_fast.histogram import Histogram
+    from kvmstats_fast.analysis.histogram import Histogram
     from kvmstats_fast.samples import Samples
 
 __all__ = ["heatmap", "histogram", "rates"]

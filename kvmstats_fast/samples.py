@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 import numpy as np
 
 from kvmstats_fast.abi import StatType
-from kvmstats_fast.derived import DutyCycle, Figures, HaltPollAdvice, duty_cycle, figures, halt_poll_advice
-from kvmstats_fast.histogram import Histogram, added
+from kvmstats_fast.analysis.figures import DutyCycle, Figures, HaltPollAdvice, duty_cycle, figures, halt_poll_advice
+from kvmstats_fast.analysis.histogram import Histogram, added
 
 if TYPE_CHECKING:
     import os
@@ -701,9 +701,9 @@ class Samples:
         ValueError
             If the samples are of no files.
         """
-        from kvmstats_fast.formats import whole  # noqa: PLC0415 - reaches pyarrow
+        from kvmstats_fast.formats import npz  # noqa: PLC0415 - reaches pyarrow
 
-        whole.save(self, path, overwrite=overwrite, compression=compression)
+        npz.save(self, path, overwrite=overwrite, compression=compression)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Samples:
@@ -730,9 +730,9 @@ class Samples:
         RecordingWarning
             If the recording was not ended; all whole batches are read.
         """
-        from kvmstats_fast.formats import whole  # noqa: PLC0415 - reaches pyarrow
+        from kvmstats_fast.formats import npz  # noqa: PLC0415 - reaches pyarrow
 
-        return whole.load(path)
+        return npz.load(path)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Samples]) -> Samples:

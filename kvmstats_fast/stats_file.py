@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
+from kvmstats_fast._resource import Closing, HasFileno, fd_of
 from kvmstats_fast.abi import Layout, ioctl_number
 from kvmstats_fast.errors import truncated
-from kvmstats_fast.owning import Closing, HasFileno, fd_of
 from kvmstats_fast.schema import CACHE, Header, Schema, Value, kind_of, read_header, schema_of
 
 if TYPE_CHECKING:

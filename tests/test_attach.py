@@ -20,13 +20,13 @@ from helpers import open_fds, stats_fds
 from qemu import HOLDS_VCPUS, Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
-from kvmstats_fast import borrow as borrowing
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.cli import main
 from kvmstats_fast.cli import run as run_module
 from kvmstats_fast.testing import counts_right
+from kvmstats_fast.vmm import borrow as borrowing
 
-attach_module = import_module("kvmstats_fast.attach")  # kf.attach is the function
+attach_module = import_module("kvmstats_fast.vmm.machine")
 
 #: A VMM that holds its stats files: says when it is ready, then does as it is told.
 HOLDER = """

@@ -16,12 +16,12 @@ import pytest
 from helpers import CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, NOBODY, exit_status, forked, open_fds
 
 import kvmstats_fast as kf
-from kvmstats_fast import borrow as borrow_module
-from kvmstats_fast import permission
 from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.borrow import borrow
-from kvmstats_fast.permission import Facts, explain, explain_refusal
 from kvmstats_fast.testing import exit_counter
+from kvmstats_fast.vmm import borrow as borrow_module
+from kvmstats_fast.vmm import refusal as permission
+from kvmstats_fast.vmm.borrow import borrow
+from kvmstats_fast.vmm.refusal import Facts, explain, explain_refusal
 
 #: A VMM: what it does before it waits is inserted; each line of its stdin is run.
 HOLDER = """
@@ -359,8 +359,8 @@ def test_every_row_of_the_table_is_reached():
 def as_other(code, *arguments, uid=NOBODY, gid=NOBODY):
     """Run Python code in a child that has become another user; what it printed."""
     become = (
-        "import os, sys\nimport kvmstats_fast as kf\nfrom kvmstats_fast.borrow import borrow\n"
-        "from kvmstats_fast import permission\nfrom kvmstats_fast.stats_file import StatsFile\n"
+        "import os, sys\nimport kvmstats_fast as kf\nfrom kvmstats_fast.vmm.borrow import borrow\n"
+        "from kvmstats_fast.vmm import refusal as permission\nfrom kvmstats_fast.stats_file import StatsFile\n"
         f"os.setgroups([]); os.setresgid({gid}, {gid}, {gid}); os.setresuid({uid}, {uid}, {uid})\n"
     )
     command = [sys.executable, "-c", become + code, *map(str, arguments)]
@@ -431,7 +431,7 @@ def test_more_capabilities_are_told(sleeper):
 def test_a_process_without_the_capability_that_root_has_is_told(sleeper):
     """Root in a container without CAP_SYS_PTRACE meets a process of another user."""
     process = sleeper(f"os.setgroups([]); os.setresgid(7, 7, 7); os.setresuid({NOBODY}, {NOBODY}, {NOBODY})")
-    code = "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.borrow import borrow\n"
+    code = "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.vmm.borrow import borrow\n"
     code += "try: borrow(int(sys.argv[1]))\nexcept kf.AttachError as error: print(error.strerror)"
     drop = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
     command = [*drop, sys.executable, "-c", code, str(process.pid)]
@@ -499,7 +499,7 @@ def test_yama_is_read_where_there_is_one(monkeypatch, tmp_path):
 def test_a_process_in_another_pid_namespace_is_not_visible():
     """A child that is first in a pid namespace of its own does not see the pids of this one."""
     code = (
-        "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.borrow import borrow\n"
+        "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.vmm.borrow import borrow\n"
         "try: borrow(int(sys.argv[1]))\nexcept kf.VmGoneError as error: print(error.strerror)"
     )
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code, str(os.getpid())]
@@ -529,7 +529,7 @@ def test_a_proc_of_another_pid_namespace_is_not_believed(inject):
 def test_root_of_a_user_namespace_is_told_that_its_capabilities_do_not_count():
     """As in a container without root that sees the host's processes: it has all capabilities, and may do nothing."""
     code = (
-        "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.borrow import borrow\n"
+        "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.vmm.borrow import borrow\n"
         "try: borrow(int(sys.argv[1]))\nexcept kf.AttachError as error: print(error.strerror)"
     )
     command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code, str(os.getpid())]

@@ -20,8 +20,8 @@ from qemu import HOLDS_VCPUS, QEMU, needs_qemu
 import kvmstats_fast as kf
 from kvmstats_fast import cli
 from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.find import HeldFile, may_attach, scan
 from kvmstats_fast.testing import TinyGuest
+from kvmstats_fast.vmm.find import HeldFile, may_attach, scan
 
 
 class Proc:
@@ -382,8 +382,8 @@ def test_may_attach_asks_the_kernel():
 def test_each_refusal_says_why(monkeypatch, tmp_path, error, words):
     """The reason that attach would give, without the remedies. Old kernels and limits are reasons, too."""
     (tmp_path / "ptrace_scope").write_text("3\n")
-    monkeypatch.setattr("kvmstats_fast.permission._YAMA", tmp_path / "ptrace_scope")
-    monkeypatch.setattr("kvmstats_fast.find.lib", type("Lib", (), {"kvmstats_getfd": lambda *_: -error}))
+    monkeypatch.setattr("kvmstats_fast.vmm.refusal._YAMA", tmp_path / "ptrace_scope")
+    monkeypatch.setattr("kvmstats_fast.vmm.find.lib", type("Lib", (), {"kvmstats_getfd": lambda *_: -error}))
     assert may_attach(os.getpid()) == f"pidfd_getfd: {words}"
 
 

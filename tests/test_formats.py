@@ -23,7 +23,7 @@ from helpers import DATA
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
-from kvmstats_fast.formats import tables
+from kvmstats_fast.formats import parquet as tables
 from kvmstats_fast.testing import SyntheticStats
 
 VM = made.schema_of(None, "vm")

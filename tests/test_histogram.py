@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
-from kvmstats_fast import histogram as histogram_module
 from kvmstats_fast import samples as samples_module
+from kvmstats_fast.analysis import histogram as histogram_module
 
 LOG = kf.Stat("wait_hist", kf.StatType.LOG_HIST, kf.StatUnit.SECONDS, kf.StatBase.POW10, -9, 5, 0)
 LINEAR = replace(LOG, name="size_hist", type=kf.StatType.LINEAR_HIST, bucket_size=50)

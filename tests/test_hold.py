@@ -22,9 +22,9 @@ from helpers import NOBODY
 from qemu import HOLDS_VCPUS, Qmp, arguments, needs_qemu, until
 
 import kvmstats_fast as kf
-from kvmstats_fast import hold
-from kvmstats_fast.borrow import borrow
-from kvmstats_fast.find import describe
+from kvmstats_fast.vmm import hold
+from kvmstats_fast.vmm.borrow import borrow
+from kvmstats_fast.vmm.find import describe
 
 TESTS = Path(__file__).parent
 VMM = TESTS / "c" / "vmm.c"
@@ -299,7 +299,7 @@ def test_a_missing_program_is_the_kernels_error(tmp_path):
 #: Says, as another user, whether it can hold: python -c CHECK uid gid program
 CHECK = """
 import os, pathlib, sys
-from kvmstats_fast import hold
+from kvmstats_fast.vmm import hold
 if library := sys.argv[4:]:
     hold.hold_library = lambda: pathlib.Path(*library)
 uid, gid = int(sys.argv[1]), int(sys.argv[2])

@@ -21,10 +21,10 @@ from helpers import stats_fds
 from qemu import HOLDS_VCPUS, Qmp, arguments, boot_disk, needs_qemu, until
 
 import kvmstats_fast as kf
-from kvmstats_fast import inject
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.inject import Result, open_missing
+from kvmstats_fast.vmm import inject
+from kvmstats_fast.vmm.inject import Result, open_missing
 
 # The full counts: KVMSTATS_INJECT_ROUNDS=200, some ten minutes.
 ROUNDS = int(os.environ.get("KVMSTATS_INJECT_ROUNDS", "6"))

@@ -16,7 +16,7 @@ import pytest
 from helpers import DATA, CtrlC, open_fds, take_away
 
 import kvmstats_fast as kf
-from kvmstats_fast import sampler as sampler_module
+from kvmstats_fast.sampling import sampler as sampler_module
 from kvmstats_fast.testing import SyntheticStats, TinyGuest, counts_right, exit_counter
 
 

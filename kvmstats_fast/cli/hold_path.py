@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvmstats_fast.hold import hold_library
+from kvmstats_fast.vmm.hold import hold_library
 
 if TYPE_CHECKING:
     import argparse

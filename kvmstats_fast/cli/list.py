@@ -8,13 +8,13 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from kvmstats_fast.find import scan
+from kvmstats_fast.vmm.find import scan
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterable
 
-    from kvmstats_fast.find import VmProcess
+    from kvmstats_fast.vmm.find import VmProcess
 
 _WIDEST = 64  # characters of a name in the table; --json has all
 

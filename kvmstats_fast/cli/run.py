@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from kvmstats_fast import hold
-from kvmstats_fast.borrow import borrow, by_vcpu, known_as
 from kvmstats_fast.cli.demo import print_table
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
+from kvmstats_fast.vmm import hold
+from kvmstats_fast.vmm.borrow import borrow, by_vcpu, known_as
 
 if TYPE_CHECKING:
     import subprocess

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import arrow, need
-from kvmstats_fast.owning import Closing
 from kvmstats_fast.samples import Columns, Samples
 
 if TYPE_CHECKING:

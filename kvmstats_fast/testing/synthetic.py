@@ -9,8 +9,8 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from kvmstats_fast._resource import Closing
 from kvmstats_fast.abi import Layout, join_flags
-from kvmstats_fast.owning import Closing
 from kvmstats_fast.stats_file import StatsFile
 from kvmstats_fast.testing.stat_lists import ARCHITECTURES, OPTIONS, placed, stats_of
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import KvmStatsError
-from kvmstats_fast.owning import Closing
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:

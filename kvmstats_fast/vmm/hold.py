@@ -31,7 +31,7 @@ def hold_library() -> Path:
         If LD_PRELOAD cannot name it (in its syntax a space or a colon ends a path, a ``$`` is replaced), or it cannot
         be read.
     """
-    path = Path(__file__).resolve().with_name("libkvmstats-hold.so")
+    path = Path(__file__).resolve().parents[1] / "libkvmstats-hold.so"
     if any(character in ":$" or character.isspace() for character in str(path)):
         raise AttachError(
             errno.EINVAL, f"LD_PRELOAD cannot name {path}: install the package where no path has a space, ':' or '$'"

@@ -22,9 +22,9 @@ from itertools import count, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kvmstats_fast._resource import HasFileno, fd_of
 from kvmstats_fast.abi import KVM_LINK
 from kvmstats_fast.errors import FormatError, KvmStatsError
-from kvmstats_fast.owning import HasFileno, fd_of
 from kvmstats_fast.stats_file import StatsFile, _describe
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
-from kvmstats_fast import hold
-from kvmstats_fast.borrow import borrow, by_vcpu, check_alive, hold_process, known_as
+from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.find import VmProcess, describe
-from kvmstats_fast.owning import Closing
 from kvmstats_fast.stats_file import null_fd
+from kvmstats_fast.vmm import hold
+from kvmstats_fast.vmm.borrow import borrow, by_vcpu, check_alive, hold_process, known_as
+from kvmstats_fast.vmm.find import VmProcess, describe
 
 if TYPE_CHECKING:
     import subprocess
@@ -311,7 +311,7 @@ def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMa
     how: Literal["borrow", "inject"] = "borrow"
     trouble: list[str] = []
     if inject:
-        from kvmstats_fast import inject as injection  # noqa: PLC0415 - the last resort
+        from kvmstats_fast.vmm import inject as injection  # noqa: PLC0415 - the last resort
 
         for one in injection.open_missing(pid, timeout=timeout):
             if one.opened:

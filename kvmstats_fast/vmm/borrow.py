@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.abi import KVM_LINK, StatType
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.find import is_own
-from kvmstats_fast.permission import explain_refusal
 from kvmstats_fast.stats_file import StatsFile
+from kvmstats_fast.vmm.find import is_own
+from kvmstats_fast.vmm.refusal import explain_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -20,7 +20,7 @@ from kvmstats_fast.abi import StatType, StatUnit
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvmstats_fast.histogram import Histogram
+    from kvmstats_fast.analysis.histogram import Histogram
     from kvmstats_fast.samples import FileInfo, Samples
 
     Values = npt.NDArray[np.float64]

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import KVM_LINK, Layout, ioctl_number
-from kvmstats_fast.borrow import check_proc
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.permission import explain_refusal
+from kvmstats_fast.vmm.borrow import check_proc
+from kvmstats_fast.vmm.refusal import explain_refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

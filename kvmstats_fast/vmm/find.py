@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.abi import KVM_LINK
-from kvmstats_fast.permission import reason_of_refusal
+from kvmstats_fast.vmm.refusal import reason_of_refusal
 
 __all__ = ["HeldFile", "VmProcess", "find_vms", "may_attach"]
 

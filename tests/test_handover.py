@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
-from kvmstats_fast import passing
 from kvmstats_fast.testing import SyntheticStats
+from kvmstats_fast.vmm import handover as passing
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,8 +21,8 @@ from weakref import WeakSet, WeakValueDictionary
 import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
+from kvmstats_fast._resource import Unique
 from kvmstats_fast.errors import KvmStatsError
-from kvmstats_fast.owning import Unique
 from kvmstats_fast.samples import Block, FileInfo, SampleError, Samples, find_groups
 from kvmstats_fast.stats_file import StatsFile
 

@@ -1,0 +1,1 @@
+"""Processes that have VMs, and the ways to get at their stats files."""
