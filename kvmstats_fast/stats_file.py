@@ -6,15 +6,14 @@ import errno
 import fcntl
 import os
 import warnings
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
-from kvmstats_fast._resource import Closing, HasFileno, fd_of
+from kvmstats_fast._resource import Closing, Fd, HasFileno, describe_fd, fd_of
 from kvmstats_fast.abi import Layout, ioctl_number
 from kvmstats_fast.errors import truncated
 from kvmstats_fast.schema import CACHE, Header, Schema, Value, kind_of, read_header, schema_of
@@ -62,22 +61,15 @@ _READ_HINTS = {
 
 
 @cache
-def null_fd() -> int:
+def null_fd() -> Fd:
     """Return an fd of ``/dev/null``, which stays open: once had, it needs no other when there are too many open."""
-    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _describe(fd: int) -> str:
-    """``fd 7 (anon_inode:kvm-vm)``, as /proc tells."""
-    with suppress(OSError):
-        return f"fd {fd} ({Path(f'/proc/self/fd/{fd}').readlink()})"
-    return f"fd {fd}"
+    return Fd(os.open, os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _refused(error: int, call: str, fd: int, hints: dict[int, str]) -> OSError:
     """Return the kernel's refusal as an OSError that says which call, on what, and what to do."""
     hint = hints.get(error)
-    return OSError(error, f"{call} on {_describe(fd)}: {os.strerror(error)}" + (f"; {hint}" if hint else ""))
+    return OSError(error, f"{call} on {describe_fd(fd)}: {os.strerror(error)}" + (f"; {hint}" if hint else ""))
 
 
 def _pread(fd: int, size: int, position: int) -> bytes:
@@ -100,11 +92,93 @@ def _read_schema(fd: int) -> tuple[bytes, Schema]:
     blob = _pread(fd, _FIRST_READ, 0)
     schema = CACHE.find(blob)
     if schema is None:
-        source = _describe(fd)
+        source = describe_fd(fd)
         if len(blob) == _FIRST_READ:
             blob = _read_on(fd, blob, read_header(blob, source).prefix_size)
         schema = schema_of(blob, source)
     return blob, schema
+
+
+@dataclass(slots=True)
+class Owner:
+    """Whose file it is: the VMM that made the VM, as far as that is known.
+
+    Attributes
+    ----------
+    pid : int or None
+        Of the VMM.
+    name : str
+        Of the guest; empty if not known.
+    machine : object
+        The VirtualMachine that the file belongs to: as long as one of its files is used, its VMM is watched.
+    """
+
+    pid: int | None = None
+    name: str = ""
+    machine: object = None
+
+
+class Handle:
+    """What a StatsFile has open, for the rooms that read it past its methods: Sampler and VirtualMachine.
+
+    Attributes
+    ----------
+    fd : Fd
+        Whether it is owned is whether closing the StatsFile closes it.
+    source : struct kvmstats_source *
+        What the C core reads by. Its fd is -1 once the file is closed or revoked.
+    owner : Owner
+    lost : Exception or None
+        Why the file was revoked.
+    """
+
+    __slots__ = ("_id", "fd", "lost", "owner", "source")
+
+    def __init__(self, fd: Fd, file_id: str, schema: Schema, value_size: int) -> None:
+        self.owner = Owner()
+        self.lost: Exception | None = None
+        self.fd = fd
+        self._id = file_id
+        self.source: Any = ffi.new(
+            _SOURCE, (fd.fileno(), value_size, schema.swapped, schema.header.data_offset, schema.num_values)
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file was closed or revoked."""
+        return bool(self.source.fd < 0)
+
+    def check_open(self) -> None:
+        """Raise what keeps the file from being read: why it was revoked, or ValueError if it is closed."""
+        if self.lost is not None:
+            raise self.lost
+        if self.closed:
+            raise ValueError(f"this StatsFile ({self._id}) is closed: open the stats file again")
+
+    def failure(self, error: int, got: int) -> Exception:
+        """Return what to raise when the core could not read: `error` is its errno, `got` how far an early end is."""
+        self.check_open()
+        source = self.source
+        if error == errno.ENODATA:
+            return truncated(describe_fd(source.fd), got, source.position + source.count * source.value_size)
+        return _refused(error, "pread", source.fd, _READ_HINTS)
+
+    def close(self) -> None:
+        """Close the fd, if it is owned; a second call does nothing."""
+        self.source.fd = -1
+        self.fd.close()
+
+    def revoke(self, why: Exception) -> None:
+        """Let go of the stats file while others may be reading it in other threads; they get `why`.
+
+        Its number stays taken, by ``/dev/null``, until `close`: a read that is under way finds nothing there, and never
+        another file that was opened meanwhile.
+        """
+        if self.closed or not self.fd.owned:
+            return
+        null, self.lost = null_fd().fileno(), why
+        self.source.fd = -1
+        self.fd.replace(null)
 
 
 class StatsFile(Closing):
@@ -143,26 +217,21 @@ class StatsFile(Closing):
     opposite: there a stats file must be closed before its VM.
     """
 
-    __slots__ = ("_closefd", "_id", "_keep", "_lost", "_out", "_own", "_source", "_spare", "_vm", "_watch", "schema")
+    __slots__ = ("_id", "_keep", "_out", "_own", "handle", "schema")
 
     def __init__(self, stats_fd: int | HasFileno, closefd: bool = True) -> None:
-        self._source: Any = None  # what __del__ needs, should the rest fail
         fd = fd_of(stats_fd)
         blob, schema = _read_schema(fd)
         self.schema = schema
         self._id = file_id = schema.id_of(blob)
         value_size = 8
         if len(blob) < schema.data_end:
-            value_size = schema.value_size(len(_read_on(fd, blob, schema.data_end)), file_id, _describe(fd))
-        self._closefd = closefd
-        self._lost: Exception | None = None  # why it was revoked
-        self._spare = -1  # its number, when it was
-        self._vm: tuple[int | None, str] = (None, "")  # of which process and guest, where that is known
-        self._watch: object = None  # the VirtualMachine: as long as a file of it is used, its VMM is watched
+            value_size = schema.value_size(len(_read_on(fd, blob, schema.data_end)), file_id, describe_fd(fd))
         self._own: npt.NDArray[np.uint64] | None = None
         self._out: object = _NO_ARRAY
         self._keep: Any = None
-        self._source = ffi.new(_SOURCE, (fd, value_size, schema.swapped, schema.header.data_offset, schema.num_values))
+        held = stats_fd if isinstance(stats_fd, Fd) else Fd.adopt(fd, closefd)
+        self.handle = Handle(held, file_id, schema, value_size)
 
     @classmethod
     def open(cls, kvm_fd: int | HasFileno, layout: Layout | str = Layout.MERGED) -> Self:
@@ -197,10 +266,10 @@ class StatsFile(Closing):
         fd = fd_of(kvm_fd)
         call, number = ioctl_number(Layout(layout))
         try:
-            stats_fd = fcntl.ioctl(fd, number)
+            stats_fd = Fd(fcntl.ioctl, fd, number)
         except OSError as error:
             raise _refused(error.errno or 0, call, fd, _OPEN_HINTS) from None
-        return cls._owning(stats_fd)
+        return cls(stats_fd)
 
     @classmethod
     def from_bytes(cls, data: Buffer) -> Self:
@@ -220,23 +289,11 @@ class StatsFile(Closing):
         FormatError
             If the bytes are no stats file that can be read.
         """
-        fd = os.memfd_create("kvmstats-capture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            with os.fdopen(fd, "wb", closefd=False) as file:
-                file.write(data)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-        except BaseException:
-            os.close(fd)
-            raise
-        return cls._owning(fd)
-
-    @classmethod
-    def _owning(cls, fd: int) -> Self:
-        try:
-            return cls(fd)
-        except BaseException:
-            os.close(fd)
-            raise
+        memory = Fd(os.memfd_create, "kvmstats-capture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with os.fdopen(memory.fileno(), "wb", closefd=False) as file:
+            file.write(data)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        return cls(memory)
 
     @property
     def header(self) -> Header:
@@ -264,13 +321,13 @@ class StatsFile(Closing):
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        source = getattr(self, "_source", None)  # none if a subclass failed before it came to us
-        return source is None or source.fd < 0
+        handle = getattr(self, "handle", None)  # none if a subclass failed before it came to us
+        return handle is None or handle.closed
 
     def fileno(self) -> int:
         """Return the file descriptor; ValueError if closed."""
-        self._check_open()
-        fd: int = self._source.fd
+        self.handle.check_open()
+        fd: int = self.handle.source.fd
         return fd
 
     def read(self) -> npt.NDArray[np.uint64]:
@@ -318,9 +375,10 @@ class StatsFile(Closing):
         """
         if out is not self._out:
             self._prepare(out)
-        status = _read(self._source)
+        source = self.handle.source
+        status = _read(source)
         if status:
-            raise self._failure(-status)
+            raise self.handle.failure(-status, source.position + source.got)
         return out
 
     def snapshot(self, si: bool = False) -> dict[str, Value]:
@@ -346,43 +404,13 @@ class StatsFile(Closing):
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""
-        if self.closed:
-            spare, self._spare = getattr(self, "_spare", -1), -1
-            if spare >= 0:
-                os.close(spare)
-            return
-        fd, self._source.fd = self._source.fd, -1
-        self._out, self._own, self._keep = _NO_ARRAY, None, None
-        if self._closefd:
-            os.close(fd)
-
-    def revoke(self, why: Exception) -> None:
-        """Let go of the stats file while others may be reading it in other threads; they get `why`.
-
-        Its number stays taken, by ``/dev/null``, until `close`: a read that is under way finds nothing there, and never
-        another file that was opened meanwhile.
-        """
-        if self.closed or not self._closefd:
-            return
-        null, self._lost = null_fd(), why
-        # From here on it is ours: a `close` meanwhile, in the thread that reads, finds nothing to close.
-        fd, self._source.fd = self._source.fd, -1
-        if fd >= 0:
-            try:
-                os.dup2(null, fd, inheritable=False)
-            except OSError:  # its number is above a limit that was lowered since
-                os.close(fd)
-            else:
-                self._spare = fd
-
-    def _check_open(self) -> None:
-        if self._lost is not None:
-            raise self._lost
-        if self.closed:
-            raise ValueError(f"this StatsFile ({self._id}) is closed: open the stats file again")
+        if not self.closed:
+            self._out, self._own, self._keep = _NO_ARRAY, None, None
+        if hasattr(self, "handle"):
+            self.handle.close()
 
     def _prepare(self, out: npt.NDArray[np.uint64]) -> None:
-        self._check_open()
+        self.handle.check_open()
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out is a {type(out).__name__}; it must be a numpy array")
         if out.dtype != np.uint64 or not out.dtype.isnative:
@@ -394,30 +422,19 @@ class StatsFile(Closing):
         if not out.flags.writeable:
             raise ValueError("out is read-only")
         self._keep = ffi.from_buffer("uint64_t[]", out, True)
-        self._source.values = self._keep
+        self.handle.source.values = self._keep
         self._out = out
 
-    def _failure(self, error: int, got: int | None = None) -> Exception:
-        """Return what to raise when the core could not read: `error` is its errno, `got` how far an early end is."""
-        self._check_open()
-        fd, source = self._source.fd, self._source
-        if error == errno.ENODATA:
-            wanted = source.position + source.count * source.value_size
-            return truncated(_describe(fd), source.position + source.got if got is None else got, wanted)
-        return _refused(error, "pread", fd, _READ_HINTS)
-
     def __enter__(self) -> Self:
-        self._check_open()
+        self.handle.check_open()
         return self
 
     def __del__(self) -> None:
-        if getattr(self, "_spare", -1) >= 0:  # revoked: there is nothing left to forget
-            self.close()
-        if not self.closed and self._closefd:
+        if not self.closed and self.handle.fd.owned:
             text = f"unclosed {self!r}"
             self.close()  # first, because the warning may be an error
             warnings.warn(text, ResourceWarning, 2, source=self)
 
     def __repr__(self) -> str:
-        where = "gone" if self._lost else "closed" if self.closed else f"fd {self._source.fd}"
+        where = "gone" if self.handle.lost else "closed" if self.closed else f"fd {self.handle.source.fd}"
         return f"<StatsFile {self._id} ({self.kind}), {where}, {len(self.schema)} stats>"

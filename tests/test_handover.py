@@ -402,8 +402,8 @@ def test_what_is_no_connected_unix_stream_socket_is_refused(resources, tmp_path,
     closed = socket.socket()
     closed.close()
     for sock, error, words in (
-        ("/run/socket", TypeError, "no file descriptor"),
-        (None, TypeError, "no file descriptor"),
+        ("/run/socket", TypeError, "not a file descriptor"),
+        (None, TypeError, "not a file descriptor"),
         (file, ValueError, r"fd \d+ \(/memfd:.*\) is no socket"),
         (file.fileno(), ValueError, "is no socket"),
         (unix, ValueError, "not connected .*connect\\(\\) or accept\\(\\) first"),

@@ -200,7 +200,7 @@ def test_an_fd_that_is_not_open_is_ebadf():
 def test_what_is_no_fd_is_a_type_error(wrong):
     """Both ways to open a file take the same fds: numbers and objects with fileno()."""
     for use in (kf.StatsFile, kf.StatsFile.open):
-        with pytest.raises(TypeError, match="no file descriptor: pass its number, or an object with"):
+        with pytest.raises(TypeError, match="not a file descriptor: pass its number, or an object with"):
             use(wrong)
     with SyntheticStats() as made, kf.StatsFile(made, closefd=False) as file:
         assert file.fileno() == made.fileno()

@@ -130,7 +130,7 @@ class Sampler(Unique):
         for file in chosen:
             if not isinstance(file, StatsFile):
                 raise TypeError(f"files has a {type(file).__name__}; it must be StatsFiles only")
-            file._check_open()
+            file.handle.check_open()
         threads = operator.index(threads)
         if not 1 <= threads <= lib.KVMSTATS_MAX_THREADS:
             raise ValueError(f"threads is {threads}; it must be from 1 to {lib.KVMSTATS_MAX_THREADS}")
@@ -145,7 +145,10 @@ class Sampler(Unique):
             raise ValueError("there is nothing to sample: no files, or none that has statistics")
         self._threads = threads
         self._sampled = sampled
-        self.files = tuple(FileInfo(file.id, file.kind, file.vcpu_id, *file._vm) for file in sampled)
+        self.files = tuple(
+            FileInfo(file.id, file.kind, file.vcpu_id, file.handle.owner.pid, file.handle.owner.name)
+            for file in sampled
+        )
         self._groups = self._make_groups(plans)
         self._keep: list[Any] = []  # what the C structs point to
         self._files = self._make_files(plans)
@@ -178,7 +181,7 @@ class Sampler(Unique):
         }
         self._keep.append(gathers)
         for index, file in enumerate(self._sampled):
-            plan, source = plans[file.schema], file._source
+            plan, source = plans[file.schema], file.handle.source
             files[index].source = source
             files[index].position = source.position + plan.first * source.value_size
             files[index].count = plan.count
@@ -227,12 +230,13 @@ class Sampler(Unique):
         for index, file in enumerate(self._sampled):
             entry = files[index]
             if entry.error and entry.failed_at < stop:
-                if file._lost is not None:
-                    error: Exception = type(file._lost)(*file._lost.args)  # a run may add its samples to it
+                lost = file.handle.lost
+                if lost is not None:
+                    error: Exception = type(lost)(*lost.args)  # a run may add its samples to it
                 elif file.closed:
                     error = ValueError(f"StatsFile {file.id} was closed while it was sampled")
                 else:
-                    error = file._failure(entry.error, entry.position + entry.got)
+                    error = file.handle.failure(entry.error, entry.position + entry.got)
                 yield SampleError(index, max(entry.failed_at - start, 0), error)
 
     def view(self, name: str) -> npt.NDArray[np.uint64]:

@@ -22,10 +22,10 @@ from itertools import count, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmstats_fast._resource import HasFileno, fd_of
+from kvmstats_fast._resource import HasFileno, describe_fd, fd_of
 from kvmstats_fast.abi import KVM_LINK
 from kvmstats_fast.errors import FormatError, KvmStatsError
-from kvmstats_fast.stats_file import StatsFile, _describe
+from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -231,7 +231,7 @@ def _unowned(fd: int, who: str) -> StatsFile:
 
 def _own(files: list[StatsFile], owned: bool) -> None:
     for file in files:
-        file._closefd = owned
+        file.handle.fd.owned = owned
 
 
 def _append(results: list[_T], function: Callable[..., _T], *arguments: Iterable[Any]) -> None:
@@ -251,7 +251,7 @@ def _connection(sock: int | HasFileno) -> Iterator[socket.SocketType]:
     except OSError as error:
         raise OSError(error.errno, f"fstat on fd {fd}: {error.strerror}; is the socket closed?") from None
     if not is_socket:
-        raise ValueError(f"{_describe(fd)} is no socket: stats files are handed over through a Unix stream socket")
+        raise ValueError(f"{describe_fd(fd)} is no socket: stats files are handed over through a Unix stream socket")
     own: list[socket.SocketType] = []
     try:
         blocking = os.get_blocking(fd)

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.stats_file import null_fd
+from kvmstats_fast.stats_file import Owner, null_fd
 from kvmstats_fast.vmm import hold
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, check_alive, hold_process, known_as
 from kvmstats_fast.vmm.find import VmProcess, describe
@@ -87,7 +87,7 @@ class VirtualMachine(Closing):
         self.vm = machines[0] if len(machines) == 1 else None
         self.vcpus = tuple(file for file in files if file.kind == "vcpu")
         for file in files:
-            file._vm, file._watch = (self.pid, self.name), self
+            file.handle.owner = Owner(self.pid, self.name, self)
 
     @property
     def alive(self) -> bool:
@@ -131,9 +131,11 @@ class VirtualMachine(Closing):
             found.pop_all()
             stale = [own for own in self.files if own not in kept]
             for file in stale:
-                file.revoke(AttachError(errno.ENODEV, f"{file.id}: process {self.pid} has closed this stats file"))
+                file.handle.revoke(
+                    AttachError(errno.ENODEV, f"{file.id}: process {self.pid} has closed this stats file")
+                )
                 file.close()
-                file._watch = None
+                file.handle.owner.machine = None
             self._set(sorted([*kept, *fresh], key=by_vcpu))
             self._about = about or self._about
         return bool(fresh or stale)
@@ -174,7 +176,7 @@ class VirtualMachine(Closing):
             self._forget()
             for file in self.files:
                 file.close()
-                file._watch = None
+                file.handle.owner.machine = None
 
     def _forget(self) -> None:
         pidfd, self._pidfd = self._pidfd, -1
@@ -188,7 +190,7 @@ class VirtualMachine(Closing):
         """Let go of the files: the VMM has exited."""
         self._gone = VmGoneError(errno.ESRCH, f"process {self.pid} ({self.vmm}) has exited, and its VM with it")
         for file in self.files:
-            file.revoke(self._gone)
+            file.handle.revoke(self._gone)
 
     def _check(self) -> None:
         if not self.alive:
