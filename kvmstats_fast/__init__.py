@@ -3,24 +3,32 @@
 >>> import kvmstats_fast as kf
 >>> with kf.StatsFile.open(vcpu_fd) as f:       # doctest: +SKIP
 ...     f.snapshot()["exits"]
+
+A name is imported when it is first used, so that ``import kvmstats_fast`` costs next to nothing.
 """
 
-from importlib.metadata import version
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
-from kvmstats_fast.analysis.figures import DutyCycle, Figure, Figures, HaltPollAdvice
-from kvmstats_fast.analysis.histogram import Histogram
-from kvmstats_fast.errors import AttachError, ErrorCode, FormatError, KvmStatsError, VmGoneError
-from kvmstats_fast.formats.parquet import to_csv, to_parquet
-from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
-from kvmstats_fast.merged import to_merged
-from kvmstats_fast.samples import FileInfo, SampleError, Samples
-from kvmstats_fast.sampling.sampler import Sampler, Stream, measure
-from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
-from kvmstats_fast.stats_file import StatsFile
-from kvmstats_fast.vmm.find import VmProcess, find_vms
-from kvmstats_fast.vmm.handover import HandOverError, inherited_files, receive_files, send_files
-from kvmstats_fast.vmm.machine import VirtualMachine, attach, launch
+__version__ = "0.1.0"
+
+# The public names stand three times: type checkers read the imports and __all__, the interpreter __all__ and the rooms.
+# tests/test_packaging.py compares them.
+if TYPE_CHECKING:
+    from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
+    from kvmstats_fast.analysis.figures import DutyCycle, Figure, Figures, HaltPollAdvice
+    from kvmstats_fast.analysis.histogram import Histogram
+    from kvmstats_fast.errors import AttachError, ErrorCode, FormatError, KvmStatsError, VmGoneError
+    from kvmstats_fast.formats.parquet import to_csv, to_parquet
+    from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
+    from kvmstats_fast.merged import to_merged
+    from kvmstats_fast.samples import FileInfo, SampleError, Samples
+    from kvmstats_fast.sampling.sampler import Sampler, Stream, measure
+    from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
+    from kvmstats_fast.stats_file import StatsFile
+    from kvmstats_fast.vmm.find import VmProcess, find_vms
+    from kvmstats_fast.vmm.handover import HandOverError, inherited_files, receive_files, send_files
+    from kvmstats_fast.vmm.machine import VirtualMachine, attach, launch
 
 __all__ = [
     "AttachError",
@@ -66,4 +74,34 @@ __all__ = [
     "to_parquet",
 ]
 
-__version__ = version("kvmstats-fast")
+_ROOMS = {
+    "abi": ("Layout", "StatBase", "StatType", "StatUnit"),
+    "analysis.figures": ("DutyCycle", "Figure", "Figures", "HaltPollAdvice"),
+    "analysis.histogram": ("Histogram",),
+    "errors": ("AttachError", "ErrorCode", "FormatError", "KvmStatsError", "VmGoneError"),
+    "formats.parquet": ("to_csv", "to_parquet"),
+    "formats.recording": ("Recorder", "Recording", "RecordingWarning"),
+    "merged": ("to_merged",),
+    "samples": ("FileInfo", "SampleError", "Samples"),
+    "sampling.sampler": ("Sampler", "Stream", "measure"),
+    "schema": ("Header", "Schema", "Stat", "StatsImage", "parse"),
+    "stats_file": ("StatsFile",),
+    "vmm.find": ("VmProcess", "find_vms"),
+    "vmm.handover": ("HandOverError", "inherited_files", "receive_files", "send_files"),
+    "vmm.machine": ("VirtualMachine", "attach", "launch"),
+}
+
+if not TYPE_CHECKING:  # to a type checker, __getattr__ would make every name a good one
+
+    def __getattr__(name: str) -> object:
+        """Import a public name from its room, and keep it."""
+        for room, names in _ROOMS.items():
+            if name in names:
+                globals()[name] = value = getattr(import_module(f"{__name__}.{room}"), name)
+                return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return [*__all__, "__version__"]

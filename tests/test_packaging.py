@@ -2,6 +2,9 @@
 
 import ast
 import re
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,38 @@ def test_public_names_are_documented_and_exported():
         assert getattr(kvmstats_fast, name).__doc__
 
 
+def test_each_public_name_has_one_room_for_type_checkers_and_at_run_time():
+    """The imports under TYPE_CHECKING, __all__ and the rooms that names come from at run time agree."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    checked = {node.module: tuple(alias.name for alias in node.names) for node in block.body}
+    rooms = {f"kvmstats_fast.{room}": names for room, names in kvmstats_fast._ROOMS.items()}
+    assert checked == rooms
+    assert sorted(name for names in rooms.values() for name in names) == sorted(kvmstats_fast.__all__)
+
+
+def test_the_package_shows_its_public_names_only():
+    """dir() lists what is promised, whatever was imported before; an unknown name is an AttributeError with a hint."""
+    assert kvmstats_fast.StatsFile is kvmstats_fast.StatsFile
+    assert set(dir(kvmstats_fast)) == {*kvmstats_fast.__all__, "__version__"}
+    with pytest.raises(AttributeError, match=r"module 'kvmstats_fast' has no attribute 'Statsfile'"):
+        kvmstats_fast.Statsfile  # noqa: B018 - the attribute is what is tested
+    assert not hasattr(kvmstats_fast, "np")
+
+
+def loaded_by(code):
+    """The modules that a fresh interpreter has after running `code`."""
+    code += "\nimport sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_import_of_the_package_loads_neither_numpy_nor_the_core():
+    """They come with the first name that needs them; an exception needs the core only."""
+    assert loaded_by("import kvmstats_fast").isdisjoint({"numpy", "cffi", "_cffi_backend", "kvmstats_fast.errors"})
+    assert "numpy" not in loaded_by("import kvmstats_fast; kvmstats_fast.FormatError")
+    assert "numpy" in loaded_by("import kvmstats_fast; kvmstats_fast.StatsFile")
+
+
 def test_no_kernel_header_is_needed_to_build():
     """The C sources include nothing of linux/ or asm/."""
     sources = sorted((ROOT / "csrc").glob("*.[ch]"))
@@ -77,8 +112,9 @@ def test_the_top_level_has_what_a_user_looks_for(name):
     assert not (ROOT / "setup.py").exists()
 
 
-def test_the_version_is_in_the_changelog():
-    """The installed version has an entry."""
+def test_the_version_is_that_of_the_distribution_and_in_the_changelog():
+    """The build takes it from the package; the changelog has an entry."""
+    assert kvmstats_fast.__version__ == metadata.version("kvmstats-fast")
     assert f"## [{kvmstats_fast.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
