@@ -12,7 +12,7 @@ import pytest
 import table
 
 import kvmstats_fast as kf
-from kvmstats_fast.samples import Block
+from kvmstats_fast.groups import Block
 from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest
 
 SECONDS = 10
@@ -94,7 +94,7 @@ def test_recording(benchmark, tmp_path, limit, case):
             sampler = kf.Sampler(files, stats)
             stream = stack.enter_context(sampler.stream(1 / rate, wait=wait, duration=SECONDS))
             for samples in stream:
-                raw += sum(group.values.nbytes for group in samples._groups)
+                raw += sum(group.values.nbytes for group in samples.groups)
                 if recorder is not None:
                     recorder.write(samples)
                     size = recorder.size
@@ -129,13 +129,13 @@ def long_run(sweeps, files, stats=None):
     time_ = np.arange(sweeps, dtype=np.int64) * 10**6
     infos = tuple(kf.FileInfo(f"kvm-1/vcpu-{i}", "vcpu", i) for i in range(files))
     clock = (time_, np.full(sweeps, 1000, np.int64), np.arange(sweeps, dtype=np.uint64))
-    return kf.Samples((Block(schema, "vcpu", places, np.arange(files), values),), infos, clock, interval=0.001)
+    return kf.Samples((Block(schema, "vcpu", places, np.arange(files), values),), infos, *clock, interval=0.001)
 
 
 def test_rates(benchmark):
     """Rates of 5 statistics of 8 vCPUs over a million sweeps, against numpy's diff, and a copy."""
     x = long_run(1_000_000, 8, FIVE)
-    values = x._groups[0].values
+    values = x.groups[0].values
     room = np.empty_like(values)
 
     def timed(call):
@@ -189,7 +189,7 @@ def test_loading(benchmark, tmp_path):
     """Load a recording of about 1 GB, in one batch or a hundred, compressed or not: time and peak memory."""
     sweeps, files = 15_000, 64
     x = long_run(sweeps, files)
-    nbytes = x._groups[0].values.nbytes
+    nbytes = x.groups[0].values.nbytes
     wanted = int(x["exits"][-1].sum())
     cases = {}
     for compression in (None, "zstd"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._kvmstats import lib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["AttachError", "ErrorCode", "FormatError", "KvmStatsError", "VmGoneError"]
 
@@ -109,3 +113,11 @@ def truncated(source: str, offset: int, limit: int) -> FormatError:
     """Return the error for a data block that ends at byte `offset` instead of `limit`."""
     text = _MESSAGES[ErrorCode.TRUNCATED].format(block="data", limit=limit)
     return FormatError(ErrorCode.TRUNCATED, offset, f"{source}: byte {offset}: {text}")
+
+
+def unknown_stat(name: str, known: Iterable[str], where: str) -> KeyError:
+    """Return the error for a name or glob that fits no statistic in `where`; `known` are those there are."""
+    names = list(dict.fromkeys(known))
+    near = get_close_matches(name, names, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"none of the {len(names)} names there is similar"
+    return KeyError(f"no statistic {name!r} in {where}; {hint}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 
@@ -13,14 +11,16 @@ import numpy as np
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.analysis.figures import DutyCycle, Figures, HaltPollAdvice, duty_cycle, figures, halt_poll_advice
 from kvmstats_fast.analysis.histogram import Histogram, added
+from kvmstats_fast.groups import cut_rows, find_columns, find_groups, join_groups, rows_per_block
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
-    from kvmstats_fast.schema import Schema, Stat
+    from kvmstats_fast.groups import Group
+    from kvmstats_fast.schema import Stat
 
 __all__ = ["FileInfo", "SampleError", "Samples"]
 
@@ -73,112 +73,8 @@ class SampleError(NamedTuple):
     error: Exception
 
 
-@dataclass(frozen=True, slots=True)
-class Group(ABC):
-    """The files of one kind and schema, and their values."""
-
-    schema: Schema
-    kind: str
-    places: dict[str, tuple[Stat, int]]  #: name to the statistic and where its values are
-    columns: npt.NDArray[np.intp]  #: index of each file
-
-    @abstractmethod
-    def view(self, name: str) -> npt.NDArray[np.uint64]:
-        """Give the values of a statistic, (sweeps, files) or (sweeps, files, buckets), without a copy."""
-
-    @abstractmethod
-    def part(self, key: slice) -> Group:
-        """Those sweeps, without a copy."""
-
-    @abstractmethod
-    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
-        """Give the views of all statistics as arrays that are contiguous, copied where they are not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block(Group):
-    """What a Sampler fills: one array for all statistics, a reading a row. A place is a word of the row."""
-
-    values: npt.NDArray[np.uint64]  #: (sweeps, files, words)
-
-    def view(self, name: str) -> npt.NDArray[np.uint64]:
-        """Give the values of a statistic."""
-        stat, word = self.places[name]
-        return self.values[:, :, word : word + stat.size] if stat.shape else self.values[:, :, word]
-
-    def part(self, key: slice) -> Block:
-        """Those sweeps."""
-        return replace(self, values=self.values[key])
-
-    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
-        """Give every statistic an array of its own."""
-        arrays = [np.empty(self.values.shape[:2] + stat.shape, np.uint64) for stat, _ in self.places.values()]
-        views = [self.view(name) for name in self.places]
-        step = _block_rows(self.values)
-        # Part by part: a pass over all the rows for each statistic would fetch every row from memory each time.
-        for start in range(0, len(self.values), step):
-            for array, view in zip(arrays, views, strict=True):
-                array[start : start + step] = view[start : start + step]
-        return arrays
-
-
-@dataclass(frozen=True, slots=True)
-class Columns(Group):
-    """What comes out of a file: an array for each statistic. A place is an index into them."""
-
-    arrays: tuple[npt.NDArray[np.uint64], ...]  #: each (sweeps, files) or (sweeps, files, buckets)
-
-    def view(self, name: str) -> npt.NDArray[np.uint64]:
-        """Give the values of a statistic."""
-        return self.arrays[self.places[name][1]]
-
-    def part(self, key: slice) -> Columns:
-        """Those sweeps."""
-        return replace(self, arrays=tuple(array[key] for array in self.arrays))
-
-    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
-        """Give the arrays."""
-        return [np.ascontiguousarray(array) for array in self.arrays]
-
-
-def _joined(groups: Sequence[Group]) -> Group:
-    """Put the sweeps of equal groups one behind the other."""
-    first = groups[0]
-    if all(isinstance(group, Block) for group in groups):
-        blocks = cast("Sequence[Block]", groups)
-        return replace(blocks[0], values=np.concatenate([block.values for block in blocks]))
-    places = {name: (stat, index) for index, (name, (stat, _)) in enumerate(first.places.items())}
-    arrays = tuple(np.concatenate([group.view(name) for group in groups]) for name in places)
-    return Columns(first.schema, first.kind, places, first.columns, arrays)
-
-
-def find_groups(groups: Sequence[Group], name: str) -> list[Group]:
-    """Return the groups that have a statistic, all of one kind; KeyError if there is none or the kind is open."""
-    found = [group for group in groups if name in group.places]
-    if not found:
-        names = dict.fromkeys(known for group in groups for known in group.places)
-        near = get_close_matches(name, names, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise KeyError(f"no statistic {name!r} was sampled{hint}")
-    if len({group.kind for group in found}) > 1:
-        raise KeyError(f"{name!r} is in VM and in vCPU files: ask for samples.vm[{name!r}] or samples.vcpu[{name!r}]")
-    return found
-
-
-#: Small enough for a processor's cache, large enough that numpy's calls do not count.
-_BLOCK_BYTES = 1 << 20
-_TOTAL_ROWS = 1 << 14
-
-
-def _block_rows(values: npt.NDArray[np.uint64]) -> int:
-    return max(1, _BLOCK_BYTES // max(values.strides[0], 8))
-
-
-def _blocks(values: npt.NDArray[np.uint64]) -> Iterator[slice]:
-    """Cut the changes between sweeps into parts whose arrays stay in the cache."""
-    step = _block_rows(values)
-    for start in range(0, len(values) - 1, step):
-        yield slice(start, min(start + step, len(values) - 1))
+#: Sweeps whose changes `total` holds at once.
+TOTAL_ROWS = 1 << 14
 
 
 def _fell(before: npt.NDArray[np.uint64], after: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -197,6 +93,7 @@ def _change(values: npt.NDArray[np.uint64], rows: slice, out: npt.NDArray[np.uin
             np.copyto(out, after, where=fell if fell.ndim == out.ndim else fell[..., None])
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Samples:
     """The sweeps of a run, in numpy arrays: T sweeps of n files.
 
@@ -229,75 +126,29 @@ class Samples:
         Whether Ctrl-C ended the run.
     host, kernel : str
         Where they were taken: host name, and release and machine of the kernel (``"6.18.0 x86_64"``).
+    groups : tuple of Group
+        Inner to the package (``kvmstats_fast/groups.py``): where the values lie. It may change in any version.
     """
 
-    __slots__ = (
-        "_groups",
-        "errors",
-        "files",
-        "host",
-        "interrupted",
-        "interval",
-        "kernel",
-        "missed",
-        "overruns",
-        "sweep_ns",
-        "tick",
-        "time",
-        "wall_offset",
-    )
-
-    def __init__(  # noqa: PLR0913 - what a run knows
-        self,
-        groups: tuple[Group, ...],
-        files: tuple[FileInfo, ...],
-        clock: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint64]],
-        *,
-        interval: float = 0.0,
-        wall_offset: int = 0,
-        missed: int = 0,
-        overruns: int = 0,
-        errors: tuple[SampleError, ...] = (),
-        interrupted: bool = False,
-        host: str = "",
-        kernel: str = "",
-    ) -> None:
-        self._groups = groups
-        self.files = files
-        self.time, self.sweep_ns, self.tick = clock
-        self.interval = interval
-        self.wall_offset = wall_offset
-        self.missed = missed
-        self.overruns = overruns
-        self.errors = errors
-        self.interrupted = interrupted
-        self.host = host
-        self.kernel = kernel
-
-    def _like(
-        self,
-        groups: tuple[Group, ...],
-        clock: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.uint64]],
-        missed: int,
-        errors: tuple[SampleError, ...],
-    ) -> Samples:
-        return Samples(
-            groups,
-            self.files,
-            clock,
-            interval=self.interval,
-            wall_offset=self.wall_offset,
-            missed=missed,
-            errors=errors,
-            interrupted=self.interrupted,
-            host=self.host,
-            kernel=self.kernel,
-        )
+    groups: tuple[Group, ...]
+    files: tuple[FileInfo, ...]
+    time: npt.NDArray[np.int64]
+    sweep_ns: npt.NDArray[np.int64]
+    tick: npt.NDArray[np.uint64]
+    _: KW_ONLY
+    interval: float = 0.0
+    wall_offset: int = 0
+    missed: int = 0
+    overruns: int = 0
+    errors: tuple[SampleError, ...] = ()
+    interrupted: bool = False
+    host: str = ""
+    kernel: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the statistics that were sampled, each once."""
-        return tuple(dict.fromkeys(name for group in self._groups for name in group.places))
+        return tuple(dict.fromkeys(name for group in self.groups for name in group.places))
 
     @property
     def vm(self) -> Samples:
@@ -310,28 +161,28 @@ class Samples:
         return self._of_kind("vcpu")
 
     def _of_kind(self, kind: str) -> Samples:
-        groups = [group for group in self._groups if group.kind == kind]
-        return self._with(groups, [index for index, info in enumerate(self.files) if info.kind == kind])
+        groups = [group for group in self.groups if group.kind == kind]
+        return self.restrict(groups, [index for index, info in enumerate(self.files) if info.kind == kind])
 
-    def _with(self, groups: Iterable[Group], kept: list[int]) -> Samples:
-        """Return the same sweeps, of these groups and files only."""
-        place = {index: new for new, index in enumerate(kept)}
-        groups = tuple(
-            replace(group, columns=np.array([place[index] for index in group.columns.tolist()], np.intp))
-            for group in groups
+    def restrict(self, groups: Iterable[Group], files: Sequence[int]) -> Samples:
+        """Return the same sweeps, of these groups and files only. Inner to the package."""
+        new = {index: position for position, index in enumerate(files)}
+        return replace(
+            self,
+            groups=tuple(
+                replace(group, columns=np.array([new[index] for index in group.columns.tolist()], np.intp))
+                for group in groups
+            ),
+            files=tuple(self.files[index] for index in files),
+            errors=tuple(error._replace(file=new[error.file]) for error in self.errors if error.file in new),
         )
-        errors = tuple(error._replace(file=place[error.file]) for error in self.errors if error.file in place)
-        part = self._like(groups, (self.time, self.sweep_ns, self.tick), self.missed, errors)
-        part.files = tuple(self.files[index] for index in kept)
-        part.overruns = self.overruns
-        return part
 
     def stat(self, name: str) -> Stat:
         """Return the descriptor of a statistic: its type, unit and scale.
 
         KeyError if there is none, or if files of different kernels differ in it (in more than its offset).
         """
-        stats = [group.places[name][0] for group in find_groups(self._groups, name)]
+        stats = [group.places[name][0] for group in find_groups(self.groups, name)]
         if any(replace(stat, offset=stats[0].offset) != stats[0] for stat in stats[1:]):
             raise KeyError(
                 f"{name!r} has different types, units or scales in these files: take them apart with split()"
@@ -340,11 +191,7 @@ class Samples:
 
     def columns(self, name: str) -> tuple[FileInfo, ...]:
         """Whose values the columns of ``samples[name]`` are."""
-        return tuple(self.files[index] for index in self._columns(name))
-
-    def _columns(self, name: str) -> npt.NDArray[np.intp]:
-        found = find_groups(self._groups, name)
-        return np.sort(np.concatenate([group.columns for group in found]))
+        return tuple(self.files[index] for index in find_columns(self.groups, name))
 
     @overload
     def __getitem__(self, key: str) -> npt.NDArray[np.uint64]: ...
@@ -355,7 +202,7 @@ class Samples:
             return self._slice(key)
         if not isinstance(key, str):
             raise TypeError(f"{key!r} is neither the name of a statistic nor a slice of sweeps")
-        found = find_groups(self._groups, key)
+        found = find_groups(self.groups, key)
         if len(found) == 1:
             return found[0].view(key)
         shapes = {group.places[key][0].shape for group in found}
@@ -368,24 +215,27 @@ class Samples:
         start, stop, step = key.indices(len(self))
         if step <= 0:
             raise ValueError("samples are in the order of time: a slice's step must be positive")
-        clock = (self.time[key], self.sweep_ns[key], self.tick[key])
-        groups = tuple(group.part(key) for group in self._groups)
+        part = replace(
+            self,
+            groups=tuple(group.take_sweeps(key) for group in self.groups),
+            time=self.time[key],
+            sweep_ns=self.sweep_ns[key],
+            tick=self.tick[key],
+        )
         if (start, stop, step) == (0, len(self), 1):
-            part = self._like(groups, clock, self.missed, self.errors)
-            part.overruns = self.overruns
             return part
         # The ticks that were missed before a sweep go with it, so that parts add up to the whole.
-        missed = 0
+        part.missed = part.overruns = 0
         if stop > start:
-            missed = self._gaps(max(start - 1, 0), stop)
+            part.missed = self._gaps(max(start - 1, 0), stop)
             if not start:  # 0 also where a part of a recording is gone: its ticks were not missed
-                missed += max(self.missed - self._gaps(0, len(self)), 0)
-        errors = tuple(
+                part.missed += max(self.missed - self._gaps(0, len(self)), 0)
+        part.errors = tuple(
             error._replace(sweep=max(0, -(-(error.sweep - start) // step)))
             for error in self.errors
             if error.sweep < stop
         )
-        return self._like(groups, clock, missed, errors)
+        return part
 
     def _gaps(self, start: int, stop: int) -> int:
         """Count the ticks missed between these sweeps; those of a run that was put behind another begin at 0."""
@@ -406,14 +256,26 @@ class Samples:
         values = self[name]
         growing = self.stat(name).type in _GROWING
         change = np.empty((max(len(values) - 1, 0), *values.shape[1:]), np.uint64)
-        for rows in _blocks(values):
+        for rows in cut_rows(len(change), rows_per_block(values)):
             _change(values, rows, change[rows], growing=growing)
         return self._blank(name, change if growing else change.view(np.int64), 0)
 
-    def _total(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
-        """Sum of `delta` over time, without an array of that size; ValueError if it is more than a uint64 holds."""
-        starts = range(0, max(len(self) - 1, 1), _TOTAL_ROWS)
-        changes = (self[start : start + _TOTAL_ROWS + 1].delta(name) for start in starts)
+    def total(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
+        """Return how much a statistic changed over the whole run, raw: the sum of `delta` over time.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape ``(n,)``, a histogram's ``(n, buckets)``; the dtype of `delta`. It takes no memory that grows with
+            the number of sweeps.
+
+        Raises
+        ------
+        ValueError
+            If a statistic that was cleared on the way adds up to more than a uint64 holds.
+        """
+        starts = range(0, max(len(self) - 1, 1), TOTAL_ROWS)
+        changes = (self[start : start + TOTAL_ROWS + 1].delta(name) for start in starts)
         if self.stat(name).type not in _GROWING:
             return cast("npt.NDArray[np.int64]", sum(change.sum(axis=0) for change in changes))
         what = f"the changes of {name}, which was cleared on the way,"
@@ -452,8 +314,8 @@ class Samples:
             seconds, factor = seconds * factor, 1.0  # 10**9 is exact as a float, 10**-9 is not
         seconds = seconds.reshape(-1, *[1] * (values.ndim - 1))
         rate = np.empty((len(seconds), *values.shape[1:]))
-        room = np.empty((min(len(rate), _block_rows(values)), *values.shape[1:]), np.uint64)
-        for rows in _blocks(values):
+        room = np.empty((min(len(rate), rows_per_block(values)), *values.shape[1:]), np.uint64)
+        for rows in cut_rows(len(rate), rows_per_block(values)):
             part = rate[rows]
             change = room[: len(part)]
             _change(values, rows, change, growing=growing)
@@ -504,15 +366,15 @@ class Samples:
         """
         stat = self.stat(name)
         stat.bucket_edges()  # no histogram: its error says so
-        counts = self._total(name) if sweep is None else self[name][sweep]
+        counts = self.total(name) if sweep is None else self[name][sweep]
         total = None
         adder = name.removesuffix("_hist") + "_ns"
-        groups = find_groups(self._groups, name)
+        groups = find_groups(self.groups, name)
         adders = [group.places[adder][0] for group in groups if adder in group.places]
         scales = {(of.type, of.unit, of.base, of.exponent) for of in adders}
         if len(adders) == len(groups) and scales == {(StatType.CUMULATIVE, stat.unit, stat.base, stat.exponent)}:
-            whose = self._with(groups, self._columns(name).tolist())
-            total = whose._total(adder) if sweep is None else whose[adder][sweep]
+            whose = self.restrict(groups, find_columns(self.groups, name).tolist())
+            total = whose.total(adder) if sweep is None else whose[adder][sweep]
         return Histogram(stat, counts.astype(np.uint64), None if total is None else total.astype(np.uint64))
 
     def duty_cycle(self, name: str, confidence: float = 0.95) -> DutyCycle:
@@ -588,14 +450,14 @@ class Samples:
 
     def split(self) -> tuple[Samples, ...]:
         """Take files of different kinds and kernels apart: Samples of one kind and schema each."""
-        return tuple(self._of(group) for group in self._groups)
+        return tuple(self._of(group) for group in self.groups)
 
     def _of(self, group: Group) -> Samples:
-        return self._with([group], group.columns.tolist())
+        return self.restrict([group], group.columns.tolist())
 
     def _blank(self, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:
         """Overwrite the changes of files that had failed; the array is ours to write to, whatever its dtype."""
-        columns = self._columns(name).tolist() if self.errors else []
+        columns = find_columns(self.groups, name).tolist() if self.errors else []
         for error in self.errors:
             if error.file in columns:
                 changes[max(error.sweep - 1, 0) :, columns.index(error.file)] = value
@@ -750,34 +612,31 @@ class Samples:
         if len(parts) == 1:
             return first
         for before, after in pairwise(parts):
-            if after.files != before.files or after._sampled != before._sampled:
+            signatures = [[group.signature for group in part.groups] for part in (before, after)]
+            if after.files != before.files or signatures[0] != signatures[1]:
                 raise ValueError("these samples are of different files or statistics")
             if (after.host, after.kernel) != (before.host, before.kernel):
                 both = f"({before.host!r}, {before.kernel!r}) and ({after.host!r}, {after.kernel!r})"
                 raise ValueError(f"these samples are of different hosts or kernels, {both}: their clocks differ")
             if len(before) and len(after) and after.time[0] < before.time[-1]:
                 raise ValueError("these samples are not in the order of time")
-        groups = tuple(_joined(groups) for groups in zip(*(part._groups for part in parts), strict=True))
-        clock = (
-            np.concatenate([part.time for part in parts]),
-            np.concatenate([part.sweep_ns for part in parts]),
-            np.concatenate([part.tick for part in parts]),
-        )
         errors: dict[int, SampleError] = {}
         start = 0
         for part in parts:
             for error in part.errors:
                 errors.setdefault(error.file, error._replace(sweep=error.sweep + start))
             start += len(part)
-        result = first._like(groups, clock, sum(part.missed for part in parts), tuple(errors.values()))
-        result.overruns = sum(part.overruns for part in parts)
-        result.interrupted = any(part.interrupted for part in parts)
-        return result
-
-    @property
-    def _sampled(self) -> list[tuple[str, Schema, list[str], list[int]]]:
-        """What was sampled of which files."""
-        return [(group.kind, group.schema, list(group.places), group.columns.tolist()) for group in self._groups]
+        return replace(
+            first,
+            groups=tuple(join_groups(groups) for groups in zip(*(part.groups for part in parts), strict=True)),
+            time=np.concatenate([part.time for part in parts]),
+            sweep_ns=np.concatenate([part.sweep_ns for part in parts]),
+            tick=np.concatenate([part.tick for part in parts]),
+            missed=sum(part.missed for part in parts),
+            overruns=sum(part.overruns for part in parts),
+            errors=tuple(errors.values()),
+            interrupted=any(part.interrupted for part in parts),
+        )
 
     def __len__(self) -> int:
         return len(self.time)

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -23,7 +22,7 @@ import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import KNOWN, LAYOUT_OF_CODE, Layout, StatBase, StatType, StatUnit, split_flags
-from kvmstats_fast.errors import ErrorCode, KvmStatsError, format_error, truncated
+from kvmstats_fast.errors import ErrorCode, KvmStatsError, format_error, truncated, unknown_stat
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -317,7 +316,7 @@ class Schema(Mapping[str, Stat]):
         for pattern in patterns:
             fitting = self.matches(pattern)
             if not fitting:
-                raise KeyError(self._no_such_stat(pattern))
+                raise unknown_stat(pattern, self, "this file")
             chosen.update(fitting)
         return tuple(chosen.values())
 
@@ -375,15 +374,10 @@ class Schema(Mapping[str, Stat]):
             self._places = places  # whole: other threads share this schema
         return self._places
 
-    def _no_such_stat(self, name: str) -> str:
-        near = get_close_matches(name, self, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(self)}, see list(schema)"
-        return f"no statistic {name!r} in this file; {hint}"
-
     def __getitem__(self, name: str) -> Stat:
         stat = self._by_name.get(name)
         if stat is None:
-            raise KeyError(self._no_such_stat(name))
+            raise unknown_stat(name, self, "this file")
         return stat
 
     def __contains__(self, name: object) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import settings
 
 import kvmstats_fast as kf
-from kvmstats_fast.samples import Block, Columns
+from kvmstats_fast.groups import Block, Columns
 from kvmstats_fast.testing import SyntheticStats
 
 DATA = Path(__file__).parent / "data"
@@ -187,4 +187,4 @@ def run_of(*groups, times=None, failed=()):
     time = np.array(range(0, sweeps * 10**9, 10**9) if times is None else times, np.int64)
     clock = (time, np.ones(sweeps, np.int64), np.arange(sweeps, dtype=np.uint64))
     errors = tuple(kf.SampleError(file, sweep, OSError(9, "gone")) for file, sweep in failed)
-    return kf.Samples(groups, tuple(files[index] for index in sorted(files)), clock, errors=errors)
+    return kf.Samples(groups, tuple(files[index] for index in sorted(files)), *clock, errors=errors)

@@ -3,7 +3,7 @@
 import numpy as np
 
 import kvmstats_fast as kf
-from kvmstats_fast.samples import Block
+from kvmstats_fast.groups import Block
 from kvmstats_fast.testing import SyntheticStats
 
 #: A statistic of every type and unit, unknown codes, names that are ours or no text, several values, both bases.
@@ -47,7 +47,7 @@ def samples(groups, sweeps, *, seed=0, errors=(), **about):
     tick = np.cumsum(rng.integers(1, 3, sweeps)).astype(np.uint64)
     about = {"interval": 0.001, "wall_offset": 1790000000 * 10**9, "host": "härd", "kernel": "6.18 x86_64"} | about
     clock = (time, rng.integers(0, 10**6, sweeps), tick)
-    return kf.Samples(tuple(made), tuple(files), clock, errors=tuple(errors), **about)
+    return kf.Samples(tuple(made), tuple(files), *clock, errors=tuple(errors), **about)
 
 
 def assert_same(x, y):
@@ -59,8 +59,8 @@ def assert_same(x, y):
         assert (a.dtype, a.tolist()) == (b.dtype, b.tolist()), name
     errors = [[(e.file, e.sweep, repr(e.error), vars(e.error)) for e in one.errors] for one in (x, y)]
     assert errors[0] == errors[1]
-    assert len(x._groups) == len(y._groups)
-    for a, b in zip(x._groups, y._groups, strict=True):
+    assert len(x.groups) == len(y.groups)
+    for a, b in zip(x.groups, y.groups, strict=True):
         assert (a.kind, a.schema, list(a.places)) == (b.kind, b.schema, list(b.places))
         assert a.columns.tolist() == b.columns.tolist()
         for name in a.places:

@@ -379,7 +379,7 @@ def fleet(tmp_path_factory):
     rng = np.random.default_rng(5)
     for host, day in itertools.product(("a", "b", "ç"), (0, 1)):
         x = made.samples([("vcpu", VCPU, 2)], 50, host=host, seed=day)
-        values = x._groups[0].values
+        values = x.groups[0].values
         values[:] = np.cumsum(rng.integers(0, 1000, values.shape), axis=0).astype(np.uint64) + np.uint64(2**60)
         if host == "b":
             values[20:, 1] -= values[20, 1]

@@ -25,7 +25,7 @@ def run(sweeps, files, **about):
     """Samples whose exits grow by 10 a millisecond and file, times the file's number plus one."""
     x = made.samples([("vcpu", VCPU, files)], sweeps, **about)
     x.time[:] = 10**9 + np.arange(sweeps) * 10**6
-    x._groups[0].values[:] = 0
+    x.groups[0].values[:] = 0
     x["exits"][:] = 10 * np.arange(sweeps)[:, None] * (1 + np.arange(files))
     x["halt_wait_ns"][:] = 500_000 * np.arange(sweeps)[:, None]
     return x

@@ -119,7 +119,7 @@ def test_a_recording_is_the_batches_that_were_written(x, cuts, rotate, tmp_path_
     for one, part in zip(read, parts, strict=True):
         made.assert_same(one, part)
     made.assert_same(kf.Samples.load(path), kf.Samples.concatenate(parts))
-    assert len(list(path.iterdir())) == len(x._groups) * (len(parts) if rotate else 1)
+    assert len(list(path.iterdir())) == len(x.groups) * (len(parts) if rotate else 1)
 
 
 def test_runs_put_together_are_loaded_as_they_were(path):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from strategies import valid_files
 
 import kvmstats_fast as kf
+from kvmstats_fast import groups
 from kvmstats_fast import samples as samples_module
 from kvmstats_fast.testing import SyntheticStats
 
@@ -256,7 +257,7 @@ SLICES = st.builds(slice, *[st.one_of(st.none(), st.integers(-13, 13))] * 2, st.
 def test_changes_rates_and_resets_are_those_of_each_pair_of_sweeps(drawn, key, storage, block_bytes):
     """Whatever the type, scale, blocks and steps: each change is the difference of two readings, in plain integers."""
     stat, scale, values, times, failed = drawn
-    with mock.patch.object(samples_module, "_BLOCK_BYTES", block_bytes):
+    with mock.patch.object(groups, "BLOCK_BYTES", block_bytes):
         x = run_with(drawn, storage)[key]
         delta, rate, resets = x.delta("x"), x.rate("x"), x.resets("x")
     kept = range(len(values))[key]
@@ -291,12 +292,12 @@ def test_the_sum_of_all_changes_is_made_part_by_part(drawn, rows, storage):
     x = run_with(drawn, storage)
     delta = x.delta("x")
     exact = np.asarray(delta.astype(object).sum(axis=0))
-    with mock.patch.object(samples_module, "_TOTAL_ROWS", rows):
+    with mock.patch.object(samples_module, "TOTAL_ROWS", rows):
         if delta.dtype == np.uint64 and (exact >= 2**64).any():
             with pytest.raises(ValueError, match="more than a uint64 holds"):
-                x._total("x")
+                x.total("x")
             return
-        total = x._total("x")
+        total = x.total("x")
     assert total.dtype == delta.dtype
     np.testing.assert_array_equal(total, delta.sum(axis=0))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kvmstats_fast.abi import StatType, StatUnit
+from kvmstats_fast.groups import find_columns
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -98,7 +99,7 @@ class _Changes:
     def __init__(self, samples: Samples, kind: str) -> None:
         of_kind = samples.vm if kind == "vm" else samples.vcpu
         self.files = of_kind.files
-        self.parts = [(part, group.columns) for part, group in zip(of_kind.split(), of_kind._groups, strict=True)]
+        self.parts = [(part, group.columns) for part, group in zip(of_kind.split(), of_kind.groups, strict=True)]
         stats = [part.stat(name) for part, _ in self.parts for name in part.names]
         self.names = list(dict.fromkeys(stat.name for stat in stats if not stat.shape))
         counts = (stat for stat in stats if (stat.type, stat.unit) == (StatType.CUMULATIVE, StatUnit.NONE))
@@ -115,7 +116,7 @@ class _Changes:
 
     def change(self, name: str) -> Values:
         """Change in base units, by file."""
-        return self._by_file(name, lambda part, _: part._total(name), needed=2)
+        return self._by_file(name, lambda part, _: part.total(name), needed=2)
 
     def end(self, name: str) -> Values:
         """Last value that was read, in base units, by file."""
@@ -248,7 +249,7 @@ def duty_cycle(samples: Samples, name: str, confidence: float = 0.95) -> DutyCyc
 
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     rows = []
-    for column, file in zip(values.T.astype(np.float64), samples._columns(name).tolist(), strict=True):
+    for column, file in zip(values.T.astype(np.float64), find_columns(samples.groups, name).tolist(), strict=True):
         rows.append(_wilson(column[: lives[file]], z))
     return DutyCycle(*np.array(rows, np.float64).reshape(-1, 3).T)
 

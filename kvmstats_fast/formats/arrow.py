@@ -18,7 +18,8 @@ import numpy as np
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.errors import described, raised
-from kvmstats_fast.samples import Columns, FileInfo, Group, SampleError, Samples
+from kvmstats_fast.groups import Columns, Group
+from kvmstats_fast.samples import FileInfo, SampleError, Samples
 from kvmstats_fast.schema import schema_of
 
 if TYPE_CHECKING:
@@ -149,16 +150,16 @@ def arrow_schema(origin: Origin, names: list[str]) -> Any:
 
 def one_group(samples: Samples) -> Group:
     """Return the only group of samples; KeyError if they are of several kinds or kernels."""
-    if not samples._groups:
+    if not samples.groups:
         raise KeyError("these samples are of no files")
-    if len(samples._groups) != 1:
-        kinds = {group.kind for group in samples._groups}
+    if len(samples.groups) != 1:
+        kinds = {group.kind for group in samples.groups}
         raise KeyError(
             "VM and vCPU files have different statistics: take samples.vm or samples.vcpu"
             if len(kinds) > 1
-            else f"these are files of {len(samples._groups)} different kernels: take the parts of samples.split()"
+            else f"these are files of {len(samples.groups)} different kernels: take the parts of samples.split()"
         )
-    return samples._groups[0]
+    return samples.groups[0]
 
 
 def lives_of(samples: Samples, columns: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_] | None:
@@ -247,7 +248,7 @@ def to_samples(batch: Any, metadata: Mapping[bytes, bytes] | None, origin: Origi
     return Samples(
         (group,),
         origin.files,
-        clock,  # type: ignore[arg-type]
+        *clock,
         interval=origin.interval,
         wall_offset=origin.wall_offset,
         missed=found["kvmstats.missed"],

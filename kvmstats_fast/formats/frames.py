@@ -68,14 +68,14 @@ def to_pandas(samples: Samples, *, si: bool) -> Any:
 def to_xarray(samples: Samples, *, si: bool) -> Any:
     """See `Samples.to_xarray`."""
     xr = need("xarray", "xarray")
-    kinds = [group.kind for group in samples._groups]
+    kinds = [group.kind for group in samples.groups]
     if len(set(kinds)) != len(kinds):
         one_group(samples)  # its error says what to do
     get = _getter(samples, si=si)
     variables: dict[str, Any] = {}
     buckets: dict[tuple[str, bytes], str] = {}
     coordinates: dict[str, Any] = {"time": ("time", (samples.time + samples.wall_offset).view(_NS))}
-    for group in samples._groups:
+    for group in samples.groups:
         infos = [samples.files[index] for index in group.columns.tolist()]
         coordinates[group.kind] = (group.kind, labels(infos))
         coordinates[f"{group.kind}_file"] = (group.kind, [info.id for info in infos])

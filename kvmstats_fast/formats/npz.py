@@ -17,7 +17,8 @@ import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats.errors import described, raised
-from kvmstats_fast.samples import Columns, FileInfo, SampleError, Samples
+from kvmstats_fast.groups import Columns
+from kvmstats_fast.samples import FileInfo, SampleError, Samples
 from kvmstats_fast.schema import schema_of
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _write_npz(samples: Samples, file: io.BufferedWriter, *, compressed: bool) -
         "errors": [(error.file, error.sweep, *described(error.error)) for error in samples.errors],
         "groups": [],
     }
-    for number, group in enumerate(samples._groups):
+    for number, group in enumerate(samples.groups):
         order = {name: index for index, name in enumerate(group.schema)}
         about["groups"].append({"kind": group.kind, "stats": [order[name] for name in group.places]})
         arrays[f"{number}.columns"] = group.columns
@@ -138,7 +139,9 @@ def _read_npz(path: Path) -> Samples:
             return Samples(
                 tuple(groups),
                 tuple(FileInfo(*info) for info in about["files"]),
-                (arrays["time"], arrays["sweep_ns"], arrays["tick"]),
+                arrays["time"],
+                arrays["sweep_ns"],
+                arrays["tick"],
                 errors=tuple(SampleError(file, sweep, raised(*error)) for file, sweep, *error in about["errors"]),
                 **{name: about[name] for name in _PLAIN},
             )

@@ -125,7 +125,7 @@ class _Parquet:
         # By numpy: pyarrow asks a database of time zones for UTC too, which not every system has.
         dates = arrow.as_numpy(table["time"].combine_chunks()).view("datetime64[ns]").astype("datetime64[D]")
         host = self._host or samples.host or "unknown"
-        fingerprint = samples._groups[0].schema.fingerprint[:8]
+        fingerprint = samples.groups[0].schema.fingerprint[:8]
         for date in np.unique(dates):
             where = (samples.files[0].kind, f"host={_quoted(host)}/date={date}", fingerprint)
             rows = table if (dates == date).all() else table.filter(self._pa.array(dates == date))

@@ -18,13 +18,14 @@ import numpy as np
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import arrow, need
-from kvmstats_fast.samples import Columns, Samples
+from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import numpy.typing as npt
 
+    from kvmstats_fast.groups import Columns
     from kvmstats_fast.samples import FileInfo
 
 __all__ = ["Recorder", "Recording", "RecordingWarning"]
@@ -188,7 +189,7 @@ class Recorder(Closing):
         try:
             self._begin_part(samples)
             ends = [(file, file.position) for file, _ in self._files]
-            for (file, writer), group in zip(self._files, samples._groups, strict=True):
+            for (file, writer), group in zip(self._files, samples.groups, strict=True):
                 batch, metadata = arrow.to_batch(samples, group, writer[1])
                 writer[0].write_batch(batch, custom_metadata=metadata)
                 if self._sync:
@@ -214,7 +215,7 @@ class Recorder(Closing):
     def _check(self, samples: Samples) -> None:
         if not isinstance(samples, Samples):
             raise TypeError(f"samples is a {type(samples).__name__}; it must be Samples")
-        if not samples._groups:
+        if not samples.groups:
             raise ValueError(f"{self.path}: these samples are of no files: there is nothing to write")
         if self._first is not None and _run_of(samples) != _run_of(self._first):
             raise ValueError(f"{self.path}: these samples are of other files or of another run: record them apart")
@@ -236,7 +237,7 @@ class Recorder(Closing):
         pa = self._pa
         options = pa.ipc.IpcWriteOptions(compression=self._compression)
         counts: dict[str, int] = {}
-        for group in samples._groups:
+        for group in samples.groups:
             counts[group.kind] = number = counts.get(group.kind, 0) + 1
             label = group.kind + (str(number) if number > 1 else "")
             origin = arrow.origin_of(samples, group, recording=self._recording, part=self._part)
@@ -267,7 +268,7 @@ class Recorder(Closing):
 def _run_of(samples: Samples) -> tuple[Any, ...]:
     """Tell runs apart: all that is written once for a recording."""
     about = (samples.wall_offset, samples.interval, samples.host, samples.kernel)
-    return (samples.files, samples._sampled, *about)
+    return (samples.files, [group.signature for group in samples.groups], *about)
 
 
 class _Stream:
@@ -448,7 +449,7 @@ class Recording:
                 return
             if any(not np.array_equal(present[0].tick, batch.tick) for batch in present):
                 raise KvmStatsError(f"{self.path}: the files of its kinds are not of the same sweeps")
-            yield present[0]._with([group for batch in present for group in batch._groups], self._kept)
+            yield present[0].restrict([group for batch in present for group in batch.groups], self._kept)
 
     def load(self) -> Samples:
         """Return all of it as one Samples; of a single uncompressed batch without a copy.
@@ -471,21 +472,19 @@ class Recording:
 
 def _concatenated(parts: list[Samples]) -> Samples:
     """Put parts together, letting go of them statistic by statistic, so that memory is needed only once."""
-    every = [[cast("Columns", group) for group in part._groups] for part in parts]
+    every = [[cast("Columns", group) for group in part.groups] for part in parts]
     heads = [replace(group, arrays=()) for group in every[0]]
     rooms = [
         [list(arrays) for arrays in zip(*(group.arrays for group in groups), strict=True)]
         for groups in zip(*every, strict=True)
     ]
-    for part in parts:
-        part._groups = ()
+    parts = [replace(part, groups=()) for part in parts]
     every.clear()
-    whole = Samples.concatenate(parts)
-    whole._groups = tuple(
+    groups = tuple(
         replace(head, arrays=tuple(_emptied(room) for room in columns))
         for head, columns in zip(heads, rooms, strict=True)
     )
-    return whole
+    return replace(Samples.concatenate(parts), groups=groups)
 
 
 def _emptied(room: list[npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:

@@ -22,8 +22,9 @@ import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._resource import Unique
-from kvmstats_fast.errors import KvmStatsError
-from kvmstats_fast.samples import Block, FileInfo, SampleError, Samples, find_groups
+from kvmstats_fast.errors import KvmStatsError, unknown_stat
+from kvmstats_fast.groups import Block, find_groups
+from kvmstats_fast.samples import FileInfo, SampleError, Samples
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Sampler(Unique):
         schemas = dict.fromkeys(file.schema for file in chosen)
         for pattern in patterns or ():
             if not any(schema.matches(pattern) for schema in schemas):
-                raise KeyError(next(iter(schemas))._no_such_stat(pattern) if schemas else pattern)
+                raise unknown_stat(pattern, itertools.chain.from_iterable(schemas), "these files")
         plans = {schema: _Plan(schema, patterns) for schema in schemas}
         sampled = [file for file in chosen if plans[file.schema].places]
         if not sampled:
@@ -445,7 +446,7 @@ class _Collector:
         try:
             for part in self.stream:
                 self.parts.append(part)
-                size += sum(cast("Block", group).values.nbytes for group in part._groups)
+                size += sum(cast("Block", group).values.nbytes for group in part.groups)
                 _check_memory(size, sum(map(len, self.parts)))  # as much again, to put the parts together
         except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
             self.failure = error
@@ -678,7 +679,7 @@ class _Run:
         return Samples(
             tuple(replace(group, values=array) for group, array in zip(self._groups, values, strict=True)),
             self._sampler.files,
-            cast("Any", tuple(arrays)),
+            *cast("Any", arrays),
             interval=self._interval,
             wall_offset=self._wall_offset,
             missed=chunk.missed if is_there else 0,
@@ -899,7 +900,7 @@ class measure:  # noqa: N801 - used as a function is
         self.samples = Samples(
             groups,
             sampler.files,
-            clock,
+            *clock,
             wall_offset=offset,
             errors=tuple(failed.values()),
             host=host,

@@ -1,0 +1,133 @@
+"""Where the values of a run lie in memory: groups of files that share one kind and one schema.
+
+Inner to the package. `Samples.groups` holds what this module defines; users see the arrays through `Samples`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from kvmstats_fast.errors import unknown_stat
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
+
+    from kvmstats_fast.schema import Schema, Stat
+
+#: Bytes of the rows that are worked on at once: they fit a processor's cache, and numpy's calls do not count.
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Group(ABC):
+    """The files of one kind and schema, and their values."""
+
+    schema: Schema
+    kind: str
+    places: dict[str, tuple[Stat, int]]  #: name to the statistic and where its values are
+    columns: npt.NDArray[np.intp]  #: index of each file in ``Samples.files``
+
+    @abstractmethod
+    def view(self, name: str) -> npt.NDArray[np.uint64]:
+        """Return the values of a statistic, (sweeps, files) or (sweeps, files, buckets), without a copy."""
+
+    @abstractmethod
+    def take_sweeps(self, key: slice) -> Group:
+        """Return those sweeps, without a copy."""
+
+    @abstractmethod
+    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
+        """Return the values of every statistic as a C-contiguous array, copied only where they are not one."""
+
+    @property
+    def signature(self) -> tuple[str, Schema, tuple[str, ...], tuple[int, ...]]:
+        """Return what was sampled of which files; two groups can be joined if theirs are equal."""
+        return self.kind, self.schema, tuple(self.places), tuple(self.columns.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Block(Group):
+    """What a Sampler fills: one array for all statistics, a reading a row. A place is a word of the row."""
+
+    values: npt.NDArray[np.uint64]  #: (sweeps, files, words)
+
+    def view(self, name: str) -> npt.NDArray[np.uint64]:
+        """Return the values of a statistic."""
+        stat, word = self.places[name]
+        return self.values[:, :, word : word + stat.size] if stat.shape else self.values[:, :, word]
+
+    def take_sweeps(self, key: slice) -> Block:
+        """Return those sweeps."""
+        return replace(self, values=self.values[key])
+
+    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
+        """Copy every statistic into an array of its own."""
+        arrays = [np.empty(self.values.shape[:2] + stat.shape, np.uint64) for stat, _ in self.places.values()]
+        views = [self.view(name) for name in self.places]
+        # Block by block: a pass over all the rows for each statistic would fetch every row from memory each time.
+        for rows in cut_rows(len(self.values), rows_per_block(self.values)):
+            for array, view in zip(arrays, views, strict=True):
+                array[rows] = view[rows]
+        return arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Columns(Group):
+    """What a recording is read into: an array for each statistic. A place is an index into them."""
+
+    arrays: tuple[npt.NDArray[np.uint64], ...]  #: each (sweeps, files) or (sweeps, files, buckets)
+
+    def view(self, name: str) -> npt.NDArray[np.uint64]:
+        """Return the values of a statistic."""
+        return self.arrays[self.places[name][1]]
+
+    def take_sweeps(self, key: slice) -> Columns:
+        """Return those sweeps."""
+        return replace(self, arrays=tuple(array[key] for array in self.arrays))
+
+    def contiguous(self) -> list[npt.NDArray[np.uint64]]:
+        """Return the arrays."""
+        return [np.ascontiguousarray(array) for array in self.arrays]
+
+
+def join_groups(groups: Sequence[Group]) -> Group:
+    """Return one group with the sweeps of several that have the same signature, one after the other."""
+    first = groups[0]
+    if all(isinstance(group, Block) for group in groups):
+        blocks = cast("Sequence[Block]", groups)
+        return replace(blocks[0], values=np.concatenate([block.values for block in blocks]))
+    places = {name: (stat, index) for index, (name, (stat, _)) in enumerate(first.places.items())}
+    arrays = tuple(np.concatenate([group.view(name) for group in groups]) for name in places)
+    return Columns(first.schema, first.kind, places, first.columns, arrays)
+
+
+def find_groups(groups: Sequence[Group], name: str) -> list[Group]:
+    """Return the groups that have a statistic; KeyError if none has it, or groups of both kinds."""
+    found = [group for group in groups if name in group.places]
+    if not found:
+        raise unknown_stat(name, (known for group in groups for known in group.places), "these samples")
+    if len({group.kind for group in found}) > 1:
+        raise KeyError(f"{name!r} is in VM and in vCPU files: ask for samples.vm[{name!r}] or samples.vcpu[{name!r}]")
+    return found
+
+
+def find_columns(groups: Sequence[Group], name: str) -> npt.NDArray[np.intp]:
+    """Return the indices of the files that have a statistic, ascending; KeyError as `find_groups`."""
+    return np.sort(np.concatenate([group.columns for group in find_groups(groups, name)]))
+
+
+def rows_per_block(values: npt.NDArray[np.uint64]) -> int:
+    """Return how many rows of an array BLOCK_BYTES hold, at least one."""
+    return max(1, BLOCK_BYTES // max(values.strides[0], 8))
+
+
+def cut_rows(rows: int, step: int) -> Iterator[slice]:
+    """Cut ``range(rows)`` into slices of at most `step`."""
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
