@@ -75,6 +75,15 @@ def test_the_package_shows_its_public_names_only():
     assert not hasattr(kvmstats_fast, "np")
 
 
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    """In the folder above a clone, whose own name is the package's, the import finds what is installed."""
+    (tmp_path / "kvmstats_fast" / "kvmstats_fast").mkdir(parents=True)
+    code = "import kvmstats_fast; print(kvmstats_fast.__version__)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{kvmstats_fast.__version__}\n"
+
+
 def loaded_by(code):
     """The modules that a fresh interpreter has after running `code`."""
     code += "\nimport sys; print(*sys.modules)"
