@@ -1,7 +1,7 @@
-"""Compile the C core with cffi, and the hold library: the ffibuilder, and the setuptools commands of pyproject.toml.
+"""Build the C core and the hold library: cffi's ffibuilder, and the setuptools commands that pyproject.toml names.
 
 The declarations are cut out of csrc/kvmstats.h, so the header is the one place where they are written. The hold library
-(csrc/hold.c) is no Python module: a plain shared library beside the extension, to be loaded into a VMM by LD_PRELOAD.
+(csrc/hold.c) is not a Python module but a plain shared library beside the extension, for the LD_PRELOAD of a VMM.
 
 Environment
 -----------
@@ -50,24 +50,24 @@ ffibuilder.set_source(
     '#include "kvmstats.h"',
     sources=SOURCES,
     include_dirs=["csrc"],
-    # What the sources depend on is also what the sdist takes along with them.
+    # setuptools rebuilds when one of these changes, and puts them into the sdist.
     depends=[HEADER, "build_ffi.py"],
     # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
     define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
     libraries=["pthread"],  # a part of the C library itself since glibc 2.34
-    # cffi's own generated glue is not held to -Wextra: unused parameters are its style.
+    # The glue that cffi generates does not pass -Wextra.
     extra_compile_args=[
         *_compile_args(),
         "-Wno-unused-parameter",
         "-Wno-missing-field-initializers",
         *_sanitize_args(),
     ],
-    # inject.c forks in a process with threads: in the child the linker may not come to look for functions.
+    # inject.c forks in a process with threads: the child may not need the dynamic linker to find a function.
     extra_link_args=["-Wl,-z,now", *_sanitize_args()],
 )
 
-# It must load into whatever VMM there is: nothing of the compiler's that wants a runtime library or one libc's start-up
-# files, whatever CFLAGS ask for, and every symbol found at once, because its functions may run in a signal handler.
+# It must load into any VMM, of any C library: no code of the compiler's that needs a runtime library or start-up files,
+# whatever CFLAGS say. Every symbol is bound on loading, because its functions may run in a signal handler.
 HOLD = Extension(
     "kvmstats_fast.libkvmstats-hold",
     ["csrc/hold.c"],
@@ -82,10 +82,10 @@ HOLD = Extension(
 
 
 class build_ext(_build_ext):  # noqa: N801 - setuptools finds commands by this name
-    """setuptools' build_ext, which gives the hold library the name of a library."""
+    """setuptools' build_ext, with a plain file name for the hold library."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Return the path of an extension's file: the dots of its name are folders."""
+        """Return the path of an extension's file; the hold library's has no ABI tag."""
         if fullname.endswith("libkvmstats-hold"):
             return fullname.replace(".", "/") + ".so"
         name: str = super().get_ext_filename(fullname)
@@ -93,10 +93,10 @@ class build_ext(_build_ext):  # noqa: N801 - setuptools finds commands by this n
 
 
 class build(_build):  # noqa: N801 - setuptools finds commands by this name
-    """setuptools' build, with the extension that ffibuilder describes, and the hold library."""
+    """setuptools' build, with the core and the hold library as extensions."""
 
     def finalize_options(self) -> None:
-        """Add them once; an editable install comes here twice."""
+        """Add the extensions, once: an editable install calls this twice."""
         if not self.distribution.has_ext_modules():
             setuptools_ext.cffi_modules(self.distribution, "cffi_modules", ["build_ffi.py:ffibuilder"])
             self.distribution.ext_modules.append(HOLD)
@@ -104,7 +104,7 @@ class build(_build):  # noqa: N801 - setuptools finds commands by this name
 
 
 class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by this name
-    """One wheel for CPython 3.10 and later; free-threaded builds have no stable ABI and get their own."""
+    """One wheel for CPython 3.10 and later; a free-threaded build, which has no stable ABI, gets its own."""
 
     def finalize_options(self) -> None:
         """Ask for the stable ABI where there is one."""
@@ -114,8 +114,8 @@ class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by th
 
 
 class sdist(_sdist):  # noqa: N801 - setuptools finds commands by this name
-    """The sources that a build needs; the tests need the captures beside them, which are in the repository."""
+    """The sources that a build needs, without the tests, whose captures are in the repository only."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
-        """Leave out the part of the tests that setuptools would take along."""
+        """Leave out the tests that setuptools finds by itself."""
         super().make_release_tree(base_dir, [name for name in files if not name.startswith("tests/")])
