@@ -15,7 +15,7 @@ from kvmstats_fast.groups import cut_rows, find_columns, find_groups, join_group
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -93,6 +93,50 @@ def _change(values: npt.NDArray[np.uint64], rows: slice, out: npt.NDArray[np.uin
             np.copyto(out, after, where=fell if fell.ndim == out.ndim else fell[..., None])
 
 
+def find_steps(offsets: Mapping[int, int], sweeps: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Return `wall_offset` and `wall_steps` of samples; `offsets` maps sweeps, 0 first, to what holds from there on."""
+    first = last = offsets[0]
+    steps = []
+    for sweep, offset in offsets.items():
+        if offset != last and sweep < sweeps:
+            steps.append((sweep, offset))
+            last = offset
+    return first, tuple(steps)
+
+
+def _check_follows(before: Samples, after: Samples) -> None:
+    """Raise ValueError if these samples cannot be joined, with what disagrees."""
+    if after.files != before.files:
+        raise ValueError(f"these samples are of different files: {len(before.files)} and then {len(after.files)} files")
+    if [group.signature for group in before.groups] != [group.signature for group in after.groups]:
+        raise ValueError("these samples are of the same files, but of different statistics or kernels")
+    for what in ("host", "kernel", "interval"):
+        old, new = getattr(before, what), getattr(after, what)
+        if old != new:
+            raise ValueError(f"these samples differ in their {what}: {old!r} and then {new!r}")
+    if len(before) and len(after) and after.time[0] < before.time[-1]:
+        raise ValueError(
+            f"these samples are not in the order of time: the later part starts at {after.time[0]} ns, before the end "
+            f"of the earlier one at {before.time[-1]} ns"
+        )
+    failed = {error.file for error in after.errors if not error.sweep}
+    for error in before.errors:
+        if len(after) and error.file not in failed:
+            file = before.files[error.file].id
+            raise ValueError(f"{file} failed in the earlier part ({error.error}) and was read again in the later one")
+
+
+def _ascend(tick: npt.NDArray[np.uint64], least: int) -> npt.NDArray[np.uint64]:
+    """Return ticks that start at `least` or above: as they are, or counted from `least` on."""
+    if int(tick[0]) >= least:
+        return tick
+    if int(tick[-1]) + least >= 1 << 64:
+        raise ValueError(
+            f"tick {tick[-1]} of a later part cannot be counted on from {least}: it would not fit a uint64"
+        )
+    return tick + np.uint64(least)
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class Samples:
     """The sweeps of a run, in numpy arrays: T sweeps of n files.
@@ -112,7 +156,10 @@ class Samples:
     interval : float
         Seconds between ticks; 0: as fast as possible.
     wall_offset : int
-        ns to add to `time` for CLOCK_REALTIME, as it was when the run started.
+        ns to add to `time` for CLOCK_REALTIME, at the first sweep.
+    wall_steps : tuple of (int, int)
+        Where that offset changed, because the clock was set or the host was suspended: the first sweep (an index into
+        `time`) for which another offset holds, and that offset in ns. Ascending. `wall_time` takes both into account.
     missed : int
         Ticks that were not sampled because something took longer than an interval: ``len(samples) + missed`` is the
         number of ticks there were.
@@ -138,6 +185,7 @@ class Samples:
     _: KW_ONLY
     interval: float = 0.0
     wall_offset: int = 0
+    wall_steps: tuple[tuple[int, int], ...] = ()
     missed: int = 0
     overruns: int = 0
     errors: tuple[SampleError, ...] = ()
@@ -149,6 +197,17 @@ class Samples:
     def names(self) -> tuple[str, ...]:
         """Names of the statistics that were sampled, each once."""
         return tuple(dict.fromkeys(name for group in self.groups for name in group.places))
+
+    @property
+    def wall_time(self) -> npt.NDArray[np.int64]:
+        """CLOCK_REALTIME in ns at the start of each sweep, int64 (T,); ``.view("datetime64[ns]")`` is UTC.
+
+        It follows the wall clock, which may be set: unlike `time` it can jump, and go backwards.
+        """
+        wall = self.time + self.wall_offset
+        for sweep, offset in self.wall_steps:
+            np.add(self.time[sweep:], offset, out=wall[sweep:])
+        return wall
 
     @property
     def vm(self) -> Samples:
@@ -224,6 +283,9 @@ class Samples:
         )
         if (start, stop, step) == (0, len(self), 1):
             return part
+        offsets = {0: self.wall_offset}
+        offsets |= {max(0, -(-(sweep - start) // step)): offset for sweep, offset in self.wall_steps if sweep < stop}
+        part.wall_offset, part.wall_steps = find_steps(offsets, len(part))
         # The ticks that were missed before a sweep go with it, so that parts add up to the whole.
         part.missed = part.overruns = 0
         if stop > start:
@@ -598,13 +660,20 @@ class Samples:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Samples]) -> Samples:
-        """Put parts that follow each other together, as those of one stream; one part alone is not copied.
+        """Join parts that follow each other, of one stream or of several runs; one part alone is not copied.
+
+        Returns
+        -------
+        Samples
+            `wall_steps` keeps the offset of each part. Where the ticks of a part do not ascend from those before it,
+            because its run counted from 0 again, they are renumbered: its tick 0 follows the last tick before it.
 
         Raises
         ------
         ValueError
-            If there are none, if they are of different files, statistics, hosts or kernels, or not in the order of
-            time.
+            If there are no parts; if they differ in their files, statistics, interval, host or kernel; if they are not
+            in the order of time; or if a file that had failed in one part was read in a later one. The message says
+            which.
         """
         if not parts:
             raise ValueError("no samples to concatenate")
@@ -612,26 +681,29 @@ class Samples:
         if len(parts) == 1:
             return first
         for before, after in pairwise(parts):
-            signatures = [[group.signature for group in part.groups] for part in (before, after)]
-            if after.files != before.files or signatures[0] != signatures[1]:
-                raise ValueError("these samples are of different files or statistics")
-            if (after.host, after.kernel) != (before.host, before.kernel):
-                both = f"({before.host!r}, {before.kernel!r}) and ({after.host!r}, {after.kernel!r})"
-                raise ValueError(f"these samples are of different hosts or kernels, {both}: their clocks differ")
-            if len(before) and len(after) and after.time[0] < before.time[-1]:
-                raise ValueError("these samples are not in the order of time")
+            _check_follows(before, after)
         errors: dict[int, SampleError] = {}
-        start = 0
+        offsets: dict[int, int] = {}
+        ticks: list[npt.NDArray[np.uint64]] = []
+        start, next_tick = 0, 0
         for part in parts:
             for error in part.errors:
                 errors.setdefault(error.file, error._replace(sweep=error.sweep + start))
+            for sweep, offset in ((0, part.wall_offset), *part.wall_steps):
+                offsets[start + sweep] = offset
+            if len(part):
+                ticks.append(_ascend(part.tick, next_tick))
+                next_tick = int(ticks[-1][-1]) + 1
             start += len(part)
+        wall_offset, wall_steps = find_steps(offsets, start)
         return replace(
             first,
             groups=tuple(join_groups(groups) for groups in zip(*(part.groups for part in parts), strict=True)),
             time=np.concatenate([part.time for part in parts]),
             sweep_ns=np.concatenate([part.sweep_ns for part in parts]),
-            tick=np.concatenate([part.tick for part in parts]),
+            tick=np.concatenate(ticks) if ticks else first.tick,
+            wall_offset=wall_offset,
+            wall_steps=wall_steps,
             missed=sum(part.missed for part in parts),
             overruns=sum(part.overruns for part in parts),
             errors=tuple(errors.values()),

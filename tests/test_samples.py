@@ -144,18 +144,69 @@ def test_parts_that_do_not_belong_together_are_refused():
     other = samples_of([[{"count": i}, {}] for i in range(4)])
     with pytest.raises(ValueError, match="no samples"):
         kf.Samples.concatenate([])
-    with pytest.raises(ValueError, match="different files"):
+    with pytest.raises(ValueError, match="different files: 1 and then 2 files"):
         kf.Samples.concatenate([x, other])
     with pytest.raises(ValueError, match="order of time"):
         kf.Samples.concatenate([x[2:], x[:2]])
-    other = x[2:]
-    other.host = "another"
-    with pytest.raises(ValueError, match=r"different hosts or kernels.*'another'"):
-        kf.Samples.concatenate([x[:2], other])
+    for what, old, new in (("host", "", "another"), ("kernel", "", "6.1 x86_64"), ("interval", 0.0, 0.5)):
+        with pytest.raises(ValueError, match=f"differ in their {what}: {old!r} and then {new!r}"):
+            kf.Samples.concatenate([x[:2], replace(x[2:], **{what: new})])
+    few = run_of(group_of(STATS[:1], [0], {"count": [[1]]}), times=[9 * 10**9])
+    with pytest.raises(ValueError, match="different statistics or kernels"):
+        kf.Samples.concatenate([x, few])
     with pytest.raises(ValueError, match="must be positive"):
         x[::-1]
     with pytest.raises(TypeError, match="3 is neither"):
         x[3]
+
+
+def test_ticks_of_runs_put_together_ascend():
+    """A run that counted from 0 again is counted on from the last tick, also behind an empty part; others stay."""
+    runs = [samples_of([[{}]] * len(ticks), ticks=ticks) for ticks in ([0, 2, 3], [9], [1, 2, 5], [11, 12], [12])]
+    for i, run in enumerate(runs):
+        run.time += i * 10**10
+    runs[1] = runs[1][:0]
+    assert kf.Samples.concatenate(runs).tick.tolist() == [0, 2, 3, 5, 6, 9, 11, 12, 25]
+    assert kf.Samples.concatenate(runs[::2]).tick.dtype == np.uint64
+    assert runs[2].tick.tolist() == [1, 2, 5]
+    last = samples_of([[{}]], times=[10**12], ticks=[2**64 - 1])
+    assert kf.Samples.concatenate([runs[0], last]).tick.tolist() == [0, 2, 3, 2**64 - 1]
+    with pytest.raises(ValueError, match="tick 0 of a later part cannot be counted on"):
+        kf.Samples.concatenate([last, samples_of([[{}]], times=[10**13])])
+
+
+def test_a_file_that_failed_and_came_back_is_not_joined_over():
+    """Values that were read are never marked as failed; of a file that stays failed all parts can be joined."""
+    rows = [[{}, {}]] * 4
+    failed, alive = samples_of(rows, failed=[(1, 2)]), samples_of(rows)
+    alive.time += 10**10
+    assert kf.Samples.concatenate([failed[:3], failed[3:]]).errors == failed.errors
+    assert kf.Samples.concatenate([failed, alive[:0]]).errors == failed.errors
+    with pytest.raises(ValueError, match=r"kvm-1/vcpu-1 failed in the earlier part \(.*gone\) and was read again"):
+        kf.Samples.concatenate([failed, alive])
+
+
+CUTS = st.tuples(st.integers(-9, 9), st.integers(-9, 9), st.integers(1, 4)).map(lambda cut: slice(*cut))
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(-(10**18), 10**18)), max_size=4), CUTS, st.integers(0, 9))
+@examples(200)
+def test_each_sweep_keeps_its_wall_clock(steps, cut, at):
+    """Whatever is cut out and put together again, every sweep has the offset that held when it was taken."""
+    parts = [samples_of([[{"count": i}]], times=[i * 10**9], ticks=[i]) for i in range(9)]
+    offset = 10**18
+    for i, part in enumerate(parts):
+        offset = dict(steps).get(i, offset)
+        part.wall_offset = offset
+    wall = [int(part.time[0]) + part.wall_offset for part in parts]
+    x = kf.Samples.concatenate(parts)
+    assert (x.wall_time.tolist(), x.wall_time.dtype) == (wall, np.int64)
+    assert x[cut].wall_time.tolist() == wall[cut]
+    assert x.vcpu[cut][:].wall_time.tolist() == wall[cut]
+    assert all(0 < sweep < len(x[cut]) for sweep, _ in x[cut].wall_steps)
+    assert len(x.wall_steps) < max(2, len(dict(steps)) + 1)
+    assert kf.Samples.concatenate([x[:at], x[at:]]).wall_steps == x.wall_steps
+    assert x.to_xarray()["time"].values.view(np.int64).tolist() == wall
 
 
 def test_a_name_in_vm_and_vcpu_files_must_be_asked_for_by_kind():

@@ -43,7 +43,7 @@ def to_pandas(samples: Samples, *, si: bool) -> Any:
     group = one_group(samples)
     shape = (len(samples), len(group.columns))
     lives = lives_of(samples, group.columns)
-    wall = (samples.time + samples.wall_offset).view(_NS)
+    wall = samples.wall_time.view(_NS)
     names = np.array(labels([samples.files[index] for index in group.columns.tolist()]))
 
     def flat(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -74,7 +74,7 @@ def to_xarray(samples: Samples, *, si: bool) -> Any:
     get = _getter(samples, si=si)
     variables: dict[str, Any] = {}
     buckets: dict[tuple[str, bytes], str] = {}
-    coordinates: dict[str, Any] = {"time": ("time", (samples.time + samples.wall_offset).view(_NS))}
+    coordinates: dict[str, Any] = {"time": ("time", samples.wall_time.view(_NS))}
     for group in samples.groups:
         infos = [samples.files[index] for index in group.columns.tolist()]
         coordinates[group.kind] = (group.kind, labels(infos))
