@@ -97,7 +97,7 @@ struct tracer {
     char stat[64], status[64]; /* paths */
     struct user_regs_struct regs;
     uint64_t mask;
-    uint64_t xsize;                                  /* of the xstate as ptrace gives it, which is the most a task has */
+    uint64_t xsize; /* of the xstate as ptrace gives it, which is the most a task has */
     _Alignas(64) unsigned char xstate[XSTATE_MOST];
     unsigned char image[IMAGE_MOST];
     char text[PAGE_TEXT];
@@ -365,19 +365,37 @@ static int write_frame(struct tracer *t, uint64_t *at)
         .pretcode = t->job->restorer,
         .uc_flags = UC_ALL,
         .ss_flags = SS_INVALID,
-        .r8 = regs->r8, .r9 = regs->r9, .r10 = regs->r10, .r11 = regs->r11,
-        .r12 = regs->r12, .r13 = regs->r13, .r14 = regs->r14, .r15 = regs->r15,
-        .rdi = regs->rdi, .rsi = regs->rsi, .rbp = regs->rbp, .rbx = regs->rbx,
-        .rdx = regs->rdx, .rcx = regs->rcx, .rsp = regs->rsp, .eflags = regs->eflags,
-        .cs = (uint16_t)regs->cs, .ss = (uint16_t)regs->ss,
-        .oldmask = t->mask, .fpstate = fpstate, .mask = t->mask,
+        .r8 = regs->r8,
+        .r9 = regs->r9,
+        .r10 = regs->r10,
+        .r11 = regs->r11,
+        .r12 = regs->r12,
+        .r13 = regs->r13,
+        .r14 = regs->r14,
+        .r15 = regs->r15,
+        .rdi = regs->rdi,
+        .rsi = regs->rsi,
+        .rbp = regs->rbp,
+        .rbx = regs->rbx,
+        .rdx = regs->rdx,
+        .rcx = regs->rcx,
+        .rsp = regs->rsp,
+        .eflags = regs->eflags,
+        .cs = (uint16_t)regs->cs,
+        .ss = (uint16_t)regs->ss,
+        .oldmask = t->mask,
+        .fpstate = fpstate,
+        .mask = t->mask,
     };
     set_result(regs, &frame);
 
     /* As the kernel saves it: fxsave and SSE always count as in use. */
     features |= FP_SSE;
     struct sw_bytes sw = {
-        .magic1 = MAGIC1, .extended_size = (uint32_t)used + 4, .xfeatures = features, .xstate_size = (uint32_t)used,
+        .magic1 = MAGIC1,
+        .extended_size = (uint32_t)used + 4,
+        .xfeatures = features,
+        .xstate_size = (uint32_t)used,
     };
     uint32_t magic2 = MAGIC2;
     memcpy(t->xstate + XSTATE_BV, &features, sizeof features);
@@ -540,8 +558,7 @@ int kvmstats_inject(struct kvmstats_inject *job)
 
     if (job->pid < 1 || job->tid < 1 || job->num_fds < 1 || job->timeout_ns < 1)
         return -EINVAL;
-    struct shared *shared =
-        mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    struct shared *shared = mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (shared == MAP_FAILED)
         return -errno;
     int64_t start = now_ns(), most = INT64_MAX - GRACE - start;

@@ -104,7 +104,8 @@ enum kvmstats_error {
     KVMSTATS_E_STAT_ALIGN = -10,  /* index: the descriptor; value: its offset, no multiple of 8 */
     KVMSTATS_E_STAT_NAME = -11,   /* index: the descriptor whose name is empty */
     KVMSTATS_E_DATA_SIZE = -12,   /* index: the descriptor whose values end at value, beyond limit */
-    KVMSTATS_E_DUPLICATE = -13,   /* index: the descriptor; value: offset of the same name before it (found in Python) */
+    KVMSTATS_E_DUPLICATE =
+        -13, /* index: the descriptor; value: offset of the earlier one with its name (from Python) */
 };
 
 struct kvmstats_fault {
@@ -117,16 +118,16 @@ struct kvmstats_fault {
 };
 
 struct kvmstats_header {
-    int32_t layout;       /* enum kvmstats_layout */
-    uint32_t swapped;     /* 1: the file is in the other byte order than this machine */
-    uint32_t flags;       /* merged only, else 0 */
+    int32_t layout;   /* enum kvmstats_layout */
+    uint32_t swapped; /* 1: the file is in the other byte order than this machine */
+    uint32_t flags;   /* merged only, else 0 */
     uint32_t name_size;
-    uint32_t num_desc;    /* the true count, also where count_defect */
+    uint32_t num_desc; /* the true count, also where count_defect */
     uint32_t id_offset;
-    uint32_t id_size;     /* room of the id: name_size in merged, else 64 */
+    uint32_t id_size; /* room of the id: name_size in merged, else 64 */
     uint32_t desc_offset;
     uint32_t data_offset;
-    uint32_t positional;  /* 1: descriptors carry no offset (v2, v5) */
+    uint32_t positional; /* 1: descriptors carry no offset (v2, v5) */
     uint32_t count_defect;
     uint32_t key_offset;  /* the header without its id (v2, v5: behind it; v9: before it) ... */
     uint32_t key_size;    /* ... is [key_offset, key_offset + key_size) */
@@ -172,10 +173,10 @@ struct kvmstats_source {
     int32_t fd;
     uint32_t value_size; /* in the file: 8, or 4 */
     uint32_t swapped;
-    uint64_t position;   /* of the data block in the file */
-    uint64_t count;      /* of values: room for that many u64 at values */
+    uint64_t position; /* of the data block in the file */
+    uint64_t count;    /* of values: room for that many u64 at values */
     uint64_t *values;
-    uint64_t got;        /* after -ENODATA: how many bytes the file still had */
+    uint64_t got; /* after -ENODATA: how many bytes the file still had */
 };
 
 /*
@@ -339,7 +340,7 @@ enum kvmstats_inject_result {
     KVMSTATS_INJECT_SHADOW_STACK,  /* CET: the way back would be a forged return */
     KVMSTATS_INJECT_FOREIGN_ABI,   /* 32-bit or x32 code. value: the code segment, or the number of the call */
     KVMSTATS_INJECT_NO_SYSCALL,    /* it was interrupted elsewhere: try again. value: its rip */
-    KVMSTATS_INJECT_OTHER_CALL,    /* in_run, and it was in no KVM_RUN of those fds: try again. value: number of the call */
+    KVMSTATS_INJECT_OTHER_CALL,    /* in_run, and it was in no KVM_RUN of `fds`: try again. value: number of the call */
     KVMSTATS_INJECT_CODE,          /* what stands at `call` or `restorer` is not that. value: the address */
     KVMSTATS_INJECT_XSTATE,        /* extended state of an unknown size. value: the size */
     KVMSTATS_INJECT_STACK,         /* no writable memory for the frame. value: its address */
@@ -352,7 +353,7 @@ enum kvmstats_inject_step {
     KVMSTATS_STEP_NONE,
     KVMSTATS_STEP_SEIZE,
     KVMSTATS_STEP_INTERRUPT,
-    KVMSTATS_STEP_STOP,   /* waited for; signals that come first are handed on */
+    KVMSTATS_STEP_STOP, /* waited for; signals that come first are handed on */
     KVMSTATS_STEP_REGS,
     KVMSTATS_STEP_STATUS, /* in /proc: seccomp, shadow stack */
     KVMSTATS_STEP_XSTATE,
@@ -370,7 +371,7 @@ struct kvmstats_inject {
     uint64_t num_fds;
     uint64_t request;   /* of the ioctl, which takes no argument: KVM_GET_STATS_FD */
     uint64_t call;      /* address of: syscall; ret (0f 05 c3) */
-    uint64_t restorer;  /* address of: mov $15, %rax or %eax; syscall (48 c7 c0 0f 00 00 00 0f 05, b8 0f 00 00 00 0f 05) */
+    uint64_t restorer;  /* address of: mov $15, %rax; syscall (48 c7 c0 0f 00 00 00 0f 05), or with %eax (b8 0f ...) */
     int64_t timeout_ns; /* for the whole; more than 0 */
     int32_t in_run;     /* 0: the ioctl is made on fds[0]. 1: on that one of fds whose KVM_RUN the thread was in */
     int32_t kill_after; /* enum kvmstats_inject_step: there the tracer kills itself. For tests; else 0 */

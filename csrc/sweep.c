@@ -11,9 +11,9 @@
 
 enum {
     SECOND = 1000000000,
-    NAP = 20000000,      /* ns: how long a sleep may keep a stop waiting */
-    FULL_NAP = 200000,   /* ns: how often a full ring is looked at when there is no schedule */
-    HANDOVER = 50000,    /* ns: how long a thread spins for its part of a sweep before it sleeps */
+    NAP = 20000000,       /* ns: how long a sleep may keep a stop waiting */
+    FULL_NAP = 200000,    /* ns: how often a full ring is looked at when there is no schedule */
+    HANDOVER = 50000,     /* ns: how long a thread spins for its part of a sweep before it sleeps */
     TIMER_SLACK_SET = 29, /* PR_SET_TIMERSLACK of prctl(2), whose header would pull in the kernel's */
     TIMER_SLACK_GET = 30,
 };
@@ -100,7 +100,8 @@ static int sweep_part(struct kvmstats_file *files, uint64_t begin, uint64_t end,
 int kvmstats_lock(struct kvmstats_sweep *sweep, uint64_t owner)
 {
     uint64_t nobody = 0;
-    return __atomic_compare_exchange_n(&sweep->owner, &nobody, owner, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED) ? 0 : -EBUSY;
+    return __atomic_compare_exchange_n(&sweep->owner, &nobody, owner, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED) ? 0
+                                                                                                             : -EBUSY;
 }
 
 void kvmstats_unlock(struct kvmstats_sweep *sweep, uint64_t owner)
@@ -193,8 +194,8 @@ static void *work(void *argument)
         take(&worker->go);
         if (worker->quit)
             return NULL;
-        worker->failed = sweep_part(worker->run->files, worker->begin, worker->end, worker->scratch, worker->slot,
-                                    worker->number);
+        worker->failed =
+            sweep_part(worker->run->files, worker->begin, worker->end, worker->scratch, worker->slot, worker->number);
         sem_post(&worker->done);
     }
 }

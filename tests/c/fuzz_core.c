@@ -147,8 +147,8 @@ static void check_descriptors(const uint8_t *data, size_t size, const struct kvm
     PROMISE(apart(header->data_offset, data_end, header->id_offset, id_end_of(header)));
 }
 
-static void check_descriptor_fault(int status, const struct kvmstats_fault *fault,
-                                   const struct kvmstats_header *header, size_t size)
+static void check_descriptor_fault(int status, const struct kvmstats_fault *fault, const struct kvmstats_header *header,
+                                   size_t size)
 {
     PROMISE(fault->offset < size);
     PROMISE(fault->block >= KVMSTATS_BLOCK_HEADER && fault->block <= KVMSTATS_BLOCK_DATA);
@@ -321,10 +321,9 @@ static size_t somewhere(size_t size)
 static uint32_t interesting(size_t size)
 {
     static const uint32_t values[] = {
-        0,     1,     2,      7,          8,          16,         24,         29,         32,         48,
-        64,    72,    80,     88,         1392,       1472,       4096,       4097,       65535,      65536,
-        65537, 1u << 24,      0x0ffffff8, 0x10000000, 0x20000000, 0x30000000, 0x7fffffff, 0x80000000, 0xfffffff8,
-        0xffffffff,
+        0,     1,        2,          7,          8,          16,         24,         29,         32,         48,
+        64,    72,       80,         88,         1392,       1472,       4096,       4097,       65535,      65536,
+        65537, 1u << 24, 0x0ffffff8, 0x10000000, 0x20000000, 0x30000000, 0x7fffffff, 0x80000000, 0xfffffff8, 0xffffffff,
     };
     if (below(4) == 0)
         return (uint32_t)(size - size % 8 + 8 * below(9) - 32);

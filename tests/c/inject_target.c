@@ -83,7 +83,9 @@ __asm__(".text\n.globl checked_call_raw\nchecked_call_raw:\n"
         "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx; ret\n");
 
 static uint64_t features;
-static struct { unsigned offset, size; } parts[8];
+static struct {
+    unsigned offset, size;
+} parts[8];
 
 static void find_features(void)
 {
@@ -240,7 +242,8 @@ static void *in_timed_futex(void *argument)
     struct timespec long_time = {.tv_sec = 1000};
     for (start(t, &c); !quit;) {
         uint32_t seen = __atomic_load_n(&futex_word, __ATOMIC_ACQUIRE);
-        note(t, checked_call(t, c, SYS_futex, (long)&futex_word, FUTEX_WAIT, (long)seen, (long)&long_time, 0, 0), 0, -EAGAIN);
+        note(t, checked_call(t, c, SYS_futex, (long)&futex_word, FUTEX_WAIT, (long)seen, (long)&long_time, 0, 0), 0,
+             -EAGAIN);
     }
     return NULL;
 }
@@ -374,7 +377,8 @@ static void *in_park(void *argument)
 static void make_vcpu(struct thread *t, int kvm, int vm, int number)
 {
     struct kvm_sregs sregs;
-    struct kvm_regs regs = {.rip = (uint64_t)CODE + 32u * (number & 1), .rflags = 2, .rbx = DATA + (uint64_t)number * STRIDE};
+    struct kvm_regs regs = {
+        .rip = (uint64_t)CODE + 32u * (number & 1), .rflags = 2, .rbx = DATA + (uint64_t)number * STRIDE};
     int size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
     t->number = number;
     t->fd = ioctl(vm, KVM_CREATE_VCPU, number);
@@ -440,7 +444,8 @@ static void report(void)
     printf("], \"threads\": {");
     for (int i = 0; i < num_threads; ++i) {
         struct thread *t = &threads[i];
-        printf("%s\"%s%d\": {\"tid\": %d, \"calls\": %lu, \"eintr\": %lu, \"other\": %lu, \"bad\": %lu, \"first\": \"%s\"}",
+        printf("%s\"%s%d\": {\"tid\": %d, \"calls\": %lu, \"eintr\": %lu, \"other\": %lu, \"bad\": %lu, \"first\": "
+               "\"%s\"}",
                i ? ", " : "", t->name, i, t->tid, t->calls, t->eintr, t->other, t->bad, t->first);
     }
     printf("}}\n");

@@ -788,8 +788,10 @@ static void test_count_defect(void)
         struct kvmstats_header header;
         struct kvmstats_fault fault;
         spec.num_desc = spec.data_offset - spec.desc_offset;
-        struct kvmstats_fault want = {.offset = spec.at->data_offset, .block = KVMSTATS_BLOCK_DATA,
-                                      .value = spec.data_offset, .other = KVMSTATS_BLOCK_DESCRIPTORS,
+        struct kvmstats_fault want = {.offset = spec.at->data_offset,
+                                      .block = KVMSTATS_BLOCK_DATA,
+                                      .value = spec.data_offset,
+                                      .other = KVMSTATS_BLOCK_DESCRIPTORS,
                                       .limit = desc_end_of(&spec)};
         int status = read_header(__LINE__, build_header(&spec), 1, &header, &fault);
         check_fault(__LINE__, status, &fault, KVMSTATS_E_OVERLAP, &want);
@@ -823,8 +825,8 @@ static void test_overlap_with_header(void)
     for (int i = 0; i < KINDS; ++i) {
         struct spec spec = kind(i);
         for (uint32_t begin = 0; begin < spec.at->header_size; begin += 8) {
-            struct kvmstats_fault want = {.value = begin, .other = KVMSTATS_BLOCK_HEADER,
-                                          .limit = spec.at->header_size};
+            struct kvmstats_fault want = {
+                .value = begin, .other = KVMSTATS_BLOCK_HEADER, .limit = spec.at->header_size};
             spec = kind(i);
             if (spec.layout == KVMSTATS_LAYOUT_MERGED) {
                 spec.id_offset = begin;
@@ -898,8 +900,7 @@ static void test_data_reaches_into_a_block(void)
                     continue;
                 int into_id = before_id && (!before_descs || spec.id_offset < spec.desc_offset);
                 spec.data_offset += 8;
-                REJECT_DESCRIPTORS(spec, OVERLAP, .offset = 20, .block = KVMSTATS_BLOCK_DATA,
-                                   .value = spec.data_offset,
+                REJECT_DESCRIPTORS(spec, OVERLAP, .offset = 20, .block = KVMSTATS_BLOCK_DATA, .value = spec.data_offset,
                                    .other = into_id ? KVMSTATS_BLOCK_ID : KVMSTATS_BLOCK_DESCRIPTORS,
                                    .limit = into_id ? id_end_of(&spec) : desc_end_of(&spec));
             }
@@ -1199,8 +1200,13 @@ enum { POSITION = 1472, FD = 7 };
 /* A source whose values end at the page that cannot be touched; the file has `bytes` bytes of data. */
 static struct kvmstats_source new_source(uint32_t width, uint32_t swapped, uint64_t n, uint64_t bytes)
 {
-    struct kvmstats_source source = {.fd = FD, .value_size = width, .swapped = swapped, .position = POSITION,
-                                     .count = n, .values = (uint64_t *)(void *)output.end - n, .got = 0x5a5a};
+    struct kvmstats_source source = {.fd = FD,
+                                     .value_size = width,
+                                     .swapped = swapped,
+                                     .position = POSITION,
+                                     .count = n,
+                                     .values = (uint64_t *)(void *)output.end - n,
+                                     .got = 0x5a5a};
     memset(source.values, 0xa5, (size_t)n * 8);
     memset(&script, 0, sizeof script);
     script.fd = FD;

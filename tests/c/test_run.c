@@ -220,10 +220,10 @@ static void nap(int64_t ns)
 
 struct reading {
     struct sampler *s;
-    int64_t pause;      /* ns with each chunk */
-    uint64_t most;      /* chunks to take; then read no more */
-    int ended;          /* set, atomically, when kvmstats_run is back */
-    uint64_t chunks;    /* read */
+    int64_t pause;   /* ns with each chunk */
+    uint64_t most;   /* chunks to take; then read no more */
+    int ended;       /* set, atomically, when kvmstats_run is back */
+    uint64_t chunks; /* read */
     uint64_t sweeps, missed, overruns, zeros;
     uint64_t last_tick; /* and the order of it all */
     int64_t last_time;

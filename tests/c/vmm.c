@@ -398,8 +398,8 @@ int main(int count, char **words)
         const char *name;
         void (*run)(void);
     } modes[] = {
-        {"basic", basic},         {"threads", threads}, {"signals", signals},     {"forks", forks},
-        {"exhausted", exhausted}, {"churn", churn},     {"places", places},       {"cancelled", cancelled},
+        {"basic", basic},         {"threads", threads}, {"signals", signals}, {"forks", forks},
+        {"exhausted", exhausted}, {"churn", churn},     {"places", places},   {"cancelled", cancelled},
         {"filtered", filtered},   {"foreign", foreign}, {"wait", wait_here},
     };
     if (count == 2 && strcmp(words[1], "list") == 0) {
