@@ -1,6 +1,6 @@
 """Build the C core and the hold library: cffi's ffibuilder, and the setuptools commands that pyproject.toml names.
 
-The declarations are cut out of csrc/kvmstats.h, so the header is the one place where they are written. The hold library
+The declarations are cut out of the headers in csrc/, so they are written in one place. The hold library
 (csrc/hold.c) is not a Python module but a plain shared library beside the extension, for the LD_PRELOAD of a VMM.
 
 Environment
@@ -23,14 +23,16 @@ from setuptools.command.build_ext import build_ext as _build_ext
 from setuptools.command.sdist import sdist as _sdist
 
 # setuptools wants source paths relative to the project's folder, which is where it runs.
-SOURCES = ["csrc/layout.c", "csrc/process.c", "csrc/sweep.c", "csrc/inject.c"]
-HEADER = "csrc/kvmstats.h"
+SOURCES = [f"csrc/{name}.c" for name in ("layout", "sweep", "run", "process", "inject")]
+#: In the order of what they declare: run.h needs the structs of sweep.h, and those the structs of kvmstats.h.
+HEADERS = [f"csrc/{name}.h" for name in ("kvmstats", "sweep", "run", "process", "inject")]
 
 
 def cdef() -> str:
-    """Return the part of kvmstats.h between its two cdef lines."""
-    text = (Path(__file__).parent / HEADER).read_text(encoding="ascii")
-    return text.partition("/* ---- cdef: begin ---- */")[2].partition("/* ---- cdef: end ---- */")[0]
+    """Return the declarations of all headers: the part of each between its two cdef lines."""
+    texts = [(Path(__file__).parent / header).read_text(encoding="ascii") for header in HEADERS]
+    begin, end = "/* ---- cdef: begin ---- */", "/* ---- cdef: end ---- */"
+    return "".join(text.partition(begin)[2].partition(end)[0] for text in texts)
 
 
 def _compile_args() -> list[str]:
@@ -47,11 +49,11 @@ ffibuilder = FFI()
 ffibuilder.cdef(cdef())
 ffibuilder.set_source(
     "kvmstats_fast._kvmstats",
-    '#include "kvmstats.h"',
+    "".join(f'#include "{Path(header).name}"\n' for header in HEADERS),
     sources=SOURCES,
     include_dirs=["csrc"],
     # setuptools rebuilds when one of these changes, and puts them into the sdist.
-    depends=[HEADER, "build_ffi.py"],
+    depends=[*HEADERS, "csrc/clock.h", "build_ffi.py"],
     # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
     define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
     libraries=["pthread"],  # a part of the C library itself since glibc 2.34

@@ -1,32 +1,33 @@
 /* SPDX-License-Identifier: MIT */
-/* Making a thread of another process do one ioctl. The contract, and the picture of the frame, are in kvmstats.h. */
+/* Making a thread of another process do one ioctl. The contract, and a picture of the frame, are in inject.h. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE /* process_vm_readv */
 #endif
-#include "kvmstats.h"
+#include "inject.h"
 
 #include <errno.h>
 
 #if defined(__x86_64__) && !defined(__ILP32__)
 
+#include "clock.h"
+
 #include <cpuid.h>
 #include <elf.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/uio.h>
 #include <sys/user.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
-    SECOND = 1000000000,
-    GRACE = 500000000, /* ns: how much longer than its own time limit a tracer may live */
-    NAP = 100000,      /* ns between two looks at whether it has ended */
-    PAGE_TEXT = 16384, /* bytes of a status file; a task in a thousand groups has 8000 */
+    GRACE = 500000000, /* ns that a tracer may live beyond its time limit */
+    POLL = 100000,     /* ns between two checks whether it has ended */
+    PAGE_TEXT = 16384, /* bytes of a status file; that of a task in a thousand groups has 8000 */
 
     /* arch/x86/entry/syscalls/syscall_64.tbl */
     NR_IOCTL = 16,
@@ -36,7 +37,7 @@ enum {
     KVM_RUN_REQUEST = 0xAE80, /* include/uapi/linux/kvm.h */
     STOP_EVENT = 128,         /* PTRACE_EVENT_STOP, include/uapi/linux/ptrace.h */
 
-    /* include/linux/errno.h: what a call that was interrupted returns inside the kernel */
+    /* include/linux/errno.h: what an interrupted call returns inside the kernel */
     ERESTARTSYS = 512,
     ERESTARTNOINTR = 513,
     ERESTARTNOHAND = 514,
@@ -51,9 +52,9 @@ enum {
     USER_CS = 0x33,
     FLAGS_TF_DF_RF = 0x100 | 0x400 | 0x10000,
     UC_ALL = 7,          /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */
-    SS_INVALID = 0x7FFF, /* do_sigaltstack refuses it, and restore_altstack lets that pass */
+    SS_INVALID = 0x7FFF, /* do_sigaltstack refuses it, which restore_altstack ignores */
     RED_ZONE = 128,
-    XSTATE_MOST = 16384, /* 11008 bytes with AMX */
+    XSTATE_MOST = 16384, /* bytes; 11008 with AMX */
     XSTATE_LEAST = 576,  /* fxsave and header */
     SW_RESERVED = 464,   /* in the fxsave */
     XSTATE_BV = 512,
@@ -63,7 +64,7 @@ enum {
 #define MAGIC1 0x46505853u /* FP_XSTATE_MAGIC1, uapi/asm/sigcontext.h */
 #define MAGIC2 0x46505845u
 
-struct frame { /* struct rt_sigframe of the kernel; the C library's ucontext_t has a longer mask */
+struct frame { /* the kernel's struct rt_sigframe; the mask of the C library's ucontext_t is longer */
     uint64_t pretcode;
     uint64_t uc_flags, uc_link, ss_sp;
     uint32_t ss_flags, ss_pad;
@@ -89,7 +90,7 @@ _Static_assert(sizeof(struct user_regs_struct) == 27 * 8, "NT_PRSTATUS");
 
 enum { IMAGE_MOST = sizeof(struct frame) + 8 + 63 + XSTATE_MOST + 4 + 63 };
 
-/* ---- the tracer: a child of a process with threads, so nothing but system calls and its own stack */
+/* ---- the tracer: a child of a process with threads, so it may use only system calls and its own stack */
 
 struct tracer {
     struct kvmstats_inject *job; /* shared with the parent */
@@ -97,20 +98,13 @@ struct tracer {
     char stat[64], status[64]; /* paths */
     struct user_regs_struct regs;
     uint64_t mask;
-    uint64_t xsize; /* of the xstate as ptrace gives it, which is the most a task has */
+    uint64_t xsize; /* of the xstate as ptrace returns it: the largest a task can have */
     _Alignas(64) unsigned char xstate[XSTATE_MOST];
     unsigned char image[IMAGE_MOST];
     char text[PAGE_TEXT];
 };
 
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * SECOND + now.tv_nsec;
-}
-
-static void done(struct kvmstats_inject *job, int32_t step)
+static void complete(struct kvmstats_inject *job, int32_t step)
 {
     job->step = step;
     if (job->kill_after == step)
@@ -123,13 +117,13 @@ static int refuse(struct kvmstats_inject *job, int result, uint64_t value)
     return result;
 }
 
-/* -errno of a call that failed; a thread that is gone has its own result. */
+/* The result of a call that failed: -errno, or GONE if the thread no longer exists. */
 static int failed(void)
 {
     return errno == ESRCH || errno == ENOENT || errno == ECHILD ? KVMSTATS_INJECT_GONE : -errno;
 }
 
-/* The thread's file in /proc, into t->text. 0, or as failed(). */
+/* Read a file of the thread's in /proc into t->text. Returns 0, or as failed(). */
 static int read_text(struct tracer *t, const char *path)
 {
     size_t length = 0;
@@ -146,7 +140,7 @@ static int read_text(struct tracer *t, const char *path)
 }
 
 /* The decimal number at the start of a text. */
-static uint64_t number(const char *text)
+static uint64_t parse_number(const char *text)
 {
     uint64_t value = 0;
 
@@ -155,15 +149,15 @@ static uint64_t number(const char *text)
     return value;
 }
 
-/* The number behind a key of a status file, 0 if this kernel has no such key. */
-static uint64_t number_of(const struct tracer *t, const char *key)
+/* The number after a key of the status file in t->text; 0 if this kernel has no such key. */
+static uint64_t find_number(const struct tracer *t, const char *key)
 {
     const char *found = strstr(t->text, key);
-    return found ? number(found + strlen(key)) : 0;
+    return found ? parse_number(found + strlen(key)) : 0;
 }
 
-/* What can be seen from outside. */
-static int look_at_task(struct tracer *t)
+/* What can be seen before the thread is traced. */
+static int check_task(struct tracer *t)
 {
     int result = read_text(t, t->stat);
     if (result)
@@ -180,24 +174,24 @@ static int look_at_task(struct tracer *t)
     }
     if (state == 'Z' || state == 'X')
         return KVMSTATS_INJECT_GONE;
-    if (number(field + 1) & (PF_KTHREAD | PF_USER_WORKER | PF_IO_WORKER))
+    if (parse_number(field + 1) & (PF_KTHREAD | PF_USER_WORKER | PF_IO_WORKER))
         return KVMSTATS_INJECT_KERNEL_THREAD;
     result = read_text(t, t->status);
     if (result)
         return result;
-    uint64_t tracer = number_of(t, "\nTracerPid:\t");
+    uint64_t tracer = find_number(t, "\nTracerPid:\t");
     if (tracer)
         return refuse(t->job, KVMSTATS_INJECT_TRACED, tracer);
     return state == 'T' ? KVMSTATS_INJECT_HALTED : 0;
 }
 
-/* What must not change any more: looked at while the thread stands still. */
-static int look_at_filters(struct tracer *t)
+/* What could change until now: checked while the thread is stopped. */
+static int check_filters(struct tracer *t)
 {
     int result = read_text(t, t->status);
     if (result)
         return result;
-    uint64_t seccomp = number_of(t, "\nSeccomp:\t");
+    uint64_t seccomp = find_number(t, "\nSeccomp:\t");
     if (seccomp)
         return refuse(t->job, KVMSTATS_INJECT_SECCOMP, seccomp);
     const char *features = strstr(t->text, "\nx86_Thread_features:\t");
@@ -209,7 +203,7 @@ static int look_at_filters(struct tracer *t)
     return 0;
 }
 
-/* Until the thread stands in the stop that PTRACE_INTERRUPT asked for. SIGCHLD, blocked, tells of every stop. */
+/* Wait until the thread is in the stop that PTRACE_INTERRUPT requested. SIGCHLD, which is blocked, announces stops. */
 static int wait_for_stop(struct tracer *t)
 {
     int32_t tid = t->job->tid;
@@ -226,7 +220,7 @@ static int wait_for_stop(struct tracer *t)
             int64_t left = t->deadline - now_ns();
             if (left <= 0)
                 return KVMSTATS_INJECT_TIMEOUT;
-            struct timespec most = {.tv_sec = (time_t)(left / SECOND), .tv_nsec = (long)(left % SECOND)};
+            struct timespec most = to_timespec(left);
             sigtimedwait(&child, NULL, &most);
             continue;
         }
@@ -234,7 +228,7 @@ static int wait_for_stop(struct tracer *t)
             return KVMSTATS_INJECT_GONE;
         if (status >> 16 == STOP_EVENT)
             return WSTOPSIG(status) == SIGTRAP ? 0 : KVMSTATS_INJECT_HALTED;
-        /* A signal that was under way before the interrupt: it goes on, and the interrupt is still to come. */
+        /* A signal that arrived before the interrupt: pass it on; the stop for the interrupt is still to come. */
         if (ptrace(PTRACE_CONT, tid, NULL, (void *)(intptr_t)WSTOPSIG(status)))
             return failed();
         ++t->job->signals;
@@ -259,8 +253,9 @@ static int has_bytes(struct tracer *t, uint64_t address, const void *bytes, size
     return process_vm_readv(t->job->pid, &to, 1, &from, 1, 0) == (ssize_t)size && memcmp(found, bytes, size) == 0;
 }
 
-/* Right behind a syscall, and the right one; sets job->fd. Elsewhere it might be in a restartable sequence (rseq(2)). */
-static int look_at_call(struct tracer *t)
+/* The thread must be right after a `syscall`, and in the right call; elsewhere it might be in a restartable sequence
+ * (rseq(2)). Sets job->fd. */
+static int check_call(struct tracer *t)
 {
     struct kvmstats_inject *job = t->job;
     uint64_t call = t->regs.orig_rax;
@@ -287,12 +282,12 @@ static int get_xstate(struct tracer *t)
     if (ptrace(PTRACE_GETREGSET, t->job->tid, (void *)(uintptr_t)NT_X86_XSTATE, &room))
         return failed();
     t->xsize = room.iov_len;
-    if (t->xsize < XSTATE_LEAST || t->xsize >= sizeof t->xstate) /* all of the room: there may be more */
+    if (t->xsize < XSTATE_LEAST || t->xsize >= sizeof t->xstate) /* all of the room is used: there may be more */
         return refuse(t->job, KVMSTATS_INJECT_XSTATE, t->xsize);
     return 0;
 }
 
-static int look_at_code(struct tracer *t)
+static int check_code(struct tracer *t)
 {
     const struct kvmstats_inject *job = t->job;
 
@@ -305,8 +300,9 @@ static int look_at_code(struct tracer *t)
 }
 
 /*
- * Where the last of the features that are in use ends, or 0. A frame must not claim more: the kernel takes nothing but
- * the fxsave of one that is larger than the task's own, and ptrace gives room for what the task may not use (AMX).
+ * The end of the last feature in use, or 0 if a feature is not understood. A frame must not claim more: of one that is
+ * larger than the task's own, the kernel restores only the fxsave, and ptrace's has room for what the task may not use
+ * (AMX).
  */
 static uint64_t xstate_end(uint64_t features, uint64_t size)
 {
@@ -325,7 +321,7 @@ static uint64_t xstate_end(uint64_t features, uint64_t size)
     return end <= size && features >> 63 == 0 ? end : 0;
 }
 
-/* What the call returns to the thread, as handle_signal() of the kernel has it for a handler with SA_RESTART. */
+/* What the interrupted call returns to the thread: as the kernel's handle_signal() does it with SA_RESTART. */
 static void set_result(const struct user_regs_struct *regs, struct frame *frame)
 {
     frame->rax = regs->rax;
@@ -345,7 +341,7 @@ static void set_result(const struct user_regs_struct *regs, struct frame *frame)
     }
 }
 
-/* Put the frame below the stack; *at is its address. */
+/* Write the frame below the stack pointer; *at is its address. */
 static int write_frame(struct tracer *t, uint64_t *at)
 {
     const struct user_regs_struct *regs = &t->regs;
@@ -357,7 +353,7 @@ static int write_frame(struct tracer *t, uint64_t *at)
 
     if (regs->rsp < RED_ZONE + IMAGE_MOST)
         return refuse(t->job, KVMSTATS_INJECT_STACK, regs->rsp);
-    /* Room for all of it: the kernel wants to be able to read as much as the task may have. */
+    /* Room for all of it, because the kernel checks that it can read as much as the task may have. */
     uint64_t fpstate = (regs->rsp - RED_ZONE - t->xsize - 4) & ~UINT64_C(63);
     *at = ((fpstate - sizeof(struct frame)) & ~UINT64_C(15)) - 8;
 
@@ -389,7 +385,7 @@ static int write_frame(struct tracer *t, uint64_t *at)
     };
     set_result(regs, &frame);
 
-    /* As the kernel saves it: fxsave and SSE always count as in use. */
+    /* As the kernel saves it: x87 and SSE always count as in use. */
     features |= FP_SSE;
     struct sw_bytes sw = {
         .magic1 = MAGIC1,
@@ -407,7 +403,7 @@ static int write_frame(struct tracer *t, uint64_t *at)
     memcpy(t->image + inside, t->xstate, t->xsize);
     memcpy(t->image + inside + used, &magic2, sizeof magic2);
 
-    /* Not through /proc/PID/mem or POKEDATA: those write to a guard page, too. */
+    /* Not through /proc/PID/mem or POKEDATA, which would write to a guard page too. */
     size_t size = (size_t)(inside + t->xsize + 4);
     struct iovec from = {.iov_base = t->image, .iov_len = size};
     struct iovec to = {.iov_base = (void *)(uintptr_t)*at, .iov_len = size};
@@ -427,65 +423,65 @@ static int commit(struct tracer *t, uint64_t frame)
     regs.rdi = (unsigned)t->job->fd;
     regs.rsi = t->job->request;
     regs.rdx = 0;
-    regs.orig_rax = UINT64_MAX; /* in no call: nothing to start again */
+    regs.orig_rax = UINT64_MAX; /* not in a call, so nothing is restarted */
     regs.eflags &= ~(uint64_t)FLAGS_TF_DF_RF;
     return ptrace(PTRACE_SETREGSET, t->job->tid, (void *)(uintptr_t)NT_PRSTATUS, &all) ? failed() : 0;
 }
 
-/* While the thread stands still. */
+/* While the thread is stopped. */
 static int prepare_and_commit(struct tracer *t)
 {
     uint64_t frame = 0;
     int result = get_registers(t);
     if (!result)
-        result = look_at_call(t);
+        result = check_call(t);
     if (result)
         return result;
-    done(t->job, KVMSTATS_STEP_REGS);
-    if ((result = look_at_filters(t)))
+    complete(t->job, KVMSTATS_STEP_REGS);
+    if ((result = check_filters(t)))
         return result;
-    done(t->job, KVMSTATS_STEP_STATUS);
+    complete(t->job, KVMSTATS_STEP_STATUS);
     if ((result = get_xstate(t)))
         return result;
-    done(t->job, KVMSTATS_STEP_XSTATE);
-    /* What a handler's frame would hold: the mask from before a ppoll or the like that has its own. */
+    complete(t->job, KVMSTATS_STEP_XSTATE);
+    /* As in a handler's frame: the mask from before a ppoll or the like, which has a mask of its own. */
     if (ptrace(PTRACE_GETSIGMASK, t->job->tid, (void *)sizeof t->mask, &t->mask))
         return failed();
-    done(t->job, KVMSTATS_STEP_MASK);
-    if ((result = look_at_code(t)))
+    complete(t->job, KVMSTATS_STEP_MASK);
+    if ((result = check_code(t)))
         return result;
-    done(t->job, KVMSTATS_STEP_CODE);
+    complete(t->job, KVMSTATS_STEP_CODE);
     if ((result = write_frame(t, &frame)))
         return result;
-    done(t->job, KVMSTATS_STEP_FRAME);
+    complete(t->job, KVMSTATS_STEP_FRAME);
     if ((result = commit(t, frame)))
         return result;
-    done(t->job, KVMSTATS_STEP_COMMIT);
+    complete(t->job, KVMSTATS_STEP_COMMIT);
     return KVMSTATS_INJECT_DONE;
 }
 
-/* All of it. A return without a detach leaves that to the end of the tracer. */
+/* All of it. If it returns without a detach, the end of the tracer detaches. */
 static int trace(struct tracer *t)
 {
     struct kvmstats_inject *job = t->job;
-    int result = look_at_task(t);
+    int result = check_task(t);
     if (result)
         return result;
     if (ptrace(PTRACE_SEIZE, job->tid, NULL, NULL))
         return failed();
-    done(job, KVMSTATS_STEP_SEIZE);
+    complete(job, KVMSTATS_STEP_SEIZE);
     int64_t start = now_ns();
     if (ptrace(PTRACE_INTERRUPT, job->tid, NULL, NULL))
         return failed();
-    done(job, KVMSTATS_STEP_INTERRUPT);
+    complete(job, KVMSTATS_STEP_INTERRUPT);
     if ((result = wait_for_stop(t)) && result != KVMSTATS_INJECT_HALTED)
         return result;
     if (!result) {
-        done(job, KVMSTATS_STEP_STOP);
+        complete(job, KVMSTATS_STEP_STOP);
         result = prepare_and_commit(t);
     }
     if (ptrace(PTRACE_DETACH, job->tid, NULL, NULL) == 0 && result == KVMSTATS_INJECT_DONE)
-        done(job, KVMSTATS_STEP_DETACH);
+        complete(job, KVMSTATS_STEP_DETACH);
     job->stopped_ns = now_ns() - start;
     return result;
 }
@@ -514,18 +510,16 @@ static void make_path(char *to, int32_t pid, int32_t tid, const char *name)
     *to = 0;
 }
 
-/* Reap the tracer, after killing it if it is late. Returns its wait status, or -1 if somebody else has reaped it. */
-static int reap(pid_t child, int64_t deadline)
+/* Reap the tracer, once it has ended or been killed at the deadline. Some other wait may have reaped it. */
+static void reap(pid_t child, int64_t deadline)
 {
-    const struct timespec nap = {.tv_nsec = NAP};
-    int status = 0, killed = 0;
+    const struct timespec nap = {.tv_nsec = POLL};
+    int killed = 0;
 
     for (;;) {
-        pid_t who = waitpid(child, &status, __WALL | (killed ? 0 : WNOHANG));
-        if (who == child)
-            return status;
-        if (who < 0 && errno != EINTR)
-            return -1;
+        pid_t who = waitpid(child, NULL, __WALL | (killed ? 0 : WNOHANG));
+        if (who == child || (who < 0 && errno != EINTR))
+            return;
         if (!killed && now_ns() > deadline) {
             kill(child, SIGKILL);
             killed = 1;
@@ -545,7 +539,7 @@ static void run_tracer(struct shared *shared, int64_t deadline)
     struct tracer t = {.job = &shared->job, .deadline = deadline};
     struct sigaction plain = {.sa_handler = SIG_DFL};
 
-    sigaction(SIGCHLD, &plain, NULL); /* where it is ignored, no stop would be told of */
+    sigaction(SIGCHLD, &plain, NULL); /* if it were ignored, no stop would be announced */
     make_path(t.stat, t.job->pid, t.job->tid, "stat");
     make_path(t.status, t.job->pid, t.job->tid, "status");
     shared->result = trace(&t);
@@ -572,7 +566,7 @@ int kvmstats_inject(struct kvmstats_inject *job)
 
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    /* fork, without the handlers that libraries hang into it, and without SIGCHLD at its end */
+    /* fork, without the handlers that libraries register for it, and without SIGCHLD at its end */
     long child = syscall(NR_CLONE, 0L, 0L, 0L, 0L, 0L);
     if (child == 0)
         run_tracer(shared, deadline);

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
-/* Which layout, header, descriptors, values: pure functions over bytes. The contracts are in kvmstats.h. */
+/* Layout, header, descriptors and values: pure functions over bytes. The contracts are in kvmstats.h. */
 #include "kvmstats.h"
 
 #include <string.h>
 
 enum { ID_SIZE = 64, HEADER_SIZE_SERIES = 80, HEADER_SIZE_MERGED = 24, DESC_FIXED_SIZE = 16 };
 
-/* memcpy, because nothing says that the caller's bytes are aligned. */
+/* memcpy, because the caller's bytes need not be aligned. */
 static uint32_t load_u32(const uint8_t *at, uint32_t swapped)
 {
     uint32_t value;
@@ -40,7 +40,7 @@ static int is_name_size(uint32_t value)
     return value != 0 && value <= KVMSTATS_MAX_NAME_SIZE;
 }
 
-/* The name_size of a file of the series is 32 or 48, so it also tells the byte order. */
+/* name_size in the layouts of the series is 32 or 48, which also gives away the byte order. Returns it, or 0. */
 static int series_name_size(const uint8_t *at, uint32_t *swapped)
 {
     for (*swapped = 0; *swapped < 2; ++*swapped) {
@@ -52,7 +52,7 @@ static int series_name_size(const uint8_t *at, uint32_t *swapped)
     return 0;
 }
 
-/* Where the fields of each layout are; sets layout, swapped, id and key. field: of name_size, for messages. */
+/* Find the layout; set layout, swapped, id and key of *header, and *field to the offset of name_size. */
 static int recognise(const uint8_t *bytes, size_t size, struct kvmstats_header *header, uint32_t *field,
                      struct kvmstats_fault *fault)
 {
@@ -83,9 +83,9 @@ static int recognise(const uint8_t *bytes, size_t size, struct kvmstats_header *
         header->key_size = HEADER_SIZE_SERIES - ID_SIZE;
         return 0;
     }
-    /* Merged: flags are 0 and have no byte order. Every kernel puts the id right behind the header, which tells it; an
-     * id elsewhere leaves it to name_size: none within the limit stays within it when swapped (its two high bytes are
-     * 0, its two low ones are not). */
+    /* Merged: flags are 0, which says nothing of the byte order. Every kernel puts the id right after the header, so
+     * id_offset does. With an id elsewhere it is name_size: if that is within the limit one way round, it is not the
+     * other way round, since its two high bytes are 0 and its two low bytes are not. */
     uint32_t flags = load_u32(bytes, 0);
     int native_id = load_u32(bytes + 12, 0) == HEADER_SIZE_MERGED;
     int foreign_id = load_u32(bytes + 12, 1) == HEADER_SIZE_MERGED;
@@ -106,11 +106,11 @@ static int recognise(const uint8_t *bytes, size_t size, struct kvmstats_header *
 
 struct block {
     enum kvmstats_block kind;
-    uint32_t field; /* where the header says where the block starts */
+    uint32_t field; /* offset, in the header, of the block's offset */
     uint64_t begin, end;
 };
 
-/* An empty block may stand between two others, not inside one. The block named is the one `field` can be blamed for. */
+/* An empty block may lie between two others, but not inside one. The fault names `block`, whose field is wrong. */
 static int check_apart(const struct block *block, const struct block *other, struct kvmstats_fault *fault)
 {
     if (block->begin >= other->end || other->begin >= block->end)
@@ -126,7 +126,7 @@ static int check_start(const struct block *block, uint64_t header_size, struct k
     if (block->begin % 8 != 0)
         return fail(fault, KVMSTATS_E_BLOCK_ALIGN, block->field, block->begin, 8);
     fault->other = KVMSTATS_BLOCK_HEADER;
-    if (block->begin < header_size) /* empty blocks too: an offset of 0 is an offset that was never set */
+    if (block->begin < header_size) /* for empty blocks too: an offset of 0 was never set */
         return fail(fault, KVMSTATS_E_OVERLAP, block->field, block->begin, header_size);
     return 0;
 }
@@ -160,7 +160,7 @@ int kvmstats_read_header(const void *data, size_t size, int repair, struct kvmst
         return fail(fault, KVMSTATS_E_NAME_SIZE, field, header->name_size, KVMSTATS_MAX_NAME_SIZE);
     uint64_t stride = DESC_FIXED_SIZE + (uint64_t)header->name_size;
 
-    /* The x86 vCPU header of the series says sizeof(array) where ARRAY_SIZE(array) is meant. */
+    /* The x86 vCPU header of the series has sizeof(array) instead of ARRAY_SIZE(array). */
     uint64_t table_size = (uint64_t)header->data_offset - header->desc_offset;
     if (header->positional && header->num_desc != 0 && header->data_offset > header->desc_offset &&
         header->num_desc == table_size && table_size % stride == 0) {
@@ -241,7 +241,7 @@ int kvmstats_read_descriptors(const void *data, size_t size, struct kvmstats_hea
     header->data_size = data_size;
     fault->index = 0;
 
-    /* Now that the end of data is known: it may stand before another block, and reach into it. */
+    /* Only now is the end of the data known: the block may start before another and extend into it. */
     struct block values = {KVMSTATS_BLOCK_DATA, header->key_offset + header->key_size - 4, header->data_offset,
                            header->data_offset + data_size};
     struct block table = {KVMSTATS_BLOCK_DESCRIPTORS, 0, header->desc_offset, header->desc_end};
@@ -259,7 +259,7 @@ void kvmstats_copy_values(const void *from, uint32_t value_size, uint32_t swappe
             memcpy(to, from, (size_t)(n * 8));
         return;
     }
-    /* From the last to the first, so that widening in place never overtakes itself. */
+    /* From the last to the first, so that widening in place overwrites nothing that is still to be read. */
     for (uint64_t i = n; i-- > 0;) {
         uint64_t value;
         if (value_size == 4) {

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: MIT */
-/* Another process and its files: system calls that the C library has no function for. The contracts are in kvmstats.h. */
-#include "kvmstats.h"
+/* System calls on another process' files. The contracts are in process.h. */
+#include "process.h"
 
 #include <errno.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* For headers before Linux 5.6: one number for all but two (include/uapi/asm-generic/unistd.h). */
+/* For headers before Linux 5.6; the number is the same on all but two machines (include/uapi/asm-generic/unistd.h). */
 #if !defined(SYS_pidfd_getfd) && !defined(__mips__) && !defined(__alpha__)
 #define SYS_pidfd_getfd 438
 #endif

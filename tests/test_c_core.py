@@ -12,7 +12,7 @@ from kvmstats_fast.testing import SyntheticStats
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-CORE = [str(CSRC / name) for name in ("layout.c", "sweep.c", "process.c", "inject.c")]
+CORE = [str(CSRC / name) for name in ("layout.c", "sweep.c", "run.c", "process.c", "inject.c")]
 TEST_CORE = str(TESTS / "c" / "test_core.c")
 TEST_RUN = str(TESTS / "c" / "test_run.c")
 FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
@@ -33,27 +33,30 @@ HELPERS = re.compile(
     r"__stack_chk_(fail|fail_local|guard)|_GLOBAL_OFFSET_TABLE_|\.TOC\.|__x86\.\S+|__(u?div|u?mod|bswap)[sd]i[23]"
 )
 STRING_FUNCTIONS = {"memcpy", "memset", "memchr", "memcmp"}
-# What sweep.c may call: reading, the clock, and the threads of a wide sweep. None of them allocates for the core.
-SYSTEM_CALLS = {
-    *("pread", "pread64", "write", "prctl", "__errno_location", "___errno_location"),
+ERRNO = {"__errno_location", "___errno_location"}
+READING = {"pread", "pread64", "kvmstats_copy_values"}
+# The clock, the ring, and the threads of a wide sweep. None of them allocates for the core.
+RUNNING = {
+    *("write", "prctl", "kvmstats_sweep_part"),
     *("clock_gettime", "clock_nanosleep", "__clock_gettime64", "__clock_nanosleep_time64"),
     *("pthread_create", "pthread_join", "pthread_sigmask", "sigfillset"),
     *("sem_init", "sem_destroy", "sem_post", "sem_wait", "sem_trywait"),
 }
-# What inject.c may call besides: tracing, and what a child of a process with threads may do.
+# Tracing, and what a child of a process with threads may do.
 TRACING = {
     *("ptrace", "waitpid", "process_vm_readv", "process_vm_writev", "syscall", "kill", "getpid", "_exit"),
-    *("open", "open64", "read", "close", "mmap", "mmap64", "munmap", "clock_gettime", "nanosleep", "__errno_location"),
+    *("open", "open64", "read", "close", "mmap", "mmap64", "munmap", "clock_gettime", "nanosleep"),
     *("pthread_sigmask", "sigemptyset", "sigaddset", "sigfillset", "sigtimedwait", "sigaction"),
     *("strlen", "strstr", "strchr", "strrchr"),
 }
 
-# Of each file, what it may call beyond the string functions.
+# What each file may call beyond the string functions.
 IMPORTS = {
     "layout.c": set(),
-    "sweep.c": SYSTEM_CALLS | {"kvmstats_copy_values"},
-    "process.c": {"syscall", "__errno_location", "___errno_location"},
-    "inject.c": TRACING,
+    "sweep.c": READING | ERRNO,
+    "run.c": RUNNING | ERRNO,
+    "process.c": {"syscall"} | ERRNO,
+    "inject.c": TRACING | ERRNO,
 }
 
 pytestmark = pytest.mark.skipif(shutil.which(CC[0]) is None, reason=f"there is no C compiler {CC[0]}")
@@ -64,21 +67,21 @@ def run(*command):
 
 
 def build(program, *arguments):
-    """Compile and link; the compiler's own words are the failure."""
+    """Compile and link; what the compiler says is the failure."""
     result = run(*CC, *FLAGS, *arguments, "-o", program)
     assert result.returncode == 0, result.stderr
     return program
 
 
 def check(*command):
-    """Run to a good end, and return what was printed."""
+    """Run, require success, and return what was printed."""
     result = run(*command)
     assert result.returncode == 0, f"exit status {result.returncode}\n{result.stdout}{result.stderr}"
     return result.stdout
 
 
 def core_checks(output):
-    """Return the number that test_core printed, which must be all that it printed."""
+    """Return the number that test_core printed; it must have printed nothing else."""
     match = re.fullmatch(r"test_core: (\d+) checks\n", output)
     assert match, output
     return int(match[1])
@@ -130,7 +133,7 @@ def symbols(tmp_path_factory):
 
 @pytest.mark.parametrize("large_files", [[], [LARGE_FILES]], ids=["default", "large-files"])
 def test_the_core_keeps_its_manual(tmp_path, large_files):
-    """Headers, descriptors, values, reads and every error code are as kvmstats.h says, at the edge of the memory."""
+    """Headers, descriptors, values, reads and every error code are as kvmstats.h says, at the edge of memory."""
     program = build(tmp_path / "test_core", *large_files, TEST_CORE, *CORE, WRAP)
     assert core_checks(check(program)) > 1000
 
@@ -142,7 +145,7 @@ def test_the_core_is_clean_under_the_sanitizers(tmp_path, sanitizers):
 
 
 def test_the_core_is_clean_under_valgrind(tmp_path):
-    """No check of the core uses an uninitialised value, touches memory that is not its own, or leaks."""
+    """No check of the core uses an uninitialised value, accesses memory it does not own, or leaks."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         pytest.skip("there is no valgrind")
@@ -152,7 +155,7 @@ def test_the_core_is_clean_under_valgrind(tmp_path):
 
 @pytest.mark.parametrize("sanitize", [[], ["-g", "-fsanitize=thread"], SANITIZE], ids=["plain", "threads", "addresses"])
 def test_runs_account_for_every_tick(tmp_path, sanitizers, sanitize):
-    """Sweeps and runs, with up to 64 threads, a reader and a stopper, keep their contract and have no data race."""
+    """Sweeps and runs with up to 64 threads, a reader and a stopper keep their contract and have no data race."""
     assert sanitizers
     program = build(tmp_path / "test_run", *sanitize, TEST_RUN, *CORE, WRAP)
     match = re.fullmatch(r"test_run: (\d+) checks\n", check(program))
@@ -161,14 +164,14 @@ def test_runs_account_for_every_tick(tmp_path, sanitizers, sanitize):
 
 
 def test_mutated_captures_break_no_promise(tmp_path, sanitizers, corpus):
-    """Whatever is done to the bytes of a real file, the core refuses it by the contract or reads it by the contract."""
+    """However the bytes of a real file are changed, the core refuses it or reads it, and either by the contract."""
     program = build(tmp_path / "fuzz_core", *sanitizers, "-DSTANDALONE", FUZZ_CORE, str(CSRC / "layout.c"))
     output = check(program, MUTATIONS, SEED, *corpus)
     match = re.fullmatch(r"fuzz_core: (\d+) inputs, (\d+) accepted\n", output)
     assert match, output
     inputs, accepted = int(match[1]), int(match[2])
     assert inputs == MUTATIONS + len(corpus)
-    # Mutations that all fail, or all pass, would test one half of the core.
+    # Mutations that all fail, or all pass, would test only half of the core.
     assert inputs // 10 < accepted < inputs * 9 // 10
 
 
@@ -180,19 +183,19 @@ def test_unmutated_captures_are_accepted(tmp_path, corpus):
 
 @pytest.mark.parametrize("source", CORE, ids=lambda path: Path(path).name)
 def test_the_core_compiles_without_a_warning(tmp_path, source):
-    """With the strict warnings, and with either of the macros that ask for the system's functions."""
+    """With the strict warnings, and with either of the macros that declare the system's functions."""
     for macro in ("_DEFAULT_SOURCE", "_GNU_SOURCE"):
         build(tmp_path / "object.o", "-Wconversion", "-Wshadow", LARGE_FILES, f"-D{macro}", "-c", source)
 
 
 def test_the_fuzz_target_compiles_without_its_own_main(tmp_path):
-    """Without STANDALONE there is nothing but the entry point that libFuzzer calls."""
+    """Without STANDALONE there is only the entry point that libFuzzer calls."""
     build(tmp_path / "fuzz_core.o", "-c", FUZZ_CORE)
 
 
 @pytest.mark.parametrize("source", IMPORTS)
 def test_the_core_has_no_writable_data(symbols, source):
-    """Two calls share nothing: no object of the core has a writable variable."""
+    """Two calls share nothing: no object file of the core has a writable variable."""
     assert [name for kind, name in symbols[source] if kind in "BbDdCcGgSs"] == []
 
 

@@ -33,9 +33,9 @@ KILLS = max(1, ROUNDS // 10)
 TARGET = Path(__file__).parent / "c" / "inject_target.c"
 CC = shlex.split(os.environ.get("CC", "gcc"))
 STEPS = {
-    name.removeprefix("KVMSTATS_STEP_"): getattr(lib, name)
-    for name in dir(lib)
-    if name.startswith("KVMSTATS_STEP_") and name != "KVMSTATS_STEP_NONE"
+    name.removeprefix("KVMSTATS_STEP_"): step
+    for step, name in sorted(ffi.typeof("enum kvmstats_inject_step").elements.items())
+    if name != "KVMSTATS_STEP_NONE"
 }
 MANY_FILES = ["sh", "-c", 'ulimit -n $(ulimit -Hn); exec "$@"', "sh"]
 # What the calls that inject_target's threads wait in come back with, by a signal whose handler has SA_RESTART.

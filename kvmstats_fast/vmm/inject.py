@@ -1,7 +1,7 @@
 """Have a running VMM open the stats files it does not hold yet, through its own threads (x86-64).
 
-How a thread is made to do it, and why it survives the death of whoever makes it, is drawn in ``csrc/kvmstats.h``
-("INJECTION"). Here is what surrounds it: which fds and threads to use, and what became of it.
+How a thread is made to do it, and why it survives the death of whoever makes it, is drawn in ``csrc/inject.h``.
+Here is what surrounds it: which fds and threads to use, and what became of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Injected", "Result", "open_missing"]
 
 
 class Result(IntEnum):
-    """How an attempt on a thread ended (``enum kvmstats_inject_result`` of ``csrc/kvmstats.h``)."""
+    """How an attempt on a thread ended (``enum kvmstats_inject_result`` of ``csrc/inject.h``)."""
 
     DONE = lib.KVMSTATS_INJECT_DONE
     UNSUPPORTED = lib.KVMSTATS_INJECT_UNSUPPORTED

@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The core against its manual, csrc/kvmstats.h. Link with layout.c, sweep.c, process.c and -Wl,--wrap=pread,--wrap=pread64.
+ * The parser, kvmstats_read and process.c against their manuals, csrc/kvmstats.h and csrc/process.h. Link with layout.c,
+ * sweep.c, process.c and -Wl,--wrap=pread,--wrap=pread64.
  *
- * Files are written byte by byte here, so nothing of the core's own byte order code vouches for itself. Every input
- * lies once right before and once right behind a page that cannot be touched, every output right before one.
+ * Files are written byte by byte here, so that the core's byte order code does not vouch for itself. Every input lies
+ * once right before and once right after a page that cannot be accessed, every output right before one.
  */
 #include "kvmstats.h"
+#include "process.h"
 
 #include <errno.h>
 #include <fcntl.h>

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Sweeps and runs against their manual, csrc/kvmstats.h. Link with layout.c, sweep.c, -pthread and
- * -Wl,--wrap=pread,--wrap=pread64. Made to be built with -fsanitize=thread too: readers, stoppers and the run meet only
- * through kvmstats_ready, kvmstats_release and kvmstats_stop, and files fail by script, not by a close in mid-run.
+ * Sweeps and runs against their manuals, csrc/sweep.h and csrc/run.h. Link with layout.c, sweep.c, run.c, -pthread and
+ * -Wl,--wrap=pread,--wrap=pread64. To be built with -fsanitize=thread too: readers, stoppers and the run meet only
+ * through kvmstats_ready, kvmstats_release and kvmstats_stop, and files fail by script, not by a close during the run.
  *
- * Value w of file i is i * 1000 + w, until a test says otherwise.
+ * Value w of file i is i * 1000 + w, unless a test writes another.
  */
 #define _GNU_SOURCE
-#include "kvmstats.h"
+#include "clock.h"
+#include "run.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -17,7 +18,6 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <time.h>
 #include <unistd.h>
 
 #define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
@@ -203,16 +203,9 @@ static int row_is_zero(const struct sampler *s, uint64_t file, uint64_t slot)
     return 1;
 }
 
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
 static void nap(int64_t ns)
 {
-    struct timespec time = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
+    struct timespec time = to_timespec(ns);
     clock_nanosleep(CLOCK_MONOTONIC, 0, &time, NULL);
 }
 

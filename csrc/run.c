@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: MIT */
+/* Sweeps on a schedule: the waits, the threads that share a sweep, and the ring. The contract is in run.h. */
+#include "run.h"
+
+#include "clock.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <unistd.h>
+
+enum {
+    LONGEST_SLEEP = 20000000, /* ns: how soon a stop is noticed */
+    FULL_RING_SLEEP = 200000, /* ns between two looks at a full ring when there is no schedule */
+    HANDOVER_SPIN = 50000,    /* ns that a thread spins for its part of a sweep before it sleeps */
+
+    /* prctl(2): PR_SET_TIMERSLACK and PR_GET_TIMERSLACK, whose header would include the kernel's */
+    SET_TIMER_SLACK = 29,
+    GET_TIMER_SLACK = 30,
+};
+
+int prctl(int option, ...);
+
+/* ---- waiting for a tick */
+
+/* Signals may end it early. */
+static void sleep_until(int64_t when)
+{
+    struct timespec until = to_timespec(when);
+    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
+}
+
+static void relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static int is_stopped(const struct kvmstats_run *run)
+{
+    return __atomic_load_n(&run->stop, __ATOMIC_RELAXED) != 0;
+}
+
+/* Until `when`, or until stopped. */
+static void wait_until(const struct kvmstats_run *run, int64_t when)
+{
+    int64_t spin = run->wait == KVMSTATS_WAIT_SPIN ? INT64_MAX : run->wait == KVMSTATS_WAIT_HYBRID ? run->spin_ns : 0;
+
+    for (int64_t now = now_ns(); now < when && !is_stopped(run); now = now_ns()) {
+        if (when - now > spin) {
+            int64_t until = when - spin;
+            sleep_until(until - now > LONGEST_SLEEP ? now + LONGEST_SLEEP : until);
+        } else {
+            relax();
+        }
+    }
+}
+
+/* ---- the threads that share a sweep */
+
+struct worker {
+    struct kvmstats_run *run;
+    uint64_t begin, end; /* its files */
+    uint64_t *scratch;
+    uint64_t slot, number; /* of the sweep to take */
+    int failed, quit;
+    sem_t go, done;
+    pthread_t thread;
+};
+
+/* sem_wait, after a spin that usually makes it unnecessary. */
+static void wait_for(sem_t *semaphore)
+{
+    for (int64_t until = now_ns() + HANDOVER_SPIN; now_ns() < until; relax())
+        if (sem_trywait(semaphore) == 0)
+            return;
+    while (sem_wait(semaphore) != 0)
+        ; /* EINTR */
+}
+
+static void *work(void *argument)
+{
+    struct worker *worker = argument;
+
+    for (;;) {
+        wait_for(&worker->go);
+        if (worker->quit)
+            return NULL;
+        worker->failed = kvmstats_sweep_part(worker->run->files, worker->begin, worker->end, worker->scratch,
+                                             worker->slot, worker->number);
+        sem_post(&worker->done);
+    }
+}
+
+static void end_workers(struct worker *workers, int n)
+{
+    for (int i = 1; i < n; ++i) {
+        workers[i].quit = 1;
+        sem_post(&workers[i].go);
+        pthread_join(workers[i].thread, NULL);
+        sem_destroy(&workers[i].go);
+        sem_destroy(&workers[i].done);
+    }
+}
+
+/* Start threads 1 to n - 1; worker 0 is the calling thread. Returns n, or -errno. */
+static int start_workers(struct kvmstats_run *run, struct worker *workers)
+{
+    uint64_t n = run->threads < 1 ? 1 : run->threads > KVMSTATS_MAX_THREADS ? KVMSTATS_MAX_THREADS : run->threads;
+    sigset_t all, before;
+    int error = 0;
+    uint64_t i;
+
+    for (i = 0; i < n; ++i) {
+        workers[i].run = run;
+        workers[i].begin = run->num_files / n * i + (run->num_files % n < i ? run->num_files % n : i);
+        workers[i].scratch = run->scratch ? run->scratch + i * run->scratch_size : NULL;
+        workers[i].quit = 0;
+    }
+    for (i = 0; i < n; ++i)
+        workers[i].end = i + 1 < n ? workers[i + 1].begin : run->num_files;
+
+    /* Signals go to the threads that the program knows. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (i = 1; i < n && !error; ++i) {
+        if (sem_init(&workers[i].go, 0, 0) || sem_init(&workers[i].done, 0, 0)) {
+            error = errno;
+            break;
+        }
+        error = pthread_create(&workers[i].thread, NULL, work, &workers[i]);
+        if (error) {
+            sem_destroy(&workers[i].go);
+            sem_destroy(&workers[i].done);
+            break;
+        }
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!error)
+        return (int)n;
+    end_workers(workers, (int)i);
+    return -error;
+}
+
+/* Read every file into a slot. Returns how many failed. */
+static int sweep_all(struct kvmstats_run *run, struct worker *workers, int n, uint64_t slot)
+{
+    for (int i = 1; i < n; ++i) {
+        workers[i].slot = slot;
+        workers[i].number = run->taken;
+        sem_post(&workers[i].go);
+    }
+    int failed =
+        kvmstats_sweep_part(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, run->taken);
+    for (int i = 1; i < n; ++i) {
+        wait_for(&workers[i].done);
+        failed += workers[i].failed;
+    }
+    return failed;
+}
+
+/* ---- the ring */
+
+static void signal_event(const struct kvmstats_run *run)
+{
+    static const uint64_t one = 1;
+
+    if (run->event_fd >= 0) {
+        ssize_t written = write(run->event_fd, &one, sizeof one);
+        (void)written; /* a full eventfd is readable already */
+    }
+}
+
+/* The chunk that was being filled is ready. */
+static void publish(struct kvmstats_run *run)
+{
+    __atomic_store_n(&run->head, run->head + 1, __ATOMIC_RELEASE);
+    signal_event(run);
+}
+
+static int is_full(const struct kvmstats_run *run)
+{
+    return run->head - __atomic_load_n(&run->tail, __ATOMIC_ACQUIRE) >= run->depth;
+}
+
+/* ---- the run */
+
+static void loop(struct kvmstats_run *run, struct worker *workers, int n)
+{
+    uint64_t alive = 0, tick = 0, missed = 0, overruns = 0; /* the last two: since the last sweep */
+    struct kvmstats_chunk *chunk = NULL;                    /* the one that is being filled, if any */
+
+    for (uint64_t i = 0; i < run->num_files; ++i)
+        alive += run->files[i].error == 0;
+    run->start = now_ns();
+    while (tick < run->ticks && alive && !is_stopped(run)) {
+        int64_t now = now_ns();
+        if (run->interval) {
+            wait_until(run, run->start + (int64_t)tick * run->interval);
+            if (is_stopped(run))
+                break;
+            now = now_ns();
+            uint64_t due = (uint64_t)((now - run->start) / run->interval);
+            if (due >= run->ticks)
+                due = run->ticks - 1;
+            if (due > tick) {
+                missed += due - tick;
+                run->missed += due - tick;
+                tick = due;
+            }
+        }
+        if (run->duration && now - run->start >= run->duration)
+            break;
+        uint64_t place = run->head % run->depth;
+        if (!chunk) {
+            if (is_full(run)) {
+                if (run->interval) {
+                    ++missed, ++overruns;
+                    ++run->missed, ++run->overruns;
+                    ++tick;
+                } else {
+                    sleep_until(now + FULL_RING_SLEEP);
+                }
+                continue;
+            }
+            chunk = &run->chunks[place];
+            chunk->first = run->taken;
+            chunk->used = chunk->missed = chunk->overruns = 0;
+        }
+        uint64_t slot = place * run->chunk + chunk->used;
+        int failed = sweep_all(run, workers, n, slot);
+        run->sweep_ns[slot] = now_ns() - now;
+        run->time[slot] = now;
+        run->tick[slot] = tick++;
+        ++run->taken;
+        alive -= (uint64_t)failed;
+        chunk->missed += missed;
+        chunk->overruns += overruns;
+        missed = overruns = 0;
+        if (++chunk->used == run->chunk) {
+            publish(run);
+            chunk = NULL;
+        }
+        if (failed && run->strict)
+            break;
+    }
+    if (chunk)
+        publish(run);
+}
+
+int kvmstats_run(struct kvmstats_run *run)
+{
+    struct worker workers[KVMSTATS_MAX_THREADS];
+
+    int slack = prctl(GET_TIMER_SLACK, 0L, 0L, 0L, 0L);
+    prctl(SET_TIMER_SLACK, 1L, 0L, 0L, 0L);
+    int n = start_workers(run, workers);
+    if (n > 0) {
+        loop(run, workers, n);
+        end_workers(workers, n);
+    }
+    if (slack > 0)
+        prctl(SET_TIMER_SLACK, (long)slack, 0L, 0L, 0L);
+    run->status = n > 0 ? 0 : n;
+    signal_event(run);
+    return run->status;
+}
+
+void kvmstats_stop(struct kvmstats_run *run)
+{
+    __atomic_store_n(&run->stop, 1, __ATOMIC_RELAXED);
+}
+
+uint64_t kvmstats_ready(const struct kvmstats_run *run)
+{
+    return __atomic_load_n(&run->head, __ATOMIC_ACQUIRE);
+}
+
+void kvmstats_release(struct kvmstats_run *run, uint64_t chunks)
+{
+    if (chunks <= kvmstats_ready(run))
+        __atomic_store_n(&run->tail, chunks, __ATOMIC_RELEASE);
+}
