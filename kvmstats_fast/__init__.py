@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
     from kvmstats_fast.merged import to_merged
     from kvmstats_fast.samples import FileInfo, SampleError, Samples
-    from kvmstats_fast.sampling.sampler import Sampler, Stream, measure
+    from kvmstats_fast.sampling.measure import measure
+    from kvmstats_fast.sampling.sampler import Sampler
+    from kvmstats_fast.sampling.stream import Stream
     from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
     from kvmstats_fast.stats_file import StatsFile
     from kvmstats_fast.vmm.find import VmProcess, find_vms
@@ -83,7 +85,9 @@ _ROOMS = {
     "formats.recording": ("Recorder", "Recording", "RecordingWarning"),
     "merged": ("to_merged",),
     "samples": ("FileInfo", "SampleError", "Samples"),
-    "sampling.sampler": ("Sampler", "Stream", "measure"),
+    "sampling.measure": ("measure",),
+    "sampling.sampler": ("Sampler",),
+    "sampling.stream": ("Stream",),
     "schema": ("Header", "Schema", "Stat", "StatsImage", "parse"),
     "stats_file": ("StatsFile",),
     "vmm.find": ("VmProcess", "find_vms"),

@@ -16,7 +16,7 @@ import pytest
 from helpers import DATA, CtrlC, open_fds, take_away
 
 import kvmstats_fast as kf
-from kvmstats_fast.sampling import sampler as sampler_module
+from kvmstats_fast.sampling import memory, run
 from kvmstats_fast.testing import SyntheticStats, TinyGuest, counts_right, exit_counter
 
 
@@ -86,9 +86,9 @@ def test_stats_keeps_only_what_was_chosen_in_a_row_of_that_size(made, files):
         ("halt_*", 104, 103 + 18),
     ]:
         sampler = kf.Sampler(files, stats)
-        (group,) = sampler._groups
+        (group,) = sampler._live.groups
         assert group.values.shape == (1, 2, width)
-        assert (sampler._files[0].count == span) or stats == "halt_*"
+        assert (sampler._live.structs[0].count == span) or stats == "halt_*"
         assert [info.kind for info in sampler.files] == ["vcpu", "vcpu"]
         sampler.sweep()
         names = [stat.name for stat, _ in group.places.values()]
@@ -125,7 +125,7 @@ def test_files_of_different_kernels_layouts_and_byte_orders_are_sampled_together
 
 def test_what_cannot_be_sampled_is_refused(files):
     """Wrong types, closed files, unknown names, no files, too many threads: each says what is wrong."""
-    with pytest.raises(TypeError, match="files has a int"):
+    with pytest.raises(TypeError, match="files has an int; it must be StatsFiles"):
         kf.Sampler([files[0].fileno()])
     with pytest.raises(ValueError, match="nothing to sample"):
         kf.Sampler([])
@@ -378,7 +378,7 @@ def test_a_run_ends_when_no_file_is_left(made):
     samples = kf.Sampler(files).run(0.001, count=100_000)
     assert len(samples) < 10_000
     assert sorted(error.file for error in samples.errors) == [0, 1, 2]
-    assert all("was closed while it was sampled" in str(error.error) for error in samples.errors)
+    assert all("was closed while it was being sampled" in str(error.error) for error in samples.errors)
 
 
 def test_a_file_that_becomes_shorter_fails_with_where_it_ends(made, files):
@@ -502,7 +502,7 @@ def test_a_stream_runs_inside_its_with_block_and_once(files):
     """Iterating outside, or entering twice, says what to do."""
     sampler = kf.Sampler(files)
     stream = sampler.stream(0.001, count=3)
-    with pytest.raises(RuntimeError, match="where its `with` begins"):
+    with pytest.raises(RuntimeError, match="where its `with` block begins"):
         next(stream)
     with stream:
         assert sum(len(part) + part.missed for part in stream) == 3
@@ -534,7 +534,7 @@ def test_a_sampler_that_is_used_from_two_threads_says_so(files):
     with sampler.stream(0.001) as stream:
         next(stream)
         for use in (sampler.sweep, lambda: sampler.run(0, count=1), sampler.stream(0.001).__enter__):
-            with pytest.raises(RuntimeError, match="at work already"):
+            with pytest.raises(RuntimeError, match="in use by a run"):
                 use()
         assert len(kf.Sampler(files).run(0, count=3)) == 3
     sampler.sweep()
@@ -600,19 +600,19 @@ def test_nothing_is_left_of_ten_thousand_samplers(files):
 
 def test_ctrl_c_at_any_instruction_of_waiting_is_ctrl_c(monkeypatch):
     """In the standard library's code too: the run is stopped or KeyboardInterrupt comes through, and no other error."""
-    monkeypatch.setattr(sampler_module, "_POLL", 0.0001)
+    monkeypatch.setattr(run, "_POLL", 0.0001)
     stopped = 0
     for at in range(1, 200):
-        work = SimpleNamespace(ended=sampler_module._End())
+        work = SimpleNamespace(ended=run.End())
         interrupted = False
         with CtrlC(at, "/") as ctrl_c:
-            interrupted = sampler_module._await(work, work.ended.set)
+            interrupted = run.wait_for_end(work, work.ended.set)
         assert ctrl_c.left <= 0
         assert interrupted == work.ended.is_set()
         stopped += interrupted
         if not interrupted:
             work.ended.set()  # what the other thread does
-        sampler_module._await(work, pytest.fail)
+        run.wait_for_end(work, pytest.fail)
     assert stopped > 100
 
 
@@ -655,7 +655,7 @@ def disturbed(i):
         attempt(i)
     except RuntimeError as error:  # a run that Ctrl-C kept from being closed is still on its way out
         left[0] = 0
-        assert "at work already" in str(error)
+        assert "in use by a run" in str(error)
     finally:
         left[0] = 0
 
@@ -730,7 +730,7 @@ def test_a_stream_has_one_reader(files):
         parts = list(stream)
         timer.join()
     assert sum(len(part) + part.missed for part in parts) == 20
-    assert refused == ["another thread is reading this stream: it has one reader"]
+    assert refused == ["another thread is reading this stream; a stream has one reader"]
 
 
 def test_a_stopped_stream_ends_at_once_and_what_it_has_can_be_read(files):
@@ -770,7 +770,7 @@ def test_a_sweep_while_a_stream_is_open_is_refused_and_harms_nothing(made, files
     made[1].set("exits", 42)
     with sampler.stream(0, chunk=2, depth=3, count=6) as stream:
         time.sleep(0.05)
-        with pytest.raises(RuntimeError, match="at work already"):
+        with pytest.raises(RuntimeError, match="in use by a run"):
             sampler.sweep()
         parts = list(stream)
     assert (kf.Samples.concatenate(parts)["exits"][:, 0] == 42).all()
@@ -937,4 +937,4 @@ def test_measure_counts_the_exits_of_a_block(guest, stats):
 
 def test_the_memory_check_knows_what_is_available():
     """A size that fits is not refused."""
-    sampler_module._check_memory(1 << 20, 1)
+    memory.check_memory(1 << 20, 1)

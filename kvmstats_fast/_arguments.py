@@ -1,0 +1,57 @@
+"""Checks of arguments that several rooms share: a wrong one is named, with what it must be."""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import TYPE_CHECKING, SupportsFloat, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def article(value: object) -> str:
+    """Return ``a str`` or ``an int``: the type of a value, to name in a message."""
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Return an argument as an int; TypeError if it is not a whole number, ValueError if it is out of range."""
+    wanted = f"at least {least}" if most is None else f"from {least} to {most}"
+    try:
+        number = operator.index(cast("int", value))
+    except TypeError:
+        raise TypeError(f"{name} is {article(value)}; it must be a whole number, {wanted}") from None
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name} is {number}; it must be {wanted}")
+    return number
+
+
+def check_seconds(name: str, value: object, most: float, *, zero: bool) -> float:
+    """Return an argument as seconds; TypeError if it is not a number, ValueError if it is out of range."""
+    wanted = f"0 or more seconds, at most {most:g}" if zero else f"more than 0 seconds, at most {most:g}"
+    if not isinstance(value, (Real, SupportsFloat)) or isinstance(value, str):
+        raise TypeError(f"{name} is {article(value)}; it must be a number of seconds")
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = float("inf")
+    if not (0 <= seconds <= most) or (seconds == 0 and not zero):
+        raise ValueError(f"{name} is {value}; it must be {wanted}")
+    return seconds
+
+
+def check_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    """Return an argument that is one name or several as a tuple; TypeError if it is neither."""
+    wanted = "it must be a name or glob, or several"
+    if isinstance(value, str):
+        return (value,)
+    try:
+        names = tuple(value)
+    except TypeError:
+        raise TypeError(f"{name} is {article(value)}; {wanted}") from None
+    for one in names:
+        if not isinstance(one, str):
+            raise TypeError(f"{name} has {article(one)}; {wanted}")
+    return names

@@ -1,0 +1,246 @@
+"""Plan: which statistics are read of which files, and where the values land."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmstats_fast._arguments import article, check_integer, check_names
+from kvmstats_fast._kvmstats import ffi, lib
+from kvmstats_fast.errors import unknown_stat
+from kvmstats_fast.groups import Block
+from kvmstats_fast.samples import FileInfo, SampleError, Samples
+from kvmstats_fast.stats_file import StatsFile
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from kvmstats_fast.schema import Schema, Stat
+
+#: Bytes that a sweep takes besides its values: its time, how long it took, its tick.
+_CLOCK_BYTES = 24
+IN_USE = "this Sampler is in use by a run, a stream or another thread; each needs a Sampler of its own"
+
+
+class _Selection:
+    """What is read of a file of one schema, and which of it is kept.
+
+    Attributes
+    ----------
+    places : dict
+        Name to the statistic and the word of the row at which its values start.
+    first, count : int
+        The words of the file's data that are read.
+    gather : numpy.ndarray or None
+        Which of these make the row; None: all.
+    width : int
+        Words of the row.
+    """
+
+    def __init__(self, schema: Schema, patterns: tuple[str, ...] | None) -> None:
+        self.first = 0
+        self.count = self.width = schema.num_values
+        self.gather: npt.NDArray[np.uint32] | None = None
+        if patterns is None:
+            self.places = {stat.name: (stat, stat.offset // 8) for stat in schema.stats}
+            return
+        chosen: dict[str, Stat] = {}
+        for pattern in patterns:
+            chosen.update(schema.matches(pattern))
+        starts = accumulate((stat.size for stat in chosen.values()), initial=0)
+        self.places = {name: (stat, start) for (name, stat), start in zip(chosen.items(), starts, strict=False)}
+        if not chosen:
+            return
+        words = np.concatenate([np.arange(stat.size) + stat.offset // 8 for stat in chosen.values()])
+        self.first = int(words.min())
+        self.count = int(words.max()) - self.first + 1
+        self.width = len(words)
+        if not np.array_equal(words, np.arange(self.first, self.first + self.width)):
+            self.gather = (words - self.first).astype(np.uint32)
+
+
+class Plan:
+    """Which statistics are read of which files: what a Sampler, its runs and its streams share.
+
+    Attributes
+    ----------
+    files : tuple of FileInfo
+        Those that have one of the chosen statistics, in the order given.
+    groups : tuple of Block
+        The files of one kind and schema each, without room for a sweep.
+    threads : int
+        How many share a sweep of a run.
+    sweep_bytes : int
+        Size of one sweep, its times included.
+    scratch_words : int
+        Room that each thread needs to pick the words of a row out of what it read.
+    host, kernel : str
+        As in `Samples`.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        As `Sampler`.
+    """
+
+    def __init__(
+        self, files: Iterable[StatsFile | Iterable[StatsFile]], stats: str | Iterable[str] | None, threads: int
+    ) -> None:
+        opened = _check_files(files)
+        self.threads = check_integer("threads", threads, 1, lib.KVMSTATS_MAX_THREADS)
+        selections = _select(dict.fromkeys(file.schema for file in opened), stats)
+        self._files = [file for file in opened if selections[file.schema].places]
+        if not self._files:
+            raise ValueError("there is nothing to sample: no files, or none with statistics")
+        self.files = tuple(
+            FileInfo(file.id, file.kind, file.vcpu_id, file.handle.owner.pid, file.handle.owner.name)
+            for file in self._files
+        )
+        members: dict[tuple[Schema, str], list[int]] = {}
+        for index, file in enumerate(self._files):
+            members.setdefault((file.schema, file.kind), []).append(index)
+        self.groups = tuple(
+            Block(
+                schema,
+                kind,
+                selections[schema].places,
+                np.array(columns, np.intp),
+                np.empty((0, len(columns), selections[schema].width), np.uint64),
+            )
+            for (schema, kind), columns in members.items()
+        )
+        words = sum(len(group.columns) * group.values.shape[2] for group in self.groups)
+        self.sweep_bytes = 8 * words + _CLOCK_BYTES
+        self.scratch_words = max((one.count for one in selections.values() if one.gather is not None), default=0)
+        self._gathers = {
+            schema: ffi.NULL if one.gather is None else ffi.from_buffer("uint32_t[]", one.gather)
+            for schema, one in selections.items()
+        }
+        self._structs = ffi.new("struct kvmstats_file[]", len(self._files))
+        for struct, file in zip(self._structs, self._files, strict=True):
+            selection, source = selections[file.schema], file.handle.source
+            struct.source = source
+            struct.position = source.position + selection.first * source.value_size
+            struct.count, struct.width = selection.count, selection.width
+            struct.gather = self._gathers[file.schema]
+        machine = os.uname()
+        self.host, self.kernel = machine.nodename, f"{machine.release} {machine.machine}"
+
+    def copy_structs(self) -> Any:
+        """Return a ``struct kvmstats_file[]`` of the files, none of which has failed or has rows yet."""
+        structs = ffi.new("struct kvmstats_file[]", len(self._files))
+        ffi.memmove(structs, self._structs, ffi.sizeof(structs))
+        return structs
+
+    def why_failed(self, index: int, struct: Any) -> Exception:
+        """Return what to raise for a file that failed, as its C struct says."""
+        file = self._files[index]
+        lost = file.handle.lost
+        if lost is not None:
+            return type(lost)(*lost.args)  # a new one: a run may attach its samples to it
+        if file.closed:
+            return ValueError(f"StatsFile {file.id} was closed while it was being sampled")
+        return file.handle.failure(struct.error, struct.position + struct.got)
+
+
+class Rows:
+    """Room for a number of sweeps of a plan: the arrays, and the C structs that point into them.
+
+    Attributes
+    ----------
+    plan : Plan
+    groups : tuple of Block
+        With values of shape (slots, files, words).
+    time, sweep_ns, tick : numpy.ndarray
+        Of shape (slots,), as in `Samples`.
+    structs : struct kvmstats_file[]
+    scratch : uint64_t *
+    """
+
+    def __init__(self, plan: Plan, slots: int) -> None:
+        self.plan = plan
+        # Filled, so that every page is there before a run's clock starts: a page fault costs more than a read.
+        self.groups = tuple(
+            replace(group, values=np.full((slots, *group.values.shape[1:]), 0, np.uint64)) for group in plan.groups
+        )
+        self.time, self.sweep_ns = np.full(slots, 0, np.int64), np.full(slots, 0, np.int64)
+        self.tick = np.full(slots, 0, np.uint64)
+        scratch = np.full(plan.scratch_words * plan.threads, 0, np.uint64)
+        self.scratch = ffi.from_buffer("uint64_t[]", scratch, True) if scratch.size else ffi.NULL
+        self.structs = plan.copy_structs()
+        self._keep = [ffi.from_buffer("uint64_t[]", group.values, True) for group in self.groups]
+        for group, base in zip(self.groups, self._keep, strict=True):
+            _, columns, width = group.values.shape
+            for place, index in enumerate(group.columns.tolist()):
+                self.structs[index].row = base + place * width
+                self.structs[index].step = columns * width
+
+    def find_errors(self, start: int, stop: int) -> tuple[SampleError, ...]:
+        """Return the files that had failed by sweep `stop` of a run; the sweeps they name count from `start`."""
+        return tuple(
+            SampleError(index, max(struct.failed_at - start, 0), self.plan.why_failed(index, struct))
+            for index, struct in enumerate(self.structs)
+            if struct.error and struct.failed_at < stop
+        )
+
+    def make_samples(self, slots: slice, *, copy: bool, **about: Any) -> Samples:
+        """Return some of the sweeps as Samples; `about` are more of their attributes."""
+        groups = tuple(group.take_sweeps(slots) for group in self.groups)
+        time, sweep_ns, tick = self.time[slots], self.sweep_ns[slots], self.tick[slots]
+        if copy:
+            groups = tuple(replace(group, values=group.values.copy()) for group in groups)
+            time, sweep_ns, tick = time.copy(), sweep_ns.copy(), tick.copy()
+        host, kernel = self.plan.host, self.plan.kernel
+        return Samples(groups, self.plan.files, time, sweep_ns, tick, host=host, kernel=kernel, **about)
+
+
+class LiveRow(Rows):
+    """Room for one sweep, which each sweep fills again; and the lock of whoever reads by this plan.
+
+    Attributes
+    ----------
+    c : struct kvmstats_sweep *
+        For ``lib.kvmstats_sweep``, ``kvmstats_lock`` and ``kvmstats_unlock``.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan, 1)
+        self.c = ffi.new(
+            "struct kvmstats_sweep *", (self.structs, len(plan.files), self.scratch, plan.scratch_words, 0, 0)
+        )
+
+    def check(self, status: int, *, strict: bool) -> None:
+        """Raise what is wrong with a sweep for which ``lib.kvmstats_sweep`` returned `status`."""
+        if status < 0:
+            raise RuntimeError(IN_USE)
+        if status == len(self.plan.files) or (strict and status):
+            raise self.find_errors(0, 1)[0].error
+
+
+def _check_files(files: Iterable[StatsFile | Iterable[StatsFile]]) -> list[StatsFile]:
+    """Return the files of a list, and of the lists in it; all are open StatsFiles."""
+    wanted = "it must be StatsFiles, or lists of them"
+    if isinstance(files, StatsFile) or not isinstance(files, Iterable):
+        raise TypeError(f"files is {article(files)}; {wanted}")
+    chosen: list[StatsFile] = []
+    for one in files:
+        chosen.extend([one] if isinstance(one, StatsFile) or not isinstance(one, Iterable) else one)
+    for file in chosen:
+        if not isinstance(file, StatsFile):
+            raise TypeError(f"files has {article(file)}; {wanted}")
+        file.handle.check_open()
+    return chosen
+
+
+def _select(schemas: Iterable[Schema], stats: str | Iterable[str] | None) -> dict[Schema, _Selection]:
+    """Return what is read of the files of each schema; KeyError for a pattern that fits no statistic of any."""
+    patterns = None if stats is None else check_names("stats", stats)
+    for pattern in patterns or ():
+        if not any(schema.matches(pattern) for schema in schemas):
+            raise unknown_stat(pattern, chain.from_iterable(schemas), "these files")
+    return {schema: _Selection(schema, patterns) for schema in schemas}
