@@ -40,7 +40,8 @@ HELD = {
     "forks": [2, 3, 1, 2, 0, 2],
     "exhausted": [0, 0],
     "churn": [0, 2, 0],
-    "places": [],
+    "slots": [],
+    "long-path": [],
     "cancelled": [1],
     "filtered": [0],
 }
@@ -128,6 +129,48 @@ def test_nothing_changes_for_the_vmm_but_that_its_stats_files_are_held(build, na
     assert run(program, mode, preload=library) == (without, held)
 
 
+#: By errno, what the kernel may say of a link in /proc: only ENOENT means that there is no such fd.
+UNREADABLE = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+
+long syscall(long number, ...)
+{
+    static const char slot[] = "/proc/thread-self/fd/5"; /* and two more digits */
+    long (*next)(long, ...) = (long (*)(long, ...))dlsym(RTLD_NEXT, "syscall");
+    long a[6];
+    va_list rest;
+    va_start(rest, number);
+    for (int i = 0; i < 6; ++i)
+        a[i] = va_arg(rest, long);
+    va_end(rest);
+    if (number == SYS_readlinkat && strncmp((char *)a[1], slot, sizeof slot - 1) == 0 &&
+        strlen((char *)a[1]) == sizeof slot - 1 + 2) {
+        errno = atoi(getenv("LINK_ERRNO"));
+        return -1;
+    }
+    return next(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
+"""
+
+
+@pytest.mark.real_vm
+@pytest.mark.parametrize("name", ["ENAMETOOLONG", "EACCES", "EPERM", "EIO", "ELOOP", "ENOMEM", "ENOENT"])
+def test_a_slot_whose_link_cannot_be_read_is_in_use(tmp_path, monkeypatch, vmm, name):
+    """Unless the kernel says that there is no such fd, the slot is left alone: nothing is put there, or elsewhere."""
+    source, links = tmp_path / "links.c", tmp_path / "links.so"
+    source.write_text(UNREADABLE)
+    subprocess.run([*CC, "-shared", "-fPIC", source, "-o", links], check=True)
+    monkeypatch.setenv("LINK_ERRNO", str(getattr(errno, name)))
+    held = HELD["basic"] if name == "ENOENT" else [0, 0]
+    assert run(vmm, "basic", preload=f"{LIBRARY}:{links}") == (run(vmm, "basic")[0], held)
+
+
 #: Answers KVM's numbers with 0 and 999999, on whatever fd.
 FOREIGN = """
 int ioctl(int fd, unsigned long request, ...)
@@ -161,7 +204,7 @@ def test_a_vmm_under_asan_and_the_library_is_clean(tmp_path, vmm, mode):
 
 
 @pytest.mark.real_vm
-@pytest.mark.parametrize("mode", ["basic", "places"])
+@pytest.mark.parametrize("mode", ["basic", "slots"])
 def test_a_vmm_under_valgrind_and_the_library_is_clean(vmm, mode):
     """Valgrind sees no invalid access and no use of what is not initialised."""
     valgrind = shutil.which("valgrind")

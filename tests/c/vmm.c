@@ -3,7 +3,7 @@
  * vmm.c - a VMM that does what VMMs may do, and prints what it sees
  *
  * vmm MODE prints the result of each call, its errno, and its fds below 512: the same with and without the hold
- * library. Lines that start with "held" are about the fds from 512 on, so they may differ.
+ * library. Lines that start with "held" count the fds from 512 on, so they may differ.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -25,6 +25,7 @@
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -42,7 +43,7 @@ enum {
 
 static int kvm;
 
-/* ---- saying */
+/* ---- printing */
 
 static void say(const char *what, long result)
 {
@@ -51,7 +52,7 @@ static void say(const char *what, long result)
     errno = 77; /* what a call that succeeds must leave alone */
 }
 
-/* How many fds there are from 512 on; say them, and the ones below. */
+/* Returns how many fds there are from 512 on; prints that, and with `aloud` the fds below. */
 static int list(const char *when, int aloud)
 {
     int held = 0;
@@ -100,7 +101,7 @@ static void basic(void)
     say("a vCPU", vcpu);
     say("another", ioctl(vm, CREATE_VCPU, 1));
     say("the same again", ioctl(vm, CREATE_VCPU, 1));
-    say("a VM of a type that is none", ioctl(kvm, CREATE_VM, 0x7f));
+    say("a VM of no known type", ioctl(kvm, CREATE_VM, 0x7f));
     say("a vCPU of no VM", ioctl(kvm, CREATE_VCPU, 2));
     say("no third argument", ioctl(kvm, GET_API_VERSION));
     say("no fd", ioctl(-1, CREATE_VM, 0));
@@ -187,7 +188,7 @@ static void on_signal(int signal)
     errno = saved;
 }
 
-/* A signal somewhere in the making or closing of a VM, once in each round: more often, KVM would get nowhere. */
+/* A signal while a VM is made or closed, once in each round: with more of them, KVM would make no progress. */
 static void signals(void)
 {
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
@@ -198,7 +199,7 @@ static void signals(void)
         int vm = ioctl(kvm, CREATE_VM, 0);
         if (vm >= 0)
             check(close(vm), "close");
-        else if (errno != EINTR) /* KVM gives up a creation for a signal */
+        else if (errno != EINTR) /* a signal makes KVM give up */
             check(vm, "CREATE_VM");
         while (handled <= round)
             usleep(100);
@@ -236,7 +237,7 @@ static void forks(void)
     waitpid(check(child, "vfork"), NULL, 0);
 
     /* A child that closes what the parent keeps, in the parent's memory. */
-    static int i; /* not in a register, which a child of vfork could change */
+    static int i; /* not in a register, which the child could change */
     for (; i < 20; ++i) {
         child = vfork();
         if (child == 0) {
@@ -249,7 +250,7 @@ static void forks(void)
         check(close(vm), "close");
         int again = make(kvm, CREATE_VM, 0, "CREATE_VM");
         if (again != vm || make(vm, CREATE_VCPU, 0, "CREATE_VCPU") != vcpu)
-            printf("other numbers than before\n");
+            printf("the numbers changed\n");
     }
     list("after vfork", 1);
 }
@@ -267,7 +268,7 @@ static void exhausted(void)
     while ((fill = dup(kvm)) >= 0)
         last = fill;
     say("close the last", close(last));
-    say("a vCPU in the last place", ioctl(vm, CREATE_VCPU, 0));
+    say("a vCPU as the last fd", ioctl(vm, CREATE_VCPU, 0));
     say("one more", ioctl(vm, CREATE_VCPU, 1));
     list("full", 1);
 }
@@ -281,42 +282,73 @@ static void churn(void)
         check(close(i % 2 ? vcpu : vm), "close");
     }
     list("after churn", 1);
-    /* An end that close does not see. */
+    /* Closed in a way that the library does not see. */
     for (int i = 0; i < 200; ++i) {
         int vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
         make(vm, CREATE_VCPU, i % 3, "CREATE_VCPU");
         check((int)syscall(SYS_close, vm), "close");
         check((int)syscall(SYS_close, vm + 1), "close");
     }
-    list("after unseen ends", 1);
+    list("after bare system calls", 1);
     int vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
     check(close(make(vm, CREATE_VCPU, 0, "CREATE_VCPU")), "close");
     check(close(vm), "close");
-    list("after one that is seen", 1);
+    list("after close", 1);
 }
 
-static void places(void)
+static void slots(void)
 {
     int vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
     check(close(vm), "close");
     check(dup2(kvm, vm + FIRST_HELD), "dup2");
-    say("a VM whose place is taken", ioctl(kvm, CREATE_VM, 0));
+    say("a VM whose slot is in use", ioctl(kvm, CREATE_VM, 0));
     say("close it", close(vm));
     say("the file is still there", fcntl(vm + FIRST_HELD, F_GETFD));
     say("close it", close(vm + FIRST_HELD));
 
     say("a VM", ioctl(kvm, CREATE_VM, 0));
-    close(vm + FIRST_HELD); /* there is something, or not */
+    close(vm + FIRST_HELD); /* open only with the library */
     check(dup2(kvm, vm + FIRST_HELD), "dup2");
     errno = 77;
     say("close it", close(vm));
-    say("the file in its place is still there", fcntl(vm + FIRST_HELD, F_GETFD));
+    say("the file in its slot is still there", fcntl(vm + FIRST_HELD, F_GETFD));
     say("close it", close(vm + FIRST_HELD));
 
     say("a VM", ioctl(kvm, CREATE_VM, 0));
     syscall(SYS_close, vm + FIRST_HELD);
     errno = 77;
-    say("close it, when what was held is gone", close(vm));
+    say("close it when its stats file is gone", close(vm));
+}
+
+/* A file whose path is longer than PATH_MAX, in the slot of the VM: its link cannot be read. */
+static void long_path(void)
+{
+    enum { DEPTH = 20 };
+    char base[] = P_tmpdir "/vmm-XXXXXX", name[251], link[64];
+    memset(name, 'd', sizeof name - 1);
+    name[sizeof name - 1] = '\0';
+    check(mkdtemp(base) && chdir(base) == 0 ? 0 : -1, "mkdtemp");
+    for (int i = 0; i < DEPTH; ++i)
+        check(mkdir(name, 0700) == 0 ? chdir(name) : -1, "mkdir");
+    int far = check(open("file", O_RDWR | O_CREAT | O_CLOEXEC, 0600), "open");
+
+    int vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
+    check(close(vm), "close");
+    check(dup2(far, vm + FIRST_HELD), "dup2");
+    snprintf(link, sizeof link, "/proc/thread-self/fd/%d", vm + FIRST_HELD);
+    errno = 77;
+    say("its link", readlink(link, base, 1));
+    errno = 77;
+    say("a VM whose slot is in use", ioctl(kvm, CREATE_VM, 0));
+    say("the next slot is free", fcntl(vm + FIRST_HELD + 1, F_GETFD));
+    errno = 77;
+    say("close the VM", close(vm));
+    say("the file is still there", fcntl(vm + FIRST_HELD, F_GETFD));
+
+    check(unlink("file"), "unlink");
+    for (int i = 0; i < DEPTH; ++i)
+        check(chdir("..") == 0 ? rmdir(name) : -1, "rmdir");
+    check(chdir("/") == 0 ? rmdir(base) : -1, "rmdir");
 }
 
 static void *close_when_cancelled(void *fd)
@@ -325,7 +357,7 @@ static void *close_when_cancelled(void *fd)
     pthread_cancel(pthread_self());
     pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, NULL);
     ioctl(kvm, GET_API_VERSION, 0);
-    ioctl(kvm, CREATE_VM, 0); /* no cancellation point: what it makes is there */
+    ioctl(kvm, CREATE_VM, 0); /* not a cancellation point: it is made */
     close((int)(intptr_t)fd);
     return NULL;
 }
@@ -341,7 +373,7 @@ static void cancelled(void)
     list("afterwards", 1);
 }
 
-/* From now on the ioctl for a stats fd gets this answer of a seccomp filter. */
+/* From now on a seccomp filter answers the ioctl for a stats fd with this. */
 static void filter(unsigned answer)
 {
     struct sock_filter code[] = {
@@ -365,7 +397,7 @@ static void filtered(void)
     list("filtered", 1);
 }
 
-/* For a driver that has KVM's numbers and answers them with a number: nothing is asked of the fd of that number. */
+/* For a driver that has KVM's requests and returns numbers: nothing is asked of the fd of that number. */
 static void foreign(void)
 {
     filter(SECCOMP_RET_KILL);
@@ -379,7 +411,7 @@ static void list_fds(void)
     list("after exec", 1);
 }
 
-/* Make what a borrower may want, say so, and wait until stdin ends. */
+/* Make a VM with vCPUs for a borrower, say so, and wait for the end of stdin. */
 static void wait_here(void)
 {
     int vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
@@ -399,8 +431,8 @@ int main(int count, char **words)
         void (*run)(void);
     } modes[] = {
         {"basic", basic},         {"threads", threads}, {"signals", signals}, {"forks", forks},
-        {"exhausted", exhausted}, {"churn", churn},     {"places", places},   {"cancelled", cancelled},
-        {"filtered", filtered},   {"foreign", foreign}, {"wait", wait_here},
+        {"exhausted", exhausted}, {"churn", churn},     {"slots", slots},     {"cancelled", cancelled},
+        {"filtered", filtered},   {"foreign", foreign}, {"wait", wait_here},  {"long-path", long_path},
     };
     if (count == 2 && strcmp(words[1], "list") == 0) {
         list_fds();
