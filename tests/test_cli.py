@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import kvmstats_fast
 from kvmstats_fast import cli
+from kvmstats_fast._table import format_table
 from kvmstats_fast.cli import demo
 from kvmstats_fast.testing import KvmUnavailableError, exit_counter
 
@@ -93,8 +96,8 @@ def test_demo_fails_when_a_counter_is_wrong(monkeypatch, capsys):
     start = demo._start
 
     def one_exit_lost(resources, arguments):
-        files, run, counter, is_right = start(resources, arguments)
-        return files, lambda exits, vcpu: run(exits - 1, vcpu), counter, is_right
+        subject = start(resources, arguments)
+        return subject._replace(make_exits=lambda exits, vcpu: subject.make_exits(exits - 1, vcpu))
 
     monkeypatch.setattr(demo, "_start", one_exit_lost)
     assert cli.main(["demo", "--synthetic"]) == 1
@@ -135,3 +138,45 @@ def test_a_reader_that_goes_away_is_no_traceback():
 def test_version_is_the_packages():
     """--version prints the version of the distribution."""
     assert kvmstats("--version").stdout == f"kvmstats {kvmstats_fast.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["list", "--json"], ["list", "--help"]])
+def test_what_needs_no_numpy_imports_none(arguments):
+    """Help, the version and the list of VMs come without the time that numpy takes to load."""
+    code = (
+        "import sys\n"
+        "from kvmstats_fast.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    loaded = done.stderr.splitlines()[-1].split()
+    assert "argparse" in loaded
+    assert "numpy" not in loaded
+
+
+def test_help_has_a_line_for_each_verb_and_each_verb_has_a_help():
+    """The table of verbs and the modules of the verbs agree; every option of a verb is described."""
+    listed = re.findall(r"^    ([a-z-]+)\b", kvmstats("--help").stdout, re.MULTILINE)
+    modules = sorted(path.stem.replace("_", "-") for path in Path(cli.__file__).parent.glob("[a-z]*.py"))
+    assert sorted(listed) == modules
+    for verb in listed:
+        done = kvmstats(verb, "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"usage: kvmstats {verb}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "align", "text"),
+    [
+        ([["a", "1"], ["bcd", "22"]], "<>", "a     1\nbcd  22"),
+        ([["a", "1", "x"], ["bcd", "22", ""]], "><<", "  a  1   x\nbcd  22"),
+        # A wide character takes two cells of a terminal, a combining one none.
+        ([["\u65e5\u672c", "1"], ["abcde", "2"]], "<<", "\u65e5\u672c   1\nabcde  2"),
+        ([["e\u0301t\u00e9", "1"], ["abcde", "2"]], ">>", "  e\u0301t\u00e9  1\nabcde  2"),
+    ],
+)
+def test_columns_of_a_table_line_up_in_a_terminal(rows, align, text):
+    """Left or right, whatever the script; no blanks at the end of a line."""
+    assert format_table(rows, align) == text

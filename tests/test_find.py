@@ -20,6 +20,7 @@ from qemu import HOLDS_VCPUS, QEMU, needs_qemu
 import kvmstats_fast as kf
 from kvmstats_fast import cli
 from kvmstats_fast._kvmstats import lib
+from kvmstats_fast.cli import list as list_
 from kvmstats_fast.testing import TinyGuest
 from kvmstats_fast.vmm.find import HeldFile, may_attach, scan
 
@@ -488,7 +489,7 @@ def test_the_list_says_what_it_could_not_see(proc):
         os.dup2(writing, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
-        cli.list_.scan = lambda _: scan(proc.root)
+        list_.scan = lambda _: scan(proc.root)
         cli.main(["list"])
         sys.stdout.flush()
         sys.stderr.flush()

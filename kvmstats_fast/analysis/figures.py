@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kvmstats_fast._table import format_table
 from kvmstats_fast.abi import StatType, StatUnit
 from kvmstats_fast.groups import find_columns
 
@@ -87,7 +88,7 @@ class Figures(Mapping[str, Figure]):
             cells = [_number(number, ".4g") for number in numbers]
             whose = f"of {len(figure.files)} files" if figure.files else "over all"
             rows.append((figure.name, *cells, figure.units, f"{whose}: {figure.formula}"))
-        return _table(rows)
+        return format_table(rows, "<>>>><")
 
 
 class _Changes:
@@ -302,7 +303,7 @@ class HaltPollAdvice:
             table.append((f"{setting}", *(f"{low} to {high} %" for low, high in percent)))
         return (
             f"{self.halts} halts; as it was set, polling caught {_number(100 * self.caught, '.1f')} % of them and took "
-            f"{_number(100 * self.poll, '.2f')} % of the vCPUs' time\n" + _table(table)
+            f"{_number(100 * self.poll, '.2f')} % of the vCPUs' time\n" + format_table(table, "<>><")
         )
 
 
@@ -369,12 +370,3 @@ def _durations(success: Histogram, fail: Histogram, wait: Histogram) -> Iterator
 
 def _number(value: float, form: str) -> str:
     return "-" if np.isnan(value) else format(value, form)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = (cell.rjust(width) for cell, width in zip(rest[:-1], widths[1:-1], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *cells, rest[-1]]).rstrip())
-    return "\n".join(lines)

@@ -1,31 +1,40 @@
-"""The command line: one module a verb. stdout is data, stderr is messages."""
+"""The command line: a module for each verb. stdout is data, stderr is messages."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import kvmstats_fast
-from kvmstats_fast.cli import demo, hold_path, run
-from kvmstats_fast.cli import list as list_
-from kvmstats_fast.errors import KvmStatsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["main"]
+#: The verbs and what ``--help`` says of them. The module of a verb is imported only if it is named; it has
+#: ``configure(parser)``, which adds its arguments, and ``run(arguments)``, which returns the exit status.
+_VERBS = {
+    "demo": "run a tiny VM and show the statistics that moved",
+    "list": "list the processes that have VMs",
+    "run": "start a VMM and show its statistics at its end",
+    "hold-path": "print the path of the library that makes a VMM keep its stats files open",
+}
 
-_VERBS = (demo, list_, run, hold_path)
+
+def _module(verb: str) -> Any:
+    return import_module(f"kvmstats_fast.cli.{verb.replace('-', '_')}")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvmstats", description="KVM's binary statistics, per VM and per vCPU.")
     parser.add_argument("--version", action="version", version=f"kvmstats {kvmstats_fast.__version__}")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for verb in _VERBS:
-        verb.add_parser(verbs)
+    verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+    for verb, text in _VERBS.items():
+        verb_parser = verbs.add_parser(verb, help=text)
+        if verb in argv:
+            _module(verb).configure(verb_parser)
     return parser
 
 
@@ -42,18 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit status: 0; 1 for an error, which stderr names; 130 after Ctrl-C. (argparse exits with 2 for bad arguments.)
     """
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(argv).parse_args(argv)
     try:
-        status: int = arguments.verb(arguments)
+        status: int = _module(arguments.verb).run(arguments)
         if sys.stdout is not None:  # a shell's >&-
             sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has had enough; keep the interpreter from flushing into the closed pipe at exit.
+        # The reader of our output has gone. Keep the interpreter from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
-    except (KvmStatsError, OSError) as error:
+    except (kvmstats_fast.KvmStatsError, OSError) as error:
         print(f"kvmstats: {error}", file=sys.stderr)
         return 1
     return status

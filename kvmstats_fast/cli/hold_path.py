@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvmstats_fast.vmm.hold import hold_library
 
@@ -10,15 +10,12 @@ if TYPE_CHECKING:
     import argparse
 
 
-def add_parser(verbs: Any) -> None:
-    """Add this verb to argparse's subparsers."""
-    parser = verbs.add_parser(
-        "hold-path",
-        help="print the path of the library that makes a VMM keep its stats files open",
-        description="Print the path of a shared library that, named in LD_PRELOAD, makes a VMM open the stats files of "
-        "its VM and vCPUs and keep them, so that they can be borrowed: Environment=LD_PRELOAD=... in a systemd unit.",
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe this verb."""
+    parser.description = (
+        "Print the path of a shared library that, named in LD_PRELOAD, makes a VMM open the stats files of its VM and "
+        "vCPUs and keep them, so that they can be borrowed: Environment=LD_PRELOAD=... in a systemd unit."
     )
-    parser.set_defaults(verb=run)
 
 
 def run(_: argparse.Namespace) -> int:

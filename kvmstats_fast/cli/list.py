@@ -6,8 +6,9 @@ import json
 import sys
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from kvmstats_fast._table import format_table
 from kvmstats_fast.vmm.find import scan
 
 if TYPE_CHECKING:
@@ -19,16 +20,12 @@ if TYPE_CHECKING:
 _WIDEST = 64  # characters of a name in the table; --json has all
 
 
-def add_parser(verbs: Any) -> None:
-    """Add this verb to argparse's subparsers."""
-    parser = verbs.add_parser(
-        "list",
-        help="list the processes that have VMs",
-        description="List the processes that have VMs, vCPUs or their stats files open, and whether this user may take "
-        "fds from them.",
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this verb."""
+    parser.description = (
+        "List the processes that have VMs, vCPUs or their stats files open, and whether their fds may be borrowed."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per process")
-    parser.set_defaults(verb=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,10 +60,7 @@ def _print_table(found: list[VmProcess]) -> None:
         )
         for process in found
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for pid, *cells in rows:
-        padded = [cell.ljust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        print("  ".join([pid.rjust(widths[0]), *padded]).rstrip())
+    print(format_table(rows, "><<<<<"))
 
 
 def _shown(name: str) -> str:

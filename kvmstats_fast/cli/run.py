@@ -1,8 +1,9 @@
-"""``kvmstats run``: start a VMM so that its statistics can be had, and say at its end what they came to."""
+"""``kvmstats run``: start a VMM under the hold library, and show its statistics at its end."""
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from kvmstats_fast.cli.demo import print_table
+from kvmstats_fast.cli._stats_table import print_stats
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
 from kvmstats_fast.vmm import hold
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, known_as
@@ -25,19 +26,25 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.stats_file import StatsFile
 
-_LOOK = 0.2  # s between looks for VMs and vCPUs that were made since
-_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_LOOK = 0.2  # s between looks for new VMs and vCPUs
+_NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell's
+
+#: The signals that would end this process are passed on to the VMM, with whose end it ends. Not these: what cannot be
+#: caught, what stops and continues, what is ignored by default, and faults of this process.
+_NOT_PASSED_ON = {
+    *(signal.SIGKILL, signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGCONT),
+    *(signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGPIPE, signal.SIGXFSZ),
+    *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS),
+}
 
 
-def add_parser(verbs: Any) -> None:
-    """Add this verb to argparse's subparsers."""
-    parser = verbs.add_parser(
-        "run",
-        help="start a VMM and show its statistics at its end",
-        usage="kvmstats run [-h] [-e EVENT] [--json FILE] [--] COMMAND ...",
-        description="Start COMMAND, any dynamically linked VMM, under the hold library, which opens the stats files of "
-        "its VMs and vCPUs; wait for it; and show what its statistics came to. No privilege is needed. The table goes "
-        "to stderr, because stdout is the VMM's. The exit status is that of COMMAND.",
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this verb."""
+    parser.usage = "kvmstats run [-h] [-e EVENT] [--json FILE] [--] COMMAND ..."
+    parser.description = (
+        "Start COMMAND, any dynamically linked VMM, under the hold library, which opens the stats files of its VMs and "
+        "vCPUs; wait for it; and show its statistics. No privilege is needed. The table goes to stderr, because stdout "
+        "is the VMM's. The exit status is that of COMMAND, 127 if it is not found, 126 if it cannot be executed."
     )
     parser.add_argument(
         "-e",
@@ -48,7 +55,14 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write one JSON object per stats file to FILE, and no table")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the VMM and its arguments")
-    parser.set_defaults(verb=run)
+
+
+class _NotStartedError(KvmStatsError):
+    """The command is not there, or cannot be executed."""
+
+    def __init__(self, status: int, error: OSError) -> None:
+        super().__init__(str(error))
+        self.status = status
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,17 +71,25 @@ def run(arguments: argparse.Namespace) -> int:
     if not command:
         print("kvmstats run: name the VMM to start: kvmstats run -- qemu-system-x86_64 -accel kvm ...", file=sys.stderr)
         return 2
+    try:
+        return _run(command, arguments.event, arguments.json and Path(arguments.json))
+    except _NotStartedError as error:
+        print(f"kvmstats: {error}", file=sys.stderr)
+        return error.status
+
+
+def _run(command: list[str], events: list[str] | None, path: Path | None) -> int:
     with ExitStack() as stack:
-        output = stack.enter_context(_new(Path(arguments.json))) if arguments.json else None
+        pass_on_to = _pass_signals_on(stack)  # before there is a file that a signal would leave behind
+        output = stack.enter_context(_new(path)) if path else None
         files: list[StatsFile] = []
         stack.callback(_close, files)
-        pass_on_to = _pass_signals_on(stack)
-        process = stack.enter_context(hold.start(command, close_fds=False))  # the shell's 3<>/dev/tap5
+        process = stack.enter_context(_start(command))
         pass_on_to(process)
         destroyed: dict[StatsFile, dict[str, Any]] = {}
         for file in _watched(process, files):
-            destroyed[file] = _stats(file, arguments.event)
-        stats = [destroyed[file] if file in destroyed else _stats(file, arguments.event) for file in files]
+            destroyed[file] = _stats(file, events)
+        stats = [destroyed[file] if file in destroyed else _stats(file, events) for file in files]
         status = process.returncode
         if output is not None:
             for file, values in zip(files, stats, strict=True):
@@ -75,21 +97,31 @@ def run(arguments: argparse.Namespace) -> int:
                 print(json.dumps(who | {"stats": values}), file=output)
         elif files:
             print(f"\n{command[0]} (process {process.pid}):\n", file=sys.stderr)
-            moved = [{name: value for name, value in one.items() if _is_any(value)} for one in stats]
-            print_table(files, moved, sys.stderr)
+            print_stats(files, stats, sys.stderr)
         if not files:
             print(
-                f"kvmstats: no stats file of {command[0]} (process {process.pid}) was seen: it made no VM, or one that "
-                "was gone at once, or one in another process that it started; or the hold library could not keep the "
+                f"kvmstats: no stats file of {command[0]} (process {process.pid}) was seen. Causes: it made no VM; the "
+                "VM was gone at once; another process that it started made it; or the hold library could not keep the "
                 "files (LD_PRELOAD cleared, another root directory, a low `ulimit -n`)",
                 file=sys.stderr,
             )
     return status if status >= 0 else 128 - status
 
 
+def _start(command: list[str]) -> subprocess.Popen[Any]:
+    try:
+        return hold.start(command, close_fds=False)  # the shell's 3<>/dev/tap5
+    except FileNotFoundError as error:
+        raise _NotStartedError(_NOT_FOUND, error) from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENOEXEC):
+            raise _NotStartedError(_NOT_EXECUTABLE, error) from None
+        raise
+
+
 @contextmanager
 def _new(path: Path) -> Iterator[TextIO]:
-    """Open a new file, which is there afterwards only if all went well."""
+    """Open a new file, which is removed again if anything is raised."""
     with path.open("x", encoding="utf-8") as file:
         try:
             yield file
@@ -110,38 +142,37 @@ def _stats(file: StatsFile, patterns: list[str] | None) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 
-def _is_any(value: Any) -> bool:
-    return any(value) if isinstance(value, list) else bool(value)
-
-
 def _pass_signals_on(stack: ExitStack) -> Callable[[subprocess.Popen[Any]], None]:
-    """End with the VMM, not before it: Ctrl-C reaches it from the terminal, the others through us, once it is named."""
+    """Catch signals until `stack` is closed, and pass them on to the VMM, once the function returned is told it.
+
+    Ctrl-C is caught only: the terminal sends it to the VMM, too.
+    """
     arrived: list[int] = []
-    named: list[subprocess.Popen[Any]] = []
+    vmms: list[subprocess.Popen[Any]] = []
 
     def handle(number: int, _: object) -> None:
-        for process in named:
+        for process in vmms:
             process.send_signal(number)
-        if not named:
+        if not vmms:
             arrived.append(number)
 
     def pass_on_to(process: subprocess.Popen[Any]) -> None:
-        named.append(process)
+        vmms.append(process)
         for number in arrived:
             process.send_signal(number)
 
     if threading.current_thread() is threading.main_thread():
-        handlers = {**dict.fromkeys(_PASSED_ON, handle), signal.SIGINT: lambda *_: None}
-        for number, handler in handlers.items():
+        for number in signal.valid_signals() - _NOT_PASSED_ON:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup: the VMM is to ignore it, too
+                handler = (lambda *_: None) if number == signal.SIGINT else handle
                 stack.callback(signal.signal, number, signal.signal(number, handler))
     return pass_on_to
 
 
 def _watched(process: subprocess.Popen[Any], files: list[StatsFile]) -> Iterator[StatsFile]:
-    """Wait for the VMM, and collect its files meanwhile: they can be read when it is gone.
+    """Wait for the VMM, and collect its files meanwhile: they can still be read when it is gone.
 
-    Those of a VM that it has destroyed are yielded, and closed behind that, because they keep its memory in the kernel.
+    The files of a VM that it has destroyed are yielded and then closed, because they keep its memory in the kernel.
     """
     pause, said = 0.0, ""
     while process.poll() is None:
@@ -154,17 +185,17 @@ def _watched(process: subprocess.Popen[Any], files: list[StatsFile]) -> Iterator
                 else:
                     file.close()
                 held.append(own or file)
-            # A process that holds none any more may just be exiting, and its vCPUs not have stopped yet.
+            # A process that holds none any more may be exiting, and its vCPUs may still run.
             for file in files if held else ():
                 if file not in held and not file.closed:
                     yield file
                     file.close()
         except VmGoneError:
             pass
-        except (KvmStatsError, OSError) as error:  # the VMM is not to suffer from it, and may be asked again
+        except (KvmStatsError, OSError) as error:  # the VMM goes on, and the next look may succeed
             if said != (said := str(error)):
                 print(f"kvmstats: {error}", file=sys.stderr)
-        pause = min(pause + 0.02, _LOOK)  # soon at first: it may be short
+        pause = min(pause + 0.02, _LOOK)  # often at first, for a short run
         with suppress(TimeoutExpired):
             process.wait(pause)
     files.sort(key=by_vcpu)
