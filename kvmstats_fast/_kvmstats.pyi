@@ -1,5 +1,4 @@
 # What cffi compiles from the headers in csrc/. C pointers and structs are Any: cffi checks them when they are passed.
-# The members of enum kvmstats_inject_step are left out: their names are in ffi.typeof("enum ...").elements.
 from typing import Any, Final
 
 class _FFI:
@@ -56,6 +55,18 @@ class _Lib:
     KVMSTATS_INJECT_STACK: Final[int]
     KVMSTATS_INJECT_TIMEOUT: Final[int]
     KVMSTATS_INJECT_KILLED: Final[int]
+    KVMSTATS_STEP_NONE: Final[int]
+    KVMSTATS_STEP_SEIZE: Final[int]
+    KVMSTATS_STEP_INTERRUPT: Final[int]
+    KVMSTATS_STEP_STOP: Final[int]
+    KVMSTATS_STEP_REGS: Final[int]
+    KVMSTATS_STEP_STATUS: Final[int]
+    KVMSTATS_STEP_XSTATE: Final[int]
+    KVMSTATS_STEP_MASK: Final[int]
+    KVMSTATS_STEP_CODE: Final[int]
+    KVMSTATS_STEP_FRAME: Final[int]
+    KVMSTATS_STEP_COMMIT: Final[int]
+    KVMSTATS_STEP_DETACH: Final[int]
     def kvmstats_read_header(self, data: Any, size: int, repair: int, header: Any, fault: Any, /) -> int: ...
     def kvmstats_read_descriptors(self, data: Any, size: int, header: Any, descs: Any, fault: Any, /) -> int: ...
     def kvmstats_copy_values(self, from_: Any, value_size: int, swapped: int, n: int, to: Any, /) -> None: ...
