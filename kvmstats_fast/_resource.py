@@ -1,4 +1,4 @@
-"""What owns a file descriptor or C memory."""
+"""What owns file descriptors: acquired and stored in one step, closed once."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def describe_fd(fd: int) -> str:
 
 
 class Unique:
-    """Cannot be copied or pickled: two would own the same file descriptor or memory."""
+    """Base of what cannot be copied or pickled, because two objects would own the same file or memory."""
 
     __slots__ = ()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         name = type(self).__name__
-        raise TypeError(f"a {name} cannot be copied or pickled: it owns files or memory; make another one")
+        raise TypeError(f"a {name} cannot be copied or pickled, because it owns files or memory; make another one")
 
 
 class Closing(Unique):
-    """Is closed at the end of a ``with`` block."""
+    """Base of what is closed at the end of a ``with`` block."""
 
     __slots__ = ()
 
     def close(self) -> None:
         """Close it; a second call does nothing."""
-        raise AssertionError
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self
@@ -69,21 +69,21 @@ class Closing(Unique):
 
 
 class Fd(Closing):
-    """Owns a file descriptor from the instant the kernel hands it out.
+    """Owner of a file descriptor from the instant the kernel returns it.
 
-    ``Fd(os.open, path, flags)`` calls ``os.open(path, flags)`` and owns what that returns. Signal handlers run between
-    bytecode instructions only, and the call and the store are one instruction: Ctrl-C comes before it, when there is no
-    fd, or after it, when the fd has an owner. So do `close` and `replace` take the fd and act on it. An fd that nobody
-    owns any more is closed, in whatever thread; of two threads that close one Fd, one does.
+    ``Fd(os.open, path, flags)`` calls ``os.open(path, flags)`` and owns the result. Signal handlers run only between
+    bytecode instructions, and call and store are one instruction: Ctrl-C comes before it, when there is no fd, or after
+    it, when the fd has an owner. In the same way `close` and `replace` take the fd and act on it. When the object goes,
+    the fd is closed, in whatever thread that is; of two threads that close one Fd, exactly one closes the fd.
 
     Parameters
     ----------
     call : callable
-        Written in C, and so are its results; `functools.partial` is, too. It returns the fd, or -errno.
+        A function written in C, or a `functools.partial` of one. It returns the fd, or -errno.
     *arguments
         Positional arguments of `call`.
     owned : bool
-        Whether `close` and the end of this object close the fd. It may be set at any time, which is one instruction.
+        Whether `close` and the end of this object close the fd. May be set at any time.
 
     Raises
     ------
@@ -95,7 +95,7 @@ class Fd(Closing):
 
     def __init__(self, call: Callable[..., int], *arguments: Any, owned: bool = True) -> None:
         self.owned = owned
-        self._held: list[int] = []  # of one fd or none: its methods are atomic
+        self._held: list[int] = []  # the fd, or nothing: the methods of a list are atomic
         self._held.extend(map(call, *((argument,) for argument in arguments)))
         if self._held[0] < 0:
             error = -self._held.pop()
@@ -103,12 +103,12 @@ class Fd(Closing):
 
     @classmethod
     def adopt(cls, fd: int, owned: bool = True) -> Self:
-        """Own an fd that is open already, or keep its number only."""
+        """Return the owner of an fd that is open already; with ``owned=False`` it only keeps the number."""
         return cls(operator.index, fd, owned=owned)
 
     @property
     def closed(self) -> bool:
-        """Whether there is no fd to own any more."""
+        """Whether the fd was closed or given away."""
         return not self._held
 
     def fileno(self) -> int:
@@ -119,19 +119,19 @@ class Fd(Closing):
             raise ValueError("this file descriptor is closed") from None
 
     def detach(self) -> int:
-        """Give the fd away: the caller closes it."""
+        """Return the fd and own it no longer: the caller closes it."""
         try:
             return self._held.pop()
         except IndexError:
             raise ValueError("this file descriptor is closed") from None
 
     def replace(self, other: int) -> None:
-        """Put a duplicate of `other` in this fd's place: the number stays taken. If that fails the fd is closed."""
+        """Put a duplicate of `other` in place of the fd, which keeps its number; if that fails, close it."""
         with suppress(IndexError):
             fd = self._held[0]
             try:
                 self._held.extend(map(os.dup2, (other,), map(list.pop, (self._held,)), (False,)))
-            except OSError:  # the number is above a limit that was lowered since
+            except OSError:  # the number is above a limit that was lowered in the meantime
                 os.close(fd)
 
     def close(self) -> None:

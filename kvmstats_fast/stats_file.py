@@ -6,8 +6,6 @@ import errno
 import fcntl
 import os
 import warnings
-from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,7 +13,7 @@ import numpy as np
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._resource import Closing, Fd, HasFileno, describe_fd, fd_of
 from kvmstats_fast.abi import Layout, ioctl_number
-from kvmstats_fast.errors import truncated
+from kvmstats_fast.handle import Handle, read_refused, refused
 from kvmstats_fast.schema import CACHE, Header, Schema, Value, kind_of, read_header, schema_of
 
 if TYPE_CHECKING:
@@ -25,63 +23,38 @@ if TYPE_CHECKING:
 __all__ = ["StatsFile"]
 
 
-_SOURCE = ffi.typeof("struct kvmstats_source *")
-_NO_ARRAY = object()  # what no caller can pass
+_NO_ARRAY = object()  # no caller can pass it
 _read = lib.kvmstats_read  # the hot call: looking it up in lib would cost a tenth of it
 
 #: One read of this many bytes takes in a whole file of today's kernels (4056 bytes on x86), data included.
 _FIRST_READ = 8192
 
-#: What to do about an ioctl that the kernel refuses. Sources: virt/kvm/kvm_main.c and api.rst 4.133.
+#: What to do when the kernel refuses the ioctl. Sources: virt/kvm/kvm_main.c; api.rst 4.133.
 _OPEN_HINTS = {
-    errno.ENOTTY: "this is no VM or vCPU of a kernel that has the call: KVM_GET_STATS_FD came with Linux 5.14, the "
-    "series' KVM_STATS_GETFD is in no released kernel",
-    errno.EINVAL: "a /dev/kvm fd has no statistics: pass the fd of a VM (KVM_CREATE_VM) or vCPU (KVM_CREATE_VCPU); a "
-    "vCPU of a kernel before 5.14 answers this too",
-    errno.EIO: "the VM belongs to another process: only the process that created it may ask for its stats files. Have "
-    "that process open them and pass them on (SCM_RIGHTS); reading them is allowed to whoever holds them",
+    errno.ENOTTY: "this is not the fd of a VM or vCPU, or the kernel lacks the call: KVM_GET_STATS_FD came with Linux "
+    "5.14, and no released kernel has KVM_STATS_GETFD of the original patch series",
+    errno.EINVAL: "it is an fd of /dev/kvm, which has no statistics (pass that of a VM, from KVM_CREATE_VM, or of a "
+    "vCPU, from KVM_CREATE_VCPU), or that of a vCPU on a kernel before Linux 5.14",
+    errno.EIO: "the VM belongs to another process, and only the process that created it can open its stats files. Have "
+    "that process open them and pass them on (SCM_RIGHTS): whoever holds them may read them",
     errno.EPERM: "a security module or seccomp filter of this process forbids the call",
     errno.EACCES: "a security module of this process forbids the call",
     errno.EMFILE: "this process has as many files open as it may: raise `ulimit -n` (RLIMIT_NOFILE)",
     errno.ENFILE: "the machine has as many files open as it may: raise the sysctl fs.file-max",
-    errno.EBADF: "that fd is not open",
+    errno.EBADF: "this fd is not open",
 }
-
-_NO_STATS_FILE = "this is no stats file; to ask a VM or vCPU fd for its own, use StatsFile.open(fd)"
-_READ_HINTS = {
-    errno.EBADF: "the fd is not open, or not for reading: was it closed elsewhere?",
-    errno.EINVAL: _NO_STATS_FILE,
-    errno.ESPIPE: _NO_STATS_FILE,
-    errno.EISDIR: _NO_STATS_FILE,
-    errno.EIO: "the kernel cannot read it; if it is a stats file, its VM refuses",
-    errno.EPERM: "a security module or seccomp filter of this process forbids the call",
-    errno.EACCES: "a security module of this process forbids the call",
-    errno.EFAULT: "on a kernel with the original series this means that the VM is gone: close its stats files first",
-}
-
-
-@cache
-def null_fd() -> Fd:
-    """Return an fd of ``/dev/null``, which stays open: once had, it needs no other when there are too many open."""
-    return Fd(os.open, os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _refused(error: int, call: str, fd: int, hints: dict[int, str]) -> OSError:
-    """Return the kernel's refusal as an OSError that says which call, on what, and what to do."""
-    hint = hints.get(error)
-    return OSError(error, f"{call} on {describe_fd(fd)}: {os.strerror(error)}" + (f"; {hint}" if hint else ""))
 
 
 def _pread(fd: int, size: int, position: int) -> bytes:
     try:
         return os.pread(fd, size, position)
     except OSError as error:
-        raise _refused(error.errno or 0, "pread", fd, _READ_HINTS) from None
+        raise read_refused(error.errno or 0, fd) from None
 
 
 def _read_on(fd: int, blob: bytes, end: int) -> bytes:
-    """Read on where `blob`, the start of the file, ends, to byte `end` or to the end of the file."""
-    # As much again as the file has shown to hold: a header that promises more must not make us allocate it.
+    """Return `blob`, the start of the file, continued to byte `end` or to the end of the file."""
+    # Twice as much each time: a header that promises more than there is must not make us allocate it.
     while len(blob) < end and (more := _pread(fd, min(end, 2 * len(blob)) - len(blob), len(blob))):
         blob += more
     return blob
@@ -99,122 +72,40 @@ def _read_schema(fd: int) -> tuple[bytes, Schema]:
     return blob, schema
 
 
-@dataclass(slots=True)
-class Owner:
-    """Whose file it is: the VMM that made the VM, as far as that is known.
-
-    Attributes
-    ----------
-    pid : int or None
-        Of the VMM.
-    name : str
-        Of the guest; empty if not known.
-    machine : object
-        The VirtualMachine that the file belongs to: as long as one of its files is used, its VMM is watched.
-    """
-
-    pid: int | None = None
-    name: str = ""
-    machine: object = None
-
-
-class Handle:
-    """What a StatsFile has open, for the rooms that read it past its methods: Sampler and VirtualMachine.
-
-    Attributes
-    ----------
-    fd : Fd
-        Whether it is owned is whether closing the StatsFile closes it.
-    source : struct kvmstats_source *
-        What the C core reads by. Its fd is -1 once the file is closed or revoked.
-    owner : Owner
-    lost : Exception or None
-        Why the file was revoked.
-    """
-
-    __slots__ = ("_id", "fd", "lost", "owner", "source")
-
-    def __init__(self, fd: Fd, file_id: str, schema: Schema, value_size: int) -> None:
-        self.owner = Owner()
-        self.lost: Exception | None = None
-        self.fd = fd
-        self._id = file_id
-        self.source: Any = ffi.new(
-            _SOURCE, (fd.fileno(), value_size, schema.swapped, schema.header.data_offset, schema.num_values)
-        )
-
-    @property
-    def closed(self) -> bool:
-        """Whether the file was closed or revoked."""
-        return bool(self.source.fd < 0)
-
-    def check_open(self) -> None:
-        """Raise what keeps the file from being read: why it was revoked, or ValueError if it is closed."""
-        if self.lost is not None:
-            raise self.lost
-        if self.closed:
-            raise ValueError(f"this StatsFile ({self._id}) is closed: open the stats file again")
-
-    def failure(self, error: int, got: int) -> Exception:
-        """Return what to raise when the core could not read: `error` is its errno, `got` how far an early end is."""
-        self.check_open()
-        source = self.source
-        if error == errno.ENODATA:
-            return truncated(describe_fd(source.fd), got, source.position + source.count * source.value_size)
-        return _refused(error, "pread", source.fd, _READ_HINTS)
-
-    def close(self) -> None:
-        """Close the fd, if it is owned; a second call does nothing."""
-        self.source.fd = -1
-        self.fd.close()
-
-    def revoke(self, why: Exception) -> None:
-        """Let go of the stats file while others may be reading it in other threads; they get `why`.
-
-        Its number stays taken, by ``/dev/null``, until `close`: a read that is under way finds nothing there, and never
-        another file that was opened meanwhile.
-        """
-        if self.closed or not self.fd.owned:
-            return
-        null, self.lost = null_fd().fileno(), why
-        self.source.fd = -1
-        self.fd.replace(null)
-
-
 class StatsFile(Closing):
     """One stats file of a VM or vCPU.
 
-    Header and descriptors are read when it is opened, and parsed only if no file of this kind was opened before; then
-    only the data is read, with one pread a reading.
+    Header and descriptors are read when it is opened, and parsed only if no file with the same ones was opened before.
+    From then on only the data is read, with one pread a reading.
 
     Parameters
     ----------
     stats_fd : int or object with fileno()
-        An open stats file, of any layout. If the constructor raises, the fd is still the caller's.
+        An open stats file, of any layout. If the constructor raises, the fd stays the caller's.
     closefd : bool
         Whether `close` closes `stats_fd`.
 
     Attributes
     ----------
     schema : Schema
-        What the file holds; the same object for all files of a kind.
+        Header and descriptors; files that have the same ones share the object.
 
     Raises
     ------
     FormatError
-        If the file is no stats file that can be read.
+        If it is not a stats file, or not one that can be read.
     OSError
         If the kernel refuses the read; the message says what to do.
 
     Notes
     -----
-    Not thread-safe: an object belongs to one thread at a time. Several objects, also of one VM, may be read in
-    parallel; the GIL is released while the kernel copies.
+    Not thread-safe: an object belongs to one thread at a time. Several objects, of one VM too, may be read in parallel;
+    the GIL is released while the kernel copies.
 
     KVM takes no lock for the copy: each value is whole (on 64-bit hosts), but the values of one reading are not of one
-    instant. An open stats file keeps the memory of its VM in the kernel allocated, after the end of the VMM too
-    (``kvm_vm_stats_release``, ``virt/kvm/kvm_main.c``): close it then. Kernels that ran the original series do the
-    opposite: there a stats file must be closed before its VM.
+    instant. An open stats file keeps the VM's memory in the kernel allocated, even after the VMM has exited
+    (``kvm_vm_stats_release``, ``virt/kvm/kvm_main.c``): close it then. On kernels with the original patch series it is
+    the other way round: a stats file must be closed before its VM.
     """
 
     __slots__ = ("_id", "_keep", "_out", "_own", "handle", "schema")
@@ -235,15 +126,15 @@ class StatsFile(Closing):
 
     @classmethod
     def open(cls, kvm_fd: int | HasFileno, layout: Layout | str = Layout.MERGED) -> Self:
-        """Ask KVM for the stats file of a VM or vCPU of this process.
+        """Open the stats file of a VM or vCPU that this process created.
 
         Parameters
         ----------
         kvm_fd : int or object with fileno()
             The fd of a VM (``KVM_CREATE_VM``) or of a vCPU (``KVM_CREATE_VCPU``).
         layout : {"merged", "v2"}
-            ``"merged"`` issues ``KVM_GET_STATS_FD`` (Linux 5.14 and later), ``"v2"`` the original series'
-            ``KVM_STATS_GETFD``. What comes back is recognised by its bytes.
+            ``"merged"`` issues ``KVM_GET_STATS_FD`` (Linux 5.14 and later), ``"v2"`` the ``KVM_STATS_GETFD`` of the
+            original patch series. The layout of the file that the kernel returns is recognised by its bytes.
 
         Returns
         -------
@@ -253,10 +144,10 @@ class StatsFile(Closing):
         Raises
         ------
         OSError
-            ENOTTY: an older kernel, or no KVM fd. EIO: the VM of another process. EINVAL: ``/dev/kvm`` itself, or a
-            vCPU of an older kernel. The message says what to do.
+            ENOTTY: an older kernel, or not a KVM fd. EIO: the VM of another process. EINVAL: ``/dev/kvm`` itself, or a
+            vCPU on an older kernel. The message says what to do.
         FormatError
-            If what comes back is no stats file that can be read.
+            If the kernel returns a file that cannot be read.
 
         Notes
         -----
@@ -268,12 +159,12 @@ class StatsFile(Closing):
         try:
             stats_fd = Fd(fcntl.ioctl, fd, number)
         except OSError as error:
-            raise _refused(error.errno or 0, call, fd, _OPEN_HINTS) from None
+            raise refused(error.errno or 0, call, fd, _OPEN_HINTS) from None
         return cls(stats_fd)
 
     @classmethod
     def from_bytes(cls, data: Buffer) -> Self:
-        """Serve a capture through the live path: a sealed memfd that holds `data`.
+        """Return a StatsFile that reads `data`, a capture, from a sealed memfd, as it would a live file.
 
         Parameters
         ----------
@@ -287,7 +178,7 @@ class StatsFile(Closing):
         Raises
         ------
         FormatError
-            If the bytes are no stats file that can be read.
+            If the bytes are not a stats file, or not one that can be read.
         """
         memory = Fd(os.memfd_create, "kvmstats-capture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with os.fdopen(memory.fileno(), "wb", closefd=False) as file:
@@ -302,9 +193,9 @@ class StatsFile(Closing):
 
     @property
     def id(self) -> str:
-        """The id string, read at opening: ``kvm-PID``, or ``kvm-TID/vcpu-N`` (TID: the thread that made the vCPU).
+        """The id string, as read at opening: ``kvm-PID``, or ``kvm-TID/vcpu-N`` (the thread that created the vCPU).
 
-        A label, not a key: two VMs of one process have the same. In the v2 layout it names the reader.
+        A label, not a key: two VMs of one process have the same id. In the v2 layout it names the reader.
         """
         return self._id
 
@@ -315,13 +206,13 @@ class StatsFile(Closing):
 
     @property
     def vcpu_id(self) -> int | None:
-        """Number of the vCPU, None for a VM's file."""
+        """Number of the vCPU; None for the file of a VM."""
         return kind_of(self._id)[1]
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        handle = getattr(self, "handle", None)  # none if a subclass failed before it came to us
+        """Whether the file was closed, or let go of because its VM is gone."""
+        handle = getattr(self, "handle", None)  # missing if the constructor of a subclass failed before ours
         return handle is None or handle.closed
 
     def fileno(self) -> int:
@@ -331,13 +222,13 @@ class StatsFile(Closing):
         return fd
 
     def read(self) -> npt.NDArray[np.uint64]:
-        """Read all values, one pread.
+        """Read all values, with one pread.
 
         Returns
         -------
         numpy.ndarray
-            A new uint64 array of shape ``(schema.num_values,)``, raw, in this machine's byte order;
-            ``.view(schema.dtype)["exits"]`` names a part of it.
+            A new array, uint64, shape ``(schema.num_values,)``: raw values in this machine's byte order.
+            ``.view(schema.dtype)["exits"]`` selects a statistic.
 
         Raises
         ------
@@ -349,15 +240,15 @@ class StatsFile(Closing):
         return self.read_into(self._own).copy()
 
     def read_into(self, out: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Read all values into an array of the caller's, one pread, nothing allocated.
+        """Read all values into an array of the caller's, with one pread, allocating nothing.
 
         Parameters
         ----------
         out : numpy.ndarray
-            uint64 in this machine's byte order, shape ``(schema.num_values,)``, C-contiguous, writable. An array that
-            is not the one of the call before is checked and prepared, and kept alive until another one comes or until
-            `close`: pass the same array again and again. It is not checked again, so do not resize it, change its dtype
-            or make it read-only in place meanwhile.
+            uint64 in this machine's byte order, shape ``(schema.num_values,)``, C-contiguous, writable. Pass the same
+            array again and again: it is checked when it differs from that of the call before, and then kept alive until
+            another one is passed or until `close`. It is not checked again, so do not resize it, change its dtype or
+            make it read-only in place.
 
         Returns
         -------
@@ -371,7 +262,11 @@ class StatsFile(Closing):
         OSError
             If the kernel refuses the read.
         FormatError
-            If the file has become shorter than its descriptors say. After an error `out` may be partly overwritten.
+            If the file has become shorter than its descriptors say.
+
+        Notes
+        -----
+        After an error `out` may be partly overwritten.
         """
         if out is not self._out:
             self._prepare(out)
@@ -382,7 +277,7 @@ class StatsFile(Closing):
         return out
 
     def snapshot(self, si: bool = False) -> dict[str, Value]:
-        """Read all values and name them.
+        """Read all values and return them by name.
 
         Parameters
         ----------
@@ -392,8 +287,8 @@ class StatsFile(Closing):
         Returns
         -------
         dict
-            Per statistic an int, a bool (unit BOOLEAN), a float (`si` and a negative exponent), or for a histogram a
-            uint64 array of shape ``(buckets,)``. In the order of the descriptors.
+            In the order of the descriptors: an int, a bool (unit BOOLEAN), a float (with `si`, for a negative
+            exponent), or for a histogram a uint64 array of shape ``(buckets,)``.
 
         Raises
         ------
@@ -403,7 +298,7 @@ class StatsFile(Closing):
         return self.schema.unpack(self.read(), si=si)
 
     def close(self) -> None:
-        """Close the file. A second call does nothing."""
+        """Close the file; a second call does nothing."""
         if not self.closed:
             self._out, self._own, self._keep = _NO_ARRAY, None, None
         if hasattr(self, "handle"):
@@ -416,11 +311,11 @@ class StatsFile(Closing):
         if out.dtype != np.uint64 or not out.dtype.isnative:
             raise TypeError(f"out has dtype {out.dtype.str}; it must be uint64 in this machine's byte order")
         if out.shape != (self.schema.num_values,):
-            raise ValueError(f"out has shape {out.shape}; this file needs ({self.schema.num_values},)")
+            raise ValueError(f"out has shape {out.shape}; it must be ({self.schema.num_values},)")
         if not out.flags.c_contiguous:
-            raise ValueError("out is not C-contiguous: the values of a file stand side by side")
+            raise ValueError("out is not C-contiguous; it must be, because the kernel fills it in one piece")
         if not out.flags.writeable:
-            raise ValueError("out is read-only")
+            raise ValueError("out is read-only; it must be writable")
         self._keep = ffi.from_buffer("uint64_t[]", out, True)
         self.handle.source.values = self._keep
         self._out = out

@@ -35,7 +35,7 @@ def test_read_gives_a_fresh_array_each_time(file):
 
 
 def test_read_into_fills_the_callers_array_and_returns_it(resources):
-    """read_into writes into the array it is given, also a row of a larger one, and follows the file as it changes."""
+    """read_into fills the array it is given, be it a row of a larger one, and follows the file as it changes."""
     made = resources.enter_context(SyntheticStats())
     file = resources.enter_context(made.open())
     rows = np.zeros((3, file.schema.num_values), np.uint64)
@@ -59,7 +59,7 @@ def test_read_into_fills_the_callers_array_and_returns_it(resources):
         (np.zeros(138), TypeError, "<f8"),
         (np.zeros(138, np.int64), TypeError, "<i8"),
         (np.zeros(138, ">u8"), TypeError, ">u8"),
-        (np.zeros(137, np.uint64), ValueError, r"shape \(137,\); this file needs \(138,\)"),
+        (np.zeros(137, np.uint64), ValueError, r"shape \(137,\); it must be \(138,\)"),
         (np.zeros((1, 138), np.uint64), ValueError, r"shape \(1, 138\)"),
         (np.zeros(276, np.uint64)[::2], ValueError, "not C-contiguous"),
         (np.broadcast_to(np.uint64(0), (138,)), ValueError, "not C-contiguous|read-only"),
@@ -76,7 +76,7 @@ def test_an_array_that_cannot_take_the_values_is_refused_before_anything_is_read
 
 
 def test_snapshot_has_python_numbers_booleans_and_rows_of_counts(file):
-    """A snapshot is in the order of the descriptors, of int, bool and uint64 arrays."""
+    """A snapshot has ints, bools and uint64 arrays, in the order of the descriptors."""
     snapshot = file.snapshot()
     assert list(snapshot) == list(file.schema)
     assert type(snapshot["exits"]) is int
@@ -85,7 +85,7 @@ def test_snapshot_has_python_numbers_booleans_and_rows_of_counts(file):
 
 
 def test_close_may_be_called_again_and_closes_the_fd():
-    """The first close closes the fd, the second does nothing to whoever has the number by then."""
+    """The first close closes the fd; the second leaves alone whatever has the number by then."""
     file = kf.StatsFile.from_bytes(REAL)
     fd = file.fileno()
     file.close()
@@ -102,7 +102,7 @@ def test_close_may_be_called_again_and_closes_the_fd():
 
 
 def test_use_after_close_is_an_error_that_says_so():
-    """Reading, fileno and entering a closed file are ValueErrors; its schema and id are still there."""
+    """Reading, fileno() and entering a closed file raise ValueError; its schema and id remain."""
     file = kf.StatsFile.from_bytes(REAL)
     out = np.zeros(138, np.uint64)
     file.read_into(out)
@@ -115,7 +115,7 @@ def test_use_after_close_is_an_error_that_says_so():
 
 
 def test_closefd_false_leaves_the_fd_open():
-    """A file over somebody else's fd does not close it."""
+    """A StatsFile with closefd=False leaves the caller's fd open."""
     with SyntheticStats() as made:
         with kf.StatsFile(made.fileno(), closefd=False) as file:
             file.read()
@@ -123,7 +123,7 @@ def test_closefd_false_leaves_the_fd_open():
 
 
 def test_a_file_that_is_forgotten_warns_and_closes_its_fd():
-    """Garbage collection of an open StatsFile is a ResourceWarning, and the fd is closed."""
+    """Garbage collection of an open StatsFile warns (ResourceWarning) and closes the fd."""
     file = kf.StatsFile.from_bytes(REAL)
     fd = file.fileno()
     with pytest.warns(ResourceWarning, match=r"unclosed <StatsFile kvm-1/vcpu-0"):
@@ -133,7 +133,7 @@ def test_a_file_that_is_forgotten_warns_and_closes_its_fd():
 
 
 def test_a_constructor_that_fails_leaves_the_fd_to_its_owner():
-    """After FormatError the fd that was passed is still open and nothing warns."""
+    """After a FormatError the fd that was passed is still open, and nothing warns."""
     fd = os.memfd_create("nothing")
     try:
         with warnings.catch_warnings():
@@ -156,18 +156,18 @@ def test_from_bytes_that_fails_leaves_no_fd_behind():
     assert open_fds() == before
 
 
-def test_an_fd_that_is_no_stats_file_is_refused_with_its_name():
-    """/dev/null is an empty file, a pipe and a directory cannot be read by position; each error names the fd's file."""
+def test_an_fd_that_is_not_a_stats_file_is_refused_with_its_name():
+    """An empty file, a pipe, a directory, an fd that is not KVM's: each error names the file and the call."""
     null = os.open(os.devnull, os.O_RDONLY)
     folder = os.open("/", os.O_RDONLY)
     reading, writing = os.pipe()
     try:
         with pytest.raises(kf.FormatError, match=r"fd \d+ \(/dev/null\): byte 0: the file is cut short"):
             kf.StatsFile(null)
-        with pytest.raises(OSError, match=r"pread on fd \d+ \(pipe:.*no stats file") as caught:
+        with pytest.raises(OSError, match=r"pread on fd \d+ \(pipe:.*not a stats file") as caught:
             kf.StatsFile(reading)
         assert caught.value.errno == errno.ESPIPE
-        with pytest.raises(OSError, match=r"pread on fd \d+ \(/\).*no stats file") as caught:
+        with pytest.raises(OSError, match=r"pread on fd \d+ \(/\).*not a stats file") as caught:
             kf.StatsFile(folder)
         assert caught.value.errno == errno.EISDIR
         with pytest.raises(OSError, match=r"KVM_GET_STATS_FD on fd .*/dev/null.*Linux 5\.14") as caught:
@@ -179,7 +179,7 @@ def test_an_fd_that_is_no_stats_file_is_refused_with_its_name():
 
 
 def test_a_text_file_is_refused_at_its_first_byte(tmp_path):
-    """A long file that is no stats file is a LAYOUT error at byte 0."""
+    """A long file of another kind is a LAYOUT error at byte 0."""
     (tmp_path / "text").write_text("a long text, " * 1000)
     with (tmp_path / "text").open("rb") as text, pytest.raises(kf.FormatError, match="not a KVM stats file") as caught:
         kf.StatsFile(text.fileno())
@@ -187,7 +187,7 @@ def test_a_text_file_is_refused_at_its_first_byte(tmp_path):
 
 
 def test_an_fd_that_is_not_open_is_ebadf():
-    """A closed number is EBADF from the constructor and from open, with the call that failed."""
+    """A closed fd is EBADF from the constructor and from open(), with the call that failed."""
     fd = os.open(os.devnull, os.O_RDONLY)
     os.close(fd)
     for use, call in ((kf.StatsFile, "pread"), (kf.StatsFile.open, "KVM_GET_STATS_FD")):
@@ -197,8 +197,8 @@ def test_an_fd_that_is_not_open_is_ebadf():
 
 
 @pytest.mark.parametrize("wrong", ["3", 1.5, None, b"3"])
-def test_what_is_no_fd_is_a_type_error(wrong):
-    """Both ways to open a file take the same fds: numbers and objects with fileno()."""
+def test_what_is_not_an_fd_is_a_type_error(wrong):
+    """The constructor and open() accept numbers and objects with fileno(), and nothing else."""
     for use in (kf.StatsFile, kf.StatsFile.open):
         with pytest.raises(TypeError, match="not a file descriptor: pass its number, or an object with"):
             use(wrong)
@@ -207,7 +207,7 @@ def test_what_is_no_fd_is_a_type_error(wrong):
 
 
 def test_a_subclass_that_fails_early_is_dropped_in_silence():
-    """An object whose constructor never came to ours is closed and says nothing when it is collected."""
+    """An object whose constructor never reached ours counts as closed, and is collected without a warning."""
     file = kf.StatsFile.__new__(kf.StatsFile)
     assert file.closed
     file.close()
@@ -222,7 +222,7 @@ def test_a_capture_cannot_be_changed_behind_the_reader(file):
 
 
 def test_arrays_are_let_go_at_close(file):
-    """The last array is kept alive until close and no longer."""
+    """The last array is kept alive until close(), and no longer."""
     out = np.zeros(138, np.uint64)
     file.read_into(out)
     held = sys.getrefcount(out)
@@ -231,7 +231,7 @@ def test_arrays_are_let_go_at_close(file):
 
 
 def test_a_file_of_4_byte_values_that_is_cut_says_where_it_should_end():
-    """The end that an error names counts the bytes of the file, not of the array."""
+    """The offset that an error names counts the bytes of the file, not of the array."""
     with SyntheticStats("x86", "vm", layout="v2", value_size=4) as made, made.open() as file:
         size = len(made.to_bytes())
         os.ftruncate(made.fileno(), size - 1)
@@ -240,7 +240,7 @@ def test_a_file_of_4_byte_values_that_is_cut_says_where_it_should_end():
 
 
 def test_an_fd_that_was_closed_elsewhere_is_ebadf_at_the_next_read():
-    """Somebody else's close is told apart from our own."""
+    """A close behind our back is told apart from close()."""
     with SyntheticStats() as made:
         fd = os.dup(made.fileno())
         file = kf.StatsFile(fd, closefd=False)
@@ -263,7 +263,7 @@ def test_an_fd_that_was_closed_elsewhere_is_ebadf_at_the_next_read():
     ],
 )
 def test_each_refusal_of_the_kernel_says_what_to_do(monkeypatch, number, remedy):
-    """The errno stays, the message names the call and the fd, and gives the remedy."""
+    """The errno is kept; the message names the call and the fd, and says what to do."""
 
     def refuse(*_):
         raise OSError(number, os.strerror(number))
@@ -276,7 +276,7 @@ def test_each_refusal_of_the_kernel_says_what_to_do(monkeypatch, number, remedy)
 
 
 def test_a_file_that_becomes_shorter_is_a_format_error_at_its_end():
-    """A short read is TRUNCATED at the byte where the file ends, live, and reading works again when it is back."""
+    """A short read is TRUNCATED at the byte where the file ends; reading works again once the file has grown back."""
     with SyntheticStats() as made, made.open() as file:
         size = len(made.to_bytes())
         os.ftruncate(made.fileno(), size - 12)
@@ -306,7 +306,7 @@ def test_files_longer_than_the_first_read_are_read_whole(descriptors):
 
 @pytest.mark.parametrize("descriptors", [90, 113, 127, 1000])
 def test_long_files_that_are_cut_are_refused_where_they_end(descriptors):
-    """Opening tells that data or descriptors are missing, and where the file ends."""
+    """A file that lacks data or descriptors is refused with the offset where it ends."""
     whole = len(large_file(descriptors))
     for cut in (1, 8, whole // 8, whole // 2):
         with pytest.raises(kf.FormatError) as caught:
@@ -339,14 +339,14 @@ def test_kind_and_number_come_from_the_id(file_id, kind, vcpu):
         assert (file.id, file.kind, file.vcpu_id) == (file_id, kind, vcpu)
 
 
-def test_an_id_without_nul_ends_with_its_room():
-    """An id that fills its field is read to the field's end and no further."""
+def test_an_id_without_nul_ends_with_its_field():
+    """An id that fills its field is read to the end of the field, and no further."""
     data = REAL[:24] + b"kvm-".ljust(48, b"9") + REAL[72:]
     assert kf.parse(data).id == "kvm-".ljust(48, "9")
 
 
 def test_the_next_file_of_a_kind_is_not_parsed(monkeypatch):
-    """Opening a second file of a known kind calls no parser: header and descriptors are compared only."""
+    """Opening a second file with known descriptors calls no parser: the bytes are only compared."""
     with kf.StatsFile.from_bytes(REAL) as first:
         monkeypatch.setattr("kvmstats_fast.schema.lib", None)
         other = REAL[:24] + b"kvm-2/vcpu-9".ljust(48, b"\0") + REAL[72:]
@@ -355,8 +355,8 @@ def test_the_next_file_of_a_kind_is_not_parsed(monkeypatch):
             assert second.vcpu_id == 9
 
 
-def test_no_byte_of_header_or_table_can_differ_unseen():
-    """Whichever byte outside the id changes, the file is refused or gets a schema of its own."""
+def test_no_byte_of_header_or_table_can_differ_unnoticed():
+    """Whichever byte outside the id changes, the file is refused, or gets a schema of its own."""
     known = kf.parse(REAL).schema
     for position in [*range(24), *range(72, 2952)]:
         data = bytearray(REAL)
@@ -384,7 +384,7 @@ def test_the_ioctl_numbers_of_mips_and_powerpc(machine):
 
 
 def test_open_issues_the_ioctl_of_the_layout_asked_for(monkeypatch):
-    """layout= chooses the call; one that never had a number is refused with what works instead."""
+    """layout= selects the call; a layout that never had one is refused, with what works instead."""
     calls = []
 
     def note(fd, number):

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.stats_file import Owner, null_fd
+from kvmstats_fast.handle import Owner, null_fd
 from kvmstats_fast.vmm import hold
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, check_alive, hold_process, known_as
 from kvmstats_fast.vmm.find import VmProcess, describe

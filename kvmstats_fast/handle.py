@@ -1,0 +1,138 @@
+"""Handle: what a StatsFile has open, for the rooms that read it without its methods."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from kvmstats_fast._kvmstats import ffi
+from kvmstats_fast._resource import Fd, describe_fd
+from kvmstats_fast.errors import truncated
+
+if TYPE_CHECKING:
+    from kvmstats_fast.schema import Schema
+
+_SOURCE = ffi.typeof("struct kvmstats_source *")
+
+_NOT_A_STATS_FILE = "this is not a stats file; to open that of a VM or vCPU fd, use StatsFile.open(fd)"
+_READ_HINTS = {
+    errno.EBADF: "the fd is not open, or not open for reading: was it closed elsewhere?",
+    errno.EINVAL: _NOT_A_STATS_FILE,
+    errno.ESPIPE: _NOT_A_STATS_FILE,
+    errno.EISDIR: _NOT_A_STATS_FILE,
+    errno.EIO: "the kernel cannot read it; for a stats file this means that its VM refuses",
+    errno.EPERM: "a security module or seccomp filter of this process forbids the call",
+    errno.EACCES: "a security module of this process forbids the call",
+    errno.EFAULT: "on a kernel with the original patch series this means that the VM is gone: close its stats files "
+    "before the VM",
+}
+
+
+def refused(error: int, call: str, fd: int, hints: dict[int, str]) -> OSError:
+    """Return the kernel's refusal as an OSError that says which call, on which fd, and what to do."""
+    hint = hints.get(error)
+    return OSError(error, f"{call} on {describe_fd(fd)}: {os.strerror(error)}" + (f"; {hint}" if hint else ""))
+
+
+def read_refused(error: int, fd: int) -> OSError:
+    """Return what to raise when pread was refused with this errno."""
+    return refused(error, "pread", fd, _READ_HINTS)
+
+
+@cache
+def null_fd() -> Fd:
+    """Return an fd of ``/dev/null`` that stays open, so that it is there when too many others are."""
+    return Fd(os.open, os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
+@dataclass(slots=True)
+class Owner:
+    """Whose file it is: the VMM that created the VM, as far as that is known.
+
+    Attributes
+    ----------
+    pid : int or None
+        Of the VMM.
+    name : str
+        Of the guest; empty if not known.
+    machine : object
+        The VirtualMachine that the file belongs to, kept so that its VMM is watched while one of its files is used.
+    """
+
+    pid: int | None = None
+    name: str = ""
+    machine: object = None
+
+
+class Handle:
+    """What a StatsFile has open.
+
+    Attributes
+    ----------
+    fd : Fd
+        It is owned if closing the StatsFile closes it.
+    source : struct kvmstats_source *
+        What the C core reads by. Its fd is -1 once the file is closed or revoked.
+    owner : Owner
+    lost : Exception or None
+        Why the file was revoked.
+    """
+
+    __slots__ = ("_id", "fd", "lost", "owner", "source")
+
+    def __init__(self, fd: Fd, file_id: str, schema: Schema, value_size: int) -> None:
+        self.owner = Owner()
+        self.lost: Exception | None = None
+        self.fd = fd
+        self._id = file_id
+        self.source: Any = ffi.new(
+            _SOURCE, (fd.fileno(), value_size, schema.swapped, schema.header.data_offset, schema.num_values)
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file was closed or revoked."""
+        return bool(self.source.fd < 0)
+
+    def check_open(self) -> None:
+        """Raise what keeps the file from being read: why it was revoked, or ValueError if it is closed."""
+        if self.lost is not None:
+            raise self.lost
+        if self.closed:
+            raise ValueError(f"this StatsFile ({self._id}) is closed; open the stats file again")
+
+    def failure(self, error: int, got: int) -> Exception:
+        """Return what to raise when the C core could not read.
+
+        Parameters
+        ----------
+        error : int
+            The errno.
+        got : int
+            With ENODATA: at which byte the file ended.
+        """
+        self.check_open()
+        source = self.source
+        if error == errno.ENODATA:
+            return truncated(describe_fd(source.fd), got, source.position + source.count * source.value_size)
+        return read_refused(error, source.fd)
+
+    def close(self) -> None:
+        """Close the fd, if it is owned; a second call does nothing."""
+        self.source.fd = -1
+        self.fd.close()
+
+    def revoke(self, why: Exception) -> None:
+        """Let go of the stats file while other threads may be reading it; from now on they get `why`.
+
+        Its number stays taken, by ``/dev/null``, until `close`: a read that is under way finds nothing there, and never
+        a file that was opened in the meantime.
+        """
+        if self.closed or not self.fd.owned:
+            return
+        null, self.lost = null_fd().fileno(), why
+        self.source.fd = -1
+        self.fd.replace(null)
