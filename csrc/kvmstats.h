@@ -128,7 +128,7 @@ struct kvmstats_header {
     uint32_t data_offset;
     uint32_t positional; /* 1: descriptors carry no offset (v2, v5) */
     uint32_t count_defect;
-    uint32_t key_offset;  /* the header without its id (v2, v5: behind it; v9: before it) ... */
+    uint32_t key_offset;  /* the header without its id (v2, v5: after it; v9: before it) ... */
     uint32_t key_size;    /* ... is [key_offset, key_offset + key_size) */
     uint64_t desc_end;    /* end of the descriptors */
     uint64_t prefix_size; /* header, id and descriptors all lie in [0, prefix_size) */

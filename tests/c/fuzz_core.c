@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Any bytes at all, against the contract in csrc/kvmstats.h; a broken promise aborts. Link with layout.c.
+ * fuzz_core.c - any bytes at all against the contract in csrc/kvmstats.h; a broken promise aborts. Link with layout.c.
  *
  * With libFuzzer:  clang -g -O1 -fsanitize=fuzzer,address,undefined -Icsrc tests/c/fuzz_core.c csrc/layout.c
  * Without:         gcc -g -O1 -fsanitize=address,undefined -DSTANDALONE -Icsrc ...; then  fuzz_core N SEED FILE...
@@ -71,7 +71,7 @@ static void check_header(const struct kvmstats_header *header, size_t size, int 
     PROMISE(apart(header->desc_offset, desc_end, header->id_offset, id_end_of(header)));
 }
 
-/* The header's own bytes are all that read_header looks at: from a copy of no more than them it says the same. */
+/* read_header reads only the header's own bytes: from a copy of just those it returns the same. */
 static void check_header_alone(const uint8_t *data, size_t size, int repair, int status,
                                const struct kvmstats_header *header, const struct kvmstats_fault *fault)
 {
@@ -180,7 +180,7 @@ static void check_descriptor_fault(int status, const struct kvmstats_fault *faul
     }
 }
 
-/* What data is there, in all four ways, and widened in place; one value of 8 bytes is two of 4. */
+/* The data that is there, converted in all four ways, and widened in place; one value of 8 bytes is two of 4. */
 static void check_values(const uint8_t *from, size_t available, uint32_t width, uint32_t swapped)
 {
     const uint16_t one = 1;
@@ -220,7 +220,7 @@ static int check_file(const uint8_t *data, size_t size, int repair, int *status)
     }
     check_header(&header, size, repair);
 
-    /* Room for the descriptors only where they lie in the input; else not one of them may be written. */
+    /* Room for the descriptors only if they lie in the input; otherwise none of them may be written. */
     struct kvmstats_desc *descs = NULL;
     if (header.desc_end <= size)
         descs = allocate(header.num_desc * sizeof *descs);
@@ -255,7 +255,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     int plain = check_file(data, size, 0, &plain_status);
     int repaired = check_file(data, size, 1, &repaired_status);
 
-    /* Repair is for one code, and changes nothing else. */
+    /* `repair` is for one error, and changes nothing else. */
     if (plain_status != KVMSTATS_E_COUNT_DEFECT)
         PROMISE(plain_status == repaired_status && plain == repaired);
     accepted += repaired != 0;
@@ -298,7 +298,7 @@ static struct bytes load(const char *path)
     return file;
 }
 
-/* Where the format has its numbers: the header, a descriptor's first 16 bytes, or anywhere. */
+/* Where the numbers of the format are: in the header, in a descriptor's first 16 bytes, or anywhere. */
 static size_t somewhere(size_t size)
 {
     size_t at;
@@ -330,7 +330,7 @@ static uint32_t interesting(size_t size)
     return values[below(sizeof values / sizeof *values)];
 }
 
-/* 1 to 4 changes; the buffer has room for twice the largest seed. */
+/* Make 1 to 4 changes; the buffer has room for twice the largest seed. */
 static size_t mutate(uint8_t *data, size_t size, size_t room, const struct bytes *seeds, size_t n_seeds)
 {
     for (size_t changes = 1 + below(4); changes > 0; --changes) {
@@ -357,13 +357,13 @@ static size_t mutate(uint8_t *data, size_t size, size_t room, const struct bytes
         case 4:
             size = below(2) ? somewhere(size) : size - below(size < 64 ? size : 64);
             break;
-        case 5: /* the same place of another file */
+        case 5: /* the same piece of another file */
             at -= at % 8;
             length = length > size - at ? size - at : length;
             if (at < seed->size)
                 memcpy(data + at, seed->data + at, length < seed->size - at ? length : seed->size - at);
             break;
-        case 6: /* a piece twice, the rest moved on */
+        case 6: /* a piece twice, and the rest shifted */
             length = length / 8 * 8;
             length = length > size - at ? size - at : length;
             if (size + length <= room) {
@@ -393,7 +393,7 @@ int main(int argc, char **argv)
     size_t room = 0;
     state = strtoull(argv[2], NULL, 0);
 
-    /* Each seed as it is, then the mutations; each in an allocation of exactly its size. */
+    /* The seeds unchanged, then the mutations, each in an allocation of exactly its size. */
     for (size_t i = 0; i < n_seeds; ++i) {
         seeds[i] = load(argv[3 + i]);
         room = seeds[i].size > room ? seeds[i].size : room;

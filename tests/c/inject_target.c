@@ -1,17 +1,21 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * A VMM whose threads notice when a register is not what it was: the target of csrc/inject.c.
+ * inject_target.c - a VMM whose threads notice if a register changes: the target of csrc/inject.c
  *
  *   inject_target VMS VCPUS [seccomp] [parked] [full] [spin] [held] [twice] [vfork]
  *
- * Every call that a thread waits in is made by checked_call, which loads all general, x87, SSE, AVX and AVX-512
- * registers and the flags with random values before the `syscall` and compares all of them behind it. Guests count in
- * their memory, and store an SSE register that must not change; odd vCPUs also exit at each turn. Words:
- * seccomp: with a filter that allows all; parked: no vCPU runs; full: no fd is free; spin: one thread makes no call;
- * held: the first VM's stats files are open; twice: each VM has two fds;
- * vfork: one thread waits for a child, 1 s, where no signal wakes it.
- * Commands on stdin: "report" prints one line of JSON, "wake" lets blocked calls return, "close" closes the stats files;
- * the end of input ends it.
+ * Every system call that a thread waits in is made by checked_call, which loads all general, x87, SSE, AVX and AVX-512
+ * registers and the flags with random values before the `syscall`, and compares all of them after it. Guests count in
+ * their memory, and store an SSE register that must not change; those of odd vCPUs also exit in each turn.
+ *
+ * Options
+ *   seccomp  with a filter that allows everything      parked  no vCPU runs
+ *   full     no fd is free                             spin    one thread makes no system call
+ *   held     the first VM's stats files are open       twice   each VM has two fds
+ *   vfork    one thread waits for a child, for 1 s, where no signal wakes it
+ *
+ * Commands on stdin: "report" prints one line of JSON, "wake" lets blocked calls return, "close" closes the stats
+ * files; the end of stdin ends the program.
  */
 #define _GNU_SOURCE
 #include <cpuid.h>
@@ -46,7 +50,7 @@ static void need(int good, const char *what)
     exit(2);
 }
 
-/* ---- a system call with every register full */
+/* ---- a system call with a value in every register */
 
 enum { XSAVE_ROOM = 4096, USED_FEATURES = 0xe7 /* x87, SSE, AVX, AVX-512 */ };
 
@@ -68,7 +72,7 @@ __asm__(".text\n.globl checked_call_raw\nchecked_call_raw:\n"
         "mov 0(%rdi), %rax; mov 8(%rdi), %rbx; mov 24(%rdi), %rdx; mov 32(%rdi), %rsi; mov 48(%rdi), %rbp\n"
         "mov 56(%rdi), %r8; mov 64(%rdi), %r9; mov 72(%rdi), %r10; mov 80(%rdi), %r11; mov 88(%rdi), %r12\n"
         "mov 96(%rdi), %r13; mov 104(%rdi), %r14; mov 112(%rdi), %r15; mov 40(%rdi), %rdi\n"
-        /* In the red zone: nobody may write there. */
+        /* In the red zone, where nothing may write. */
         "mov %r15, -8(%rsp); mov %r14, -128(%rsp)\n"
         "syscall\n"
         "mov -8(%rsp), %rcx; pushfq; pop %r11\n"
@@ -110,7 +114,7 @@ struct thread {
     pthread_t thread;
     pid_t tid;
     unsigned long calls, eintr, other, bad;
-    char first[80]; /* what was bad first */
+    char first[80]; /* the first thing that was bad */
     uint64_t random;
 };
 
@@ -268,7 +272,7 @@ static void *in_epoll(void *argument)
     return NULL;
 }
 
-/* With a mask of its own for the time of the call: SIGUSR2 is let in there only, and must stay blocked outside. */
+/* With a signal mask for the time of the call: SIGUSR2 is unblocked only there. */
 static void *in_ppoll(void *argument)
 {
     struct thread *t = argument;
@@ -279,7 +283,7 @@ static void *in_ppoll(void *argument)
     sigaddset(&blocked, SIGWINCH);
     pthread_sigmask(SIG_SETMASK, &blocked, &open);
     uint64_t inside = 0;
-    stack_t had; /* none, but under a sanitizer */
+    stack_t had; /* none, except under a sanitizer */
     sigaltstack(NULL, &had);
     for (start(t, &c); !quit;) {
         struct timespec long_time = {.tv_sec = 1000};
@@ -331,7 +335,7 @@ static void *in_no_call(void *argument)
     return NULL;
 }
 
-/* Waits in the kernel where only a signal that kills wakes it. */
+/* Wait in the kernel where only a fatal signal wakes the thread. */
 static void *in_vfork(void *argument)
 {
     struct thread *t = argument;
@@ -359,7 +363,7 @@ static void *in_guest(void *argument)
         note(t, result, 0, 0);
         if (result == 0 && t->run->exit_reason != KVM_EXIT_IO && t->other++ == 0)
             snprintf(t->first, sizeof t->first, "exit reason %u", t->run->exit_reason);
-        if (t->other) /* do not run hot */
+        if (t->other) /* do not spin */
             usleep(1000);
     }
     return NULL;

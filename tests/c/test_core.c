@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The parser, kvmstats_read and process.c against their manuals, csrc/kvmstats.h and csrc/process.h. Link with layout.c,
- * sweep.c, process.c and -Wl,--wrap=pread,--wrap=pread64.
+ * test_core.c - the parser, kvmstats_read and process.c against their manuals, csrc/kvmstats.h and csrc/process.h
+ *
+ * Link with layout.c, sweep.c, process.c and -Wl,--wrap=pread,--wrap=pread64.
  *
  * Files are written byte by byte here, so that the core's byte order code does not vouch for itself. Every input lies
  * once right before and once right after a page that cannot be accessed, every output right before one.
@@ -38,7 +39,7 @@ static void check(int line, int good, const char *expression)
     printf("%s:%d: %s [%s]\n", __FILE__, line, expression, context);
 }
 
-/* ---- memory between two pages that cannot be touched ---- */
+/* ---- memory between two pages that cannot be accessed ---- */
 
 struct arena {
     uint8_t *begin, *end;
@@ -63,7 +64,7 @@ static struct arena new_arena(size_t room)
 enum { IMAGE_ROOM = 2 << 20, SERIES_HEADER = 80, MERGED_HEADER = 24 };
 
 struct statistic {
-    const char *name; /* cut to name_size, and then without NUL */
+    const char *name; /* cut at name_size, and then without NUL */
     uint32_t flags;
     int exponent;
     uint32_t size;
@@ -71,7 +72,7 @@ struct statistic {
     uint32_t bucket_size;
 };
 
-/* Where the header of a layout holds what. */
+/* Offsets of the header's fields in a layout. */
 struct fields {
     uint32_t header_size, name_size, num_desc, id_offset, desc_offset, data_offset;
 };
@@ -87,7 +88,7 @@ struct spec {
     const struct statistic *stats;
 };
 
-/* Out of order, with a hole in the data, a name without NUL in each layout, and the extremes of each field. */
+/* Not in order, with a gap in the data, a name without NUL in each layout, and the extremes of each field. */
 static const struct statistic standard_stats[] = {
     {"exits", 0x000, 0, 1, 0, 0},
     {"halt_wait_ns", 0x020, -9, 1, 24, 0},
@@ -186,7 +187,7 @@ static struct spec kind(int i)
     return standard(layouts[i / 2], i % 2);
 }
 
-/* Gaps and what stands behind a NUL are 0xCC: neither 0 nor anything that a reader could take for its own. */
+/* Gaps, and bytes after a NUL, are 0xCC: neither 0 nor anything that could pass for a field. */
 static size_t build_header(const struct spec *spec)
 {
     size_t size = spec->at->header_size;
@@ -204,7 +205,7 @@ static size_t build_header(const struct spec *spec)
     return size;
 }
 
-/* The data is written as far as there is room: the functions of layout.c do not look at it. */
+/* The data is included if there is room: the functions of layout.c do not read it. */
 static size_t build(const struct spec *spec)
 {
     size_t size = (size_t)prefix_of(spec);
@@ -256,7 +257,7 @@ static int read_header(int line, size_t size, int repair, struct kvmstats_header
     return status;
 }
 
-/* *descs: right before the page that cannot be touched. */
+/* *descs: right before the page that cannot be accessed. */
 static int read_descriptors(int line, size_t size, struct kvmstats_header *header, const struct kvmstats_desc **descs,
                             struct kvmstats_fault *fault)
 {
@@ -283,7 +284,7 @@ static int read_descriptors(int line, size_t size, struct kvmstats_header *heade
 
 /* ---- expectations ---- */
 
-/* Of the fault, what kvmstats.h promises for the code. */
+/* What kvmstats.h promises about the fault for this error. */
 static void check_fault(int line, int status, const struct kvmstats_fault *fault, enum kvmstats_error code,
                         const struct kvmstats_fault *want)
 {
@@ -375,7 +376,7 @@ static void check_descriptors(int line, const struct spec *spec, const struct kv
     }
 }
 
-/* The file is read, whole, as it was written; `repair` changes nothing. */
+/* The whole file is read as it was written; `repair` changes nothing. */
 static void accept(int line, const struct spec *spec)
 {
     size_t size = build(spec);
@@ -398,7 +399,7 @@ static void accept(int line, const struct spec *spec)
     }
 }
 
-/* The header alone is read as it was written, from no more than its own bytes. */
+/* The header alone is read as it was written, from just its own bytes. */
 static void accept_header(int line, const struct spec *spec, struct kvmstats_header *header)
 {
     struct kvmstats_fault fault;
@@ -438,7 +439,7 @@ static void reject_descriptors(int line, const struct spec *spec, enum kvmstats_
 #define REJECT_DESCRIPTORS(spec, code, ...) \
     reject_descriptors(__LINE__, &(spec), KVMSTATS_E_##code, (struct kvmstats_fault){__VA_ARGS__})
 
-/* ---- layout.c: what is read ---- */
+/* ---- layout.c: what is accepted ---- */
 
 static void test_layouts(void)
 {
@@ -448,7 +449,7 @@ static void test_layouts(void)
     }
 }
 
-/* The blocks of the merged layout in any order, touching or apart; name_size 5 makes their ends odd. */
+/* The blocks of the merged layout in any order, adjacent or not; name_size 5 gives them odd ends. */
 static struct spec arranged(int order, int big, uint32_t name_size, uint32_t gap)
 {
     static const int orders[6][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
@@ -517,7 +518,7 @@ static void test_name_sizes(void)
             spec.data_offset = (uint32_t)(desc_end_of(&spec) + 7) / 8 * 8;
             snprintf(context, sizeof context, "merged, big %d, name_size %u", big, good[i]);
             ACCEPT(spec);
-            /* The id elsewhere: the byte order is told by name_size alone. */
+            /* With the id elsewhere, only name_size shows the byte order. */
             spec.id_offset = (uint32_t)(spec.data_offset + data_size_of(&spec));
             ACCEPT(spec);
         }
@@ -558,7 +559,7 @@ static void test_counts(void)
     }
 }
 
-/* No descriptors: legal, in every layout, and both blocks are empty. */
+/* No descriptors is legal in every layout; both blocks are empty then. */
 static void test_no_descriptors(void)
 {
     for (int i = 0; i < KINDS; ++i) {
@@ -586,7 +587,7 @@ static void test_no_descriptors(void)
     for (int big = 0; big < 2; ++big) {
         struct spec spec = standard(KVMSTATS_LAYOUT_MERGED, big);
         spec.num_desc = 0;
-        /* Empty blocks may stand at either edge of the id, not inside. */
+        /* Empty blocks may lie at either end of the id, but not inside. */
         spec.desc_offset = spec.data_offset = MERGED_HEADER;
         ACCEPT(spec);
         spec.desc_offset = MERGED_HEADER + 40;
@@ -601,7 +602,7 @@ static void test_no_descriptors(void)
 
 /* ---- layout.c: what is refused ---- */
 
-/* Cut after every byte: never a crash, TRUNCATED where the cut is, and no more is asked for than the block needs. */
+/* Cut after every byte: no crash, TRUNCATED at the cut, and `limit` is no more than the block needs. */
 static void cut_everywhere(int line, const struct spec *spec)
 {
     size_t size = build(spec);
@@ -619,7 +620,7 @@ static void cut_everywhere(int line, const struct spec *spec)
         int status = read_header(line, length, 0, &header, &fault);
         snprintf(context + arrangement, sizeof context - arrangement, ", cut at %zu", length);
         if (length < spec->at->header_size) {
-            /* Before the layout is certain, the shorter header is all that can be asked for. */
+            /* Before the layout is known, `limit` can only be the end of the shorter header. */
             int uncertain = fault.limit == MERGED_HEADER && length < MERGED_HEADER;
             CHECK_AT(line, status == KVMSTATS_E_TRUNCATED);
             CHECK_AT(line, fault.offset == length);
@@ -671,7 +672,7 @@ static void test_truncation(void)
     CHECK(status == KVMSTATS_E_TRUNCATED && fault.offset == 0 && fault.limit == MERGED_HEADER);
 }
 
-/* The image fits no layout. Its byte order is unknown then, so the value is what this machine sees. */
+/* The image matches no layout. Its byte order is unknown then, so the value is in this machine's. */
 static void reject_layout(int line, size_t size, uint64_t offset)
 {
     struct kvmstats_header header;
@@ -758,7 +759,7 @@ static void test_count_defect(void)
             check_descriptors(__LINE__, &healthy, descs);
         }
 
-        /* Any other count that does not fit is a table that reaches into the data. */
+        /* Any other count that is too large makes the table extend into the data. */
         for (int step = -1; step <= 1; step += 2) {
             spec.num_desc = table + (uint32_t)step;
             REJECT_HEADER(spec, OVERLAP, .offset = 76, .block = KVMSTATS_BLOCK_DATA, .value = spec.data_offset,
@@ -784,7 +785,7 @@ static void test_count_defect(void)
             }
         }
     }
-    /* The layouts whose kernels never had the defect get no repair. */
+    /* There is no repair for the layouts whose kernels never had the defect. */
     for (int i = 4; i < KINDS; ++i) {
         struct spec spec = kind(i);
         struct kvmstats_header header;
@@ -810,7 +811,7 @@ static void test_block_align(void)
                 REJECT_HEADER(spec, BLOCK_ALIGN, .offset = 12, .block = KVMSTATS_BLOCK_ID, .value = spec.id_offset);
                 spec = kind(i);
             }
-            if (spec.layout != KVMSTATS_LAYOUT_V9) { /* there 80 is part of what tells the layout */
+            if (spec.layout != KVMSTATS_LAYOUT_V9) { /* whose layout is recognised by 80, among others */
                 spec.desc_offset += off;
                 REJECT_HEADER(spec, BLOCK_ALIGN, .offset = spec.at->desc_offset, .block = KVMSTATS_BLOCK_DESCRIPTORS,
                               .value = spec.desc_offset);
@@ -882,7 +883,7 @@ static void test_overlap(void)
     }
 }
 
-/* Data before another block, and too long for its place: found when the descriptors are known. */
+/* Data before another block and too long for the gap is found once the descriptors are known. */
 static void test_data_reaches_into_a_block(void)
 {
     for (int i = 0; i < 4; ++i)
@@ -984,7 +985,7 @@ static void test_data_sizes(void)
     }
 }
 
-/* The header is good, and its blocks end far behind the few bytes that there are. */
+/* The header is good, but its blocks end far beyond the few bytes of the file. */
 static void check_far(int line, const struct spec *spec, enum kvmstats_block block, uint64_t limit)
 {
     struct kvmstats_header header;
@@ -1037,7 +1038,7 @@ static void test_wrap(void)
         spec.data_offset = far;
         REJECT_HEADER(spec, OVERLAP, .offset = 20, .block = KVMSTATS_BLOCK_DATA, .value = far,
                       .other = KVMSTATS_BLOCK_ID, .limit = (uint64_t)far + 32);
-        /* The largest table there can be, behind everything else. */
+        /* The largest possible table, after everything else. */
         spec = standard(KVMSTATS_LAYOUT_MERGED, big);
         spec.name_size = 4096;
         spec.num_desc = 65536;
@@ -1115,7 +1116,7 @@ static void test_copy_values(void)
                 check_values(__LINE__, to, n, width, swapped);
                 CHECK(to[-1] == 0x123456789abcdef0);
 
-                /* Behind the last value nothing is written. */
+                /* Nothing is written after the last value. */
                 to = (uint64_t *)(void *)output.begin;
                 to[n] = 0x0fedcba987654321;
                 kvmstats_copy_values(from, width, swapped, n, to);
@@ -1127,15 +1128,15 @@ static void test_copy_values(void)
     kvmstats_copy_values(NULL, 4, 0, 0, NULL);
 }
 
-/* ---- sweep.c, on a pread that does what a script says ---- */
+/* ---- sweep.c: kvmstats_read, on a pread that follows a script ---- */
 
 struct step {
-    size_t most; /* bytes handed out, or ... */
+    size_t most; /* bytes returned, or ... */
     int error;   /* ... errno */
 };
 
 static struct {
-    const struct step *steps; /* when they are used up: whatever is asked for */
+    const struct step *steps; /* after the last: whatever is asked for */
     size_t left;
     uint64_t begin, end; /* the file's bytes are pattern(0), pattern(1) ... from begin on */
     int fd;
@@ -1172,7 +1173,7 @@ static ssize_t scripted_pread(int fd, void *buffer, size_t count, int64_t offset
         n = n < step.most ? n : step.most;
     }
     CHECK(at >= script.begin);
-    /* Each call asks for all that is missing, and for no byte behind the values. */
+    /* Each call asks for all that is missing, and for no byte after the values. */
     CHECK(at + count == script.first_offset + script.first_count);
     if (at >= script.end || at < script.begin)
         return 0;
@@ -1199,7 +1200,7 @@ ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset)
 
 enum { POSITION = 1472, FD = 7 };
 
-/* A source whose values end at the page that cannot be touched; the file has `bytes` bytes of data. */
+/* A source whose values end at the page that cannot be accessed; the file has `bytes` bytes of data. */
 static struct kvmstats_source new_source(uint32_t width, uint32_t swapped, uint64_t n, uint64_t bytes)
 {
     struct kvmstats_source source = {.fd = FD,
@@ -1292,7 +1293,7 @@ static void test_read_errors(void)
     source.fd = script.fd = -1;
     CHECK(kvmstats_read(&source) == -EBADF);
 
-    /* More than there are addresses: refused before any byte is asked for. */
+    /* More than there are addresses: refused before any byte is read. */
     static const uint64_t counts[] = {(uint64_t)(SIZE_MAX / 8) + 1, UINT64_MAX / 8 + 1, UINT64_MAX};
     for (size_t i = 0; i < LENGTH(counts); ++i)
         for (uint32_t width = 4; width <= 8; width += 4) {
@@ -1302,7 +1303,7 @@ static void test_read_errors(void)
             CHECK(script.calls == 0);
         }
 
-    /* Values behind 4 GiB of file. */
+    /* Values beyond 4 GiB in the file. */
     if (sizeof(off_t) == 8) {
         source = new_source(8, 0, 4, 32);
         source.position = script.begin = 0xfffffff8;
@@ -1315,7 +1316,7 @@ static void test_read_errors(void)
     }
 }
 
-/* What the kernel says of our own fds; a kernel without the calls, or a filter, says that. */
+/* With our own fds; the calls may be missing in the kernel, or filtered. */
 static void test_process(void)
 {
     int fd = open("/dev/null", O_RDONLY), copy = dup(fd), other = open("/dev/null", O_RDONLY);

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Sweeps and runs against their manuals, csrc/sweep.h and csrc/run.h. Link with layout.c, sweep.c, run.c, -pthread and
- * -Wl,--wrap=pread,--wrap=pread64. To be built with -fsanitize=thread too: readers, stoppers and the run meet only
- * through kvmstats_ready, kvmstats_release and kvmstats_stop, and files fail by script, not by a close during the run.
+ * test_run.c - sweeps and runs against their manuals, csrc/sweep.h and csrc/run.h
+ *
+ * Link with layout.c, sweep.c, run.c, -pthread and -Wl,--wrap=pread,--wrap=pread64. To be built with -fsanitize=thread
+ * too: readers, stoppers and the run meet only through kvmstats_ready, kvmstats_release and kvmstats_stop, and files
+ * fail by script, not by a close during the run.
  *
  * Value w of file i is i * 1000 + w, unless a test writes another.
  */
@@ -46,17 +48,17 @@ static void need(int good, const char *what)
     exit(1);
 }
 
-/* ---- files, and a pread that fails by script ---- */
+/* ---- files, and a pread that follows a script ---- */
 
 enum { FILES = 7, WORDS = 12, POSITION = 64, MOST_SLOTS = 4096, MOST_FD = 1024 };
 
 static int fds[FILES];
 
-/* By fd. After `left` more calls of pread: with error EINTR once, with any other for good. 0: no script. */
+/* By fd. pread fails after `left` more calls: once with EINTR, for good with any other error. error 0: it does not. */
 static struct script {
     long left;
     int error;
-    int split; /* every read is handed out in two pieces */
+    int split; /* every read returns in two pieces */
 } scripts[MOST_FD];
 static long calls;
 
@@ -65,7 +67,7 @@ ssize_t __real_pread64(int fd, void *buffer, size_t count, int64_t offset);
 ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset);
 ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset);
 
-/* A file is read by one thread at a time, so its script needs no lock; 0: read on, else what to return. */
+/* A file is read by one thread at a time, so its script needs no lock. Returns 0 to read, or what pread returns. */
 static ssize_t by_script(int fd, size_t *count)
 {
     __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED);
@@ -111,7 +113,7 @@ static void make_files(void)
     }
 }
 
-/* ---- one sampler, all of it in one struct, every buffer of its exact size on the heap (for the sanitizers) ---- */
+/* ---- a sampler in one struct; every buffer is on the heap in its exact size, for the sanitizers ---- */
 
 static const uint32_t picked[] = {5, 0, 9}; /* of the values from word 1 on */
 
@@ -209,16 +211,16 @@ static void nap(int64_t ns)
     clock_nanosleep(CLOCK_MONOTONIC, 0, &time, NULL);
 }
 
-/* ---- a run with others around it ---- */
+/* ---- a run, with a reader and a stopper ---- */
 
 struct reading {
     struct sampler *s;
-    int64_t pause;   /* ns with each chunk */
-    uint64_t most;   /* chunks to take; then read no more */
-    int ended;       /* set, atomically, when kvmstats_run is back */
+    int64_t pause;   /* ns spent on each chunk */
+    uint64_t most;   /* chunks to read, at most */
+    int ended;       /* set, atomically, when kvmstats_run has returned */
     uint64_t chunks; /* read */
     uint64_t sweeps, missed, overruns, zeros;
-    uint64_t last_tick; /* and the order of it all */
+    uint64_t last_tick; /* to check that both grow */
     int64_t last_time;
 };
 
@@ -236,7 +238,7 @@ static void read_chunk(struct reading *r)
         CHECK(r->sweeps == 0 || run->tick[slot] > r->last_tick);
         CHECK(r->sweeps == 0 || run->time[slot] >= r->last_time);
         CHECK(run->sweep_ns[slot] >= 0);
-        if (run->interval) { /* not early, and no tick that another has overtaken */
+        if (run->interval) { /* neither early, nor after the next tick was due */
             int64_t due = run->start + (int64_t)run->tick[slot] * run->interval;
             CHECK(run->time[slot] >= due);
             CHECK(run->time[slot] < due + run->interval || run->tick[slot] == run->ticks - 1);
@@ -259,7 +261,7 @@ static void *read_all(void *argument)
     struct reading *r = argument;
 
     for (;;) {
-        int ended = __atomic_load_n(&r->ended, __ATOMIC_ACQUIRE); /* before what is ready is looked at */
+        int ended = __atomic_load_n(&r->ended, __ATOMIC_ACQUIRE); /* read before kvmstats_ready */
         if (r->chunks < r->most && kvmstats_ready(&r->s->run) > r->chunks) {
             if (r->pause)
                 nap(r->pause);
@@ -276,8 +278,8 @@ static void *read_all(void *argument)
 
 struct stopper {
     struct kvmstats_run *run;
-    long calls;        /* of pread that it waits for, */
-    int64_t after, at; /* and how many ns after those; when it stopped */
+    long calls;        /* of pread to wait for */
+    int64_t after, at; /* ns to wait then; when it stopped */
 };
 
 static void *stop_later(void *argument)
@@ -305,7 +307,7 @@ static int run_with(struct reading *reading, struct stopper *stopper)
     return status;
 }
 
-/* All that was taken was read, and all that was not taken was missed. */
+/* All sweeps that were taken were read, and all other ticks were missed. */
 static void check_accounts(const struct reading *r, uint64_t ticks)
 {
     const struct kvmstats_run *run = &r->s->run;
@@ -332,7 +334,7 @@ static void test_sweep(void)
     for (uint64_t i = 0; i < FILES; ++i)
         CHECK(row_is(s, i, 0, 0));
 
-    /* One pread a file; more only where it is interrupted or handed out in pieces. */
+    /* One pread per file; more only if it is interrupted or returns in pieces. */
     calls = 0;
     CHECK(kvmstats_sweep(&s->sweep) == 0);
     CHECK(calls == FILES);
@@ -345,7 +347,7 @@ static void test_sweep(void)
         CHECK(row_is(s, i, 0, 0));
     memset(scripts, 0, sizeof scripts);
 
-    /* Files fail, each for its own reason, and are tried again by the next sweep. */
+    /* Files fail, each for a different reason, and the next sweep tries them again. */
     scripts[fds[0]] = (struct script){.error = EIO};
     s->sources[3].fd = -1;
     need(ftruncate(fds[4], POSITION + 20) == 0, "ftruncate");
@@ -363,17 +365,17 @@ static void test_sweep(void)
     for (uint64_t i = 0; i < FILES; ++i)
         CHECK(s->files[i].error == 0 && row_is(s, i, 0, 0));
 
-    /* In use elsewhere. */
+    /* In use by another owner. */
     CHECK(kvmstats_lock(&s->sweep, 7) == 0);
     CHECK(kvmstats_lock(&s->sweep, 7) == -EBUSY);
-    kvmstats_unlock(&s->sweep, 8); /* not its owner */
+    kvmstats_unlock(&s->sweep, 8); /* not the owner */
     CHECK(kvmstats_sweep(&s->sweep) == -EBUSY);
     kvmstats_unlock(&s->sweep, 7);
     CHECK(kvmstats_sweep(&s->sweep) == 0);
     end_sampler(s);
 }
 
-/* As fast as possible: every sweep is taken, in order, however few chunks there are, however many threads. */
+/* As fast as possible: every sweep is taken, in order, with any number of chunks and threads. */
 static void test_interval_0(void)
 {
     static const uint64_t shapes[][2] = {{1, 1}, {1, 3}, {7, 1}, {10, 4}}; /* chunk, depth */
@@ -394,7 +396,7 @@ static void test_interval_0(void)
         }
 }
 
-/* A schedule that can be kept, and one that cannot: taken + missed are all ticks, and no tick comes early. */
+/* Schedules that can be kept, and that cannot: taken + missed are all ticks, and no tick is early. */
 static void test_schedule(void)
 {
     static const int64_t intervals[] = {1, 3000, 200000};
@@ -417,7 +419,7 @@ static void test_schedule(void)
             }
 }
 
-/* A reader that is slow, or stops reading: the ring overruns, and every lost tick is counted. */
+/* A reader that is slow, or stops reading: the ring overruns, and every missed tick is counted. */
 static void test_overruns(void)
 {
     uint64_t overruns = 0;
@@ -434,7 +436,7 @@ static void test_overruns(void)
             CHECK(s->run.overruns <= s->run.missed);
             overruns += s->run.overruns;
             CHECK(s->run.head - s->run.tail <= depth);
-            if (most == 1) { /* nobody reads: what fills the ring, and no more */
+            if (most == 1) { /* only what fills the ring */
                 CHECK(r.chunks == 1 && s->run.head <= 1 + depth && s->run.taken <= 2 * (1 + depth));
                 CHECK(r.sweeps == 2);
             } else {
@@ -445,7 +447,7 @@ static void test_overruns(void)
 
     CHECK(overruns > 0);
 
-    /* Without a schedule the run waits for its reader; a stop ends that too. */
+    /* Without a schedule the run waits for its reader, until it is stopped. */
     struct sampler *s = new_sampler(2, 1, 4, 2);
     struct reading r = {.s = s, .most = 0};
     struct stopper stopper = {.run = &s->run, .calls = calls + 8 * 2, .after = 20000000};
@@ -482,7 +484,7 @@ static void test_failures(void)
             end_sampler(s);
         }
 
-    /* No file is left: the run ends with the sweep that says so. */
+    /* The run ends with the sweep in which the last file fails. */
     struct sampler *s = new_sampler(2, 2, 8, 1);
     struct reading r = {.s = s, .most = UINT64_MAX};
     snprintf(context, sizeof context, "no file left");
@@ -494,7 +496,7 @@ static void test_failures(void)
     CHECK(s->run.taken == 6 && r.sweeps == 6 && r.zeros == 4 + 1 && s->files[1].failed_at == 5);
     end_sampler(s);
 
-    /* A file that becomes shorter, in a run: after how many bytes it ends. */
+    /* A file that is too short: `got` says after how many bytes it ends. */
     s = new_sampler(2, 1, 4, 1);
     r = (struct reading){.s = s, .most = UINT64_MAX};
     snprintf(context, sizeof context, "a short file");
@@ -507,7 +509,7 @@ static void test_failures(void)
     end_sampler(s);
 }
 
-/* Stopped, from a third thread, far from the next tick and in the middle of work; ended by time. */
+/* Stopped by a third thread, long before the next tick and between sweeps; and ended by its duration. */
 static void test_stop(void)
 {
     static const int64_t intervals[] = {0, 20000, 3600000000000};
@@ -521,19 +523,19 @@ static void test_stop(void)
             s->run.interval = intervals[i];
             s->run.wait = waits[w];
             CHECK(run_with(&r, &stopper) == 0);
-            int prompt = now_ns() - stopper.at < 500000000; /* 20 ms, on a machine that lets us run */
+            int prompt = now_ns() - stopper.at < 500000000; /* 20 ms, if the machine is free */
             CHECK(s->run.taken >= 1 && r.sweeps == s->run.taken && r.chunks == s->run.head);
             CHECK(r.zeros == 0);
             if (intervals[i] == 3600000000000)
                 CHECK(s->run.taken == 1 && s->run.missed == 0 && s->run.chunks[0].used == 1);
             if (!prompt && ++tries < 3)
-                --i; /* it may not have let us */
+                --i; /* it may not have run us */
             else
                 CHECK(prompt);
             end_sampler(s);
         }
 
-    /* Before it starts. */
+    /* Stopped before it starts. */
     struct sampler *s = new_sampler(1, 4, 5, 1);
     snprintf(context, sizeof context, "stopped before");
     kvmstats_stop(&s->run);
@@ -551,7 +553,7 @@ static void test_stop(void)
         CHECK(now_ns() - begin >= 20000000);
         CHECK(r.sweeps == s->run.taken);
         CHECK(r.last_time < s->run.start + 20000000);
-        int many = s->run.taken > 1; /* on a machine that lets us run meanwhile */
+        int many = s->run.taken > 1; /* if the machine is free */
         end_sampler(s);
         if (many)
             break;
@@ -559,11 +561,11 @@ static void test_stop(void)
     }
 }
 
-/* The eventfd is told of every chunk and of the end; a run that could not start says so there too. */
+/* The eventfd is signalled for every chunk and at the end. */
 static void test_event(void)
 {
     struct sampler *s = new_sampler(1, 1, 4, 8);
-    uint64_t told = 0;
+    uint64_t signalled = 0;
 
     snprintf(context, sizeof context, "eventfd");
     s->run.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -571,12 +573,12 @@ static void test_event(void)
     s->run.ticks = 10;
     CHECK(kvmstats_run(&s->run) == 0);
     CHECK(s->run.head == 3 && s->run.chunks[2].used == 2);
-    CHECK(read(s->run.event_fd, &told, sizeof told) == sizeof told && told == 3 + 1);
+    CHECK(read(s->run.event_fd, &signalled, sizeof signalled) == sizeof signalled && signalled == 3 + 1);
 
-    /* Full: the run goes on. */
-    told = UINT64_MAX - 1;
-    need(write(s->run.event_fd, &told, sizeof told) == sizeof told, "write");
-    kvmstats_release(&s->run, 4); /* more than are ready: nothing is done with */
+    /* With a full eventfd the run continues. */
+    signalled = UINT64_MAX - 1;
+    need(write(s->run.event_fd, &signalled, sizeof signalled) == sizeof signalled, "write");
+    kvmstats_release(&s->run, 4); /* more than are ready: ignored */
     CHECK(s->run.tail == 0);
     kvmstats_release(&s->run, 2);
     CHECK(kvmstats_run(&s->run) == 0);

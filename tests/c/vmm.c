@@ -39,7 +39,7 @@ enum {
     FIRST_HELD = 512,
     THREADS = 16,
 };
-#define GET_REGS 0x8090AE81U /* bit 31 set: an int of it is negative */
+#define GET_REGS 0x8090AE81U /* bit 31 is set: as an int it is negative */
 
 static int kvm;
 
@@ -49,7 +49,7 @@ static void say(const char *what, long result)
 {
     int error = errno;
     printf("%s: %ld, errno %d\n", what, result, error);
-    errno = 77; /* what a call that succeeds must leave alone */
+    errno = 77; /* must survive a call that succeeds */
 }
 
 /* Returns how many fds there are from 512 on; prints that, and with `aloud` the fds below. */
@@ -236,7 +236,7 @@ static void forks(void)
     }
     waitpid(check(child, "vfork"), NULL, 0);
 
-    /* A child that closes what the parent keeps, in the parent's memory. */
+    /* A child that closes, in the parent's memory, fds that stay open in the parent. */
     static int i; /* not in a register, which the child could change */
     for (; i < 20; ++i) {
         child = vfork();
@@ -438,7 +438,7 @@ int main(int count, char **words)
         list_fds();
         return 0;
     }
-    syscall(SYS_close_range, 3U, ~0U, 0U); /* as some VMMs begin */
+    syscall(SYS_close_range, 3U, ~0U, 0U); /* some VMMs start like this */
     kvm = check(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm");
     for (size_t i = 0; count == 2 && i < sizeof modes / sizeof *modes; ++i) {
         if (strcmp(words[1], modes[i].name) == 0) {
