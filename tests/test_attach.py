@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,9 @@ import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.cli import main
 from kvmstats_fast.vmm import borrow as borrowing
-
-attach_module = import_module("kvmstats_fast.vmm.machine")
+from kvmstats_fast.vmm import machine as machine_module
+from kvmstats_fast.vmm import proc as proc_module
+from kvmstats_fast.vmm.watch import WATCHER
 
 #: A VMM that holds its stats files: says when it is ready, then does as it is told.
 HOLDER = """
@@ -141,7 +141,9 @@ def test_a_vmm_that_holds_nothing_is_refused_with_the_ways_there_are(resources):
     """So is a process without a VM, one that is not there, and this one's own pid is no special case."""
     holder = Holder(resources, hold="nothing")
     fds = open_fds()
-    with pytest.raises(kf.AttachError, match=r"holds no stats files.*launch\(\).*QEMU 8\.1.*send_files.*inject=True"):
+    with pytest.raises(
+        kf.AttachError, match=r"holds no stats files.*launch\(\).*QEMU 8\.1.*send_files.*inherited_files.*inject=True"
+    ):
         kf.attach(holder.pid)
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         with pytest.raises(kf.AttachError, match=f"process {sleeper.pid} has no VM"):
@@ -179,7 +181,8 @@ def test_refresh_adds_what_is_new_and_closes_what_the_vmm_closed(resources):
 def test_refresh_keeps_its_files_when_the_vmm_opens_them_once_more(holder, monkeypatch, has_kcmp):
     """Even at lower numbers, and where the kernel does not tell duplicates: a run goes on with what it has."""
     if not has_kcmp:
-        monkeypatch.setattr(borrowing, "lib", NoKcmp())
+        for module in (borrowing, proc_module):
+            monkeypatch.setattr(module, "lib", NoKcmp())
     with kf.attach(holder.pid) as machine:
         files = machine.files
         assert len(files) == 3
@@ -370,20 +373,21 @@ def test_an_attach_that_fails_half_way_leaves_nothing(holder, monkeypatch):
     def fails(*_):
         raise OSError(errno.EMFILE, "too many")
 
-    for where, what in ((attach_module, "describe"), (attach_module._WATCHER, "add")):
+    for where, what in ((machine_module, "describe"), (machine_module.WATCHER, "add")):
         with monkeypatch.context() as patch:
             patch.setattr(where, what, fails)
-            with pytest.raises(OSError, match="too many"):
+            with pytest.raises(OSError, match=r"(?i)too many"):
                 kf.attach(holder.pid)
         assert open_fds() == fds
 
-    def exits(pid):
+    def exits(*arguments):
+        about = describe(*arguments)
         holder.process.kill()
         holder.process.wait()
-        return describe(pid)
+        return about
 
-    describe = attach_module.describe
-    monkeypatch.setattr(attach_module, "describe", exits)
+    describe = machine_module.describe
+    monkeypatch.setattr(machine_module, "describe", exits)
     with pytest.raises(kf.VmGoneError):
         kf.attach(holder.pid)
     assert open_fds() == fds
@@ -393,14 +397,14 @@ def test_an_attach_that_fails_half_way_leaves_nothing(holder, monkeypatch):
 def test_a_machine_that_is_closed_while_it_is_refreshed_stays_closed(holder, monkeypatch):
     """As a signal handler may do: refresh says so, and what it had borrowed is closed."""
     machine = kf.attach(holder.pid)
-    links, borrow = len(stats_fds()), attach_module.borrow
+    links, borrow = len(stats_fds()), machine_module.borrow
 
-    def closing(pid, **_):
-        files = borrow(pid)
+    def closing(*arguments, **_):
+        files = borrow(*arguments)
         machine.close()
         return files
 
-    monkeypatch.setattr(attach_module, "borrow", closing)
+    monkeypatch.setattr(machine_module, "borrow", closing)
     with pytest.raises(ValueError, match="is closed"):
         machine.refresh()
     assert len(stats_fds()) == links - 3
@@ -412,16 +416,17 @@ def test_the_watch_does_not_mix_up_reused_numbers(resources):
     """A machine whose pidfd has the number of one whose VMM has just exited lives on."""
     one, other = Holder(resources, 1), Holder(resources, 1)
     first, second = kf.attach(one.pid), resources.enter_context(kf.attach(other.pid))
-    watcher, number = attach_module._WATCHER, first._pidfd
-    with watcher.lock:
+    number = first._watched.process.fileno()
+    with WATCHER.lock:
         one.end()
         time.sleep(0.05)  # the watcher has heard of it, and waits for the lock
         first.close()
-        while (pidfd := os.pidfd_open(other.pid)) != number:
-            resources.callback(os.close, pidfd)
-        watcher.close(second._pidfd)
-        second._pidfd = number
-        watcher.add(number, second)
+        taken = []
+        while (again := proc_module.Process.hold(other.pid)).fileno() != number:
+            taken.append(again)
+        second._watched.close()
+        second._watched.process = again
+        WATCHER.add(second._watched)
     time.sleep(0.05)
     assert second.alive
     second.vm.read()

@@ -1,6 +1,7 @@
 """Stats files of another process, and why they cannot be had."""
 
 import errno
+import inspect
 import os
 import re
 import signal
@@ -19,9 +20,19 @@ import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.testing import exit_counter
 from kvmstats_fast.vmm import borrow as borrow_module
+from kvmstats_fast.vmm import proc as proc_module
 from kvmstats_fast.vmm import refusal as permission
-from kvmstats_fast.vmm.borrow import borrow
 from kvmstats_fast.vmm.refusal import Facts, explain, explain_refusal
+
+
+def borrow(pid):
+    """Borrow all stats files of a process."""
+    with borrow_module.hold_process(pid) as process:
+        return borrow_module.borrow(process, borrow_module.list_files(process))
+
+
+#: The same, for a child.
+BORROW = "from kvmstats_fast.vmm import borrow as borrow_module\n" + inspect.getsource(borrow)
 
 #: A VMM: what it does before it waits is inserted; each line of its stdin is run.
 HOLDER = """
@@ -68,9 +79,9 @@ def holder(before=""):
 
 
 @contextmanager
-def borrowed(pid, fds=None):
+def borrowed(pid):
     with ExitStack() as stack:
-        yield [stack.enter_context(file) for file in borrow(pid, fds)]
+        yield [stack.enter_context(file) for file in borrow(pid)]
 
 
 @pytest.mark.real_vm
@@ -88,24 +99,6 @@ def test_borrowed_files_give_the_values_of_the_vm_as_it_runs():
         assert after[1] >= before[1] + 500
         other.end()
         assert files[2].snapshot()[counter] == after[1]
-
-
-@pytest.mark.real_vm
-def test_fds_that_are_named_are_borrowed_in_that_order():
-    """What is asked for is what comes, twice if asked twice; what is no stats file, or not open, is refused by name."""
-    with holder("other = os.open('/dev/null', os.O_RDONLY); files.append(os.fdopen(other))") as other:
-        vm, first, second, null = other.fds
-        with borrowed(other.pid, [second, vm, second]) as files:
-            assert [file.vcpu_id for file in files] == [1, None, 1]
-        with borrowed(other.pid, []) as files:
-            assert files == []
-        fds = open_fds()
-        with pytest.raises(kf.AttachError, match=f"fd {null} of process {other.pid} is no stats file but /dev/null"):
-            borrow(other.pid, [first, null])
-        with pytest.raises(kf.AttachError, match=f"process {other.pid} has no fd 999 open") as caught:
-            borrow(other.pid, [first, 999])
-        assert caught.value.errno == errno.EBADF
-        assert open_fds() == fds
 
 
 @pytest.mark.real_vm
@@ -143,7 +136,7 @@ def test_a_process_without_stats_files_gives_none():
 def test_one_s_own_files_can_be_borrowed_too(guest, stats):
     """The process may be this one."""
     guest.run(3)
-    with borrowed(os.getpid(), [file.fileno() for file in stats]) as files:
+    with borrowed(os.getpid()) as files:
         for file, own in zip(files, stats, strict=True):
             assert np.array_equal(file.read(), own.read())
 
@@ -176,17 +169,16 @@ def test_a_pid_that_became_another_process_is_not_taken_for_it(monkeypatch, befo
     """What /proc shows of a pid that was handed out anew is not used: the first process is known to have ended."""
     gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     with holder(before) as other:
-        listdir, readlink = os.listdir, borrow_module.Path.readlink
+        look = proc_module.Process.kvm_files
 
-        def handed_out_anew(path):
+        def handed_out_anew(process):
             gone.communicate()
-            return listdir(str(path).replace(str(gone.pid), str(other.pid)))
+            process.pid = process._tid = other.pid
+            files = look(process)
+            process.pid = gone.pid
+            return files
 
-        def of_the_new(path):
-            return readlink(borrow_module.Path(str(path).replace(str(gone.pid), str(other.pid))))
-
-        monkeypatch.setattr(os, "listdir", handed_out_anew)
-        monkeypatch.setattr(borrow_module.Path, "readlink", of_the_new)
+        monkeypatch.setattr(proc_module.Process, "kvm_files", handed_out_anew)
         with pytest.raises(kf.VmGoneError, match=f"process {gone.pid} has ended"):
             borrow(gone.pid)
 
@@ -198,11 +190,11 @@ def test_a_process_that_ends_while_it_is_borrowed_from_is_gone(monkeypatch):
         take = borrow_module._take
         taken = []
 
-        def ends_after_the_first(pid, pidfd, fd):
+        def ends_after_the_first(process, file):
             if taken:
                 other.end()
-            taken.append(fd)
-            return take(pid, pidfd, fd)
+            taken.append(file)
+            return take(process, file)
 
         monkeypatch.setattr(borrow_module, "_take", ends_after_the_first)
         fds = open_fds() - 2  # the pipes to it
@@ -213,23 +205,20 @@ def test_a_process_that_ends_while_it_is_borrowed_from_is_gone(monkeypatch):
 
 @pytest.mark.real_vm
 @pytest.mark.parametrize("then", ["", "; os.dup2(0, {fd})"], ids=["closed", "another file by now"])
-def test_an_fd_that_is_closed_meanwhile_is_left_out_or_named(monkeypatch, then):
-    """Of all files that one is missing; by number it is an error; a file that took its number is not touched."""
+def test_an_fd_that_is_closed_meanwhile_is_left_out(monkeypatch, then):
+    """The other files are had, and a file that took its number is not touched."""
     with holder() as other:
-        links = borrow_module._links
+        look = proc_module.Process.kvm_files
         fd = other.fds[1]
 
-        def closes_then(pid, pidfd):
-            found = links(pid, pidfd)
+        def closes_then(process):
+            found = look(process)
             other.do(f"os.close({fd})" + then.format(fd=fd))
             return found
 
-        monkeypatch.setattr(borrow_module, "_links", closes_then)
+        monkeypatch.setattr(proc_module.Process, "kvm_files", closes_then)
         with borrowed(other.pid) as files:
             assert [file.vcpu_id for file in files] == [None, 1]
-        monkeypatch.setattr(borrow_module, "_links", lambda *_: {fd: "anon_inode:[kvm-vcpu-stats:0]"})
-        with pytest.raises(kf.AttachError, match=f"closed its fd {fd}"):
-            borrow(other.pid, [fd])
 
 
 def test_a_thread_and_no_pid_are_refused():
@@ -246,9 +235,17 @@ def test_a_thread_and_no_pid_are_refused():
     finally:
         end.set()
         thread.join()
-    for pid in (0, -1):
-        with pytest.raises(ValueError, match="is no pid"):
+    for pid in (0, -1, 2**31, 2**70):
+        with pytest.raises(ValueError, match=f"{pid} is not a pid"):
             borrow(pid)
+
+
+@pytest.mark.parametrize("pid", ["web", "17", None, 1.5, True, [1], b"1"], ids=repr)
+@pytest.mark.parametrize("options", [{}, {"inject": True}], ids=repr)
+def test_what_is_no_number_is_not_a_pid(pid, options):
+    """A name, a fraction or a truth value gets a sentence that says what to pass."""
+    with pytest.raises(TypeError, match=rf"^{re.escape(repr(pid))} is not a pid: pass the number .* find_vms"):
+        kf.attach(pid, **options)
 
 
 def test_the_core_tells_what_the_kernel_says():
@@ -278,6 +275,7 @@ ME = {"my_ids": (1000, 100), "ids": (1000, 1000, 1000, 100, 100, 100)}
     ("facts", "reason", "first", "last"),
     [
         ({"errno": errno.ENOSYS}, "came with Linux 5.6", "SCM_RIGHTS", "newer kernel"),
+        ({"errno": errno.ENOTSUP}, "the first thread of process 7 has ended", "SCM_RIGHTS", "newer kernel"),
         ({"errno": errno.EMFILE}, "this process has as many files", "ulimit -n", "ulimit -n"),
         ({"errno": errno.ENFILE}, "the machine has as many files", "fs.file-max", "fs.file-max"),
         ({"errno": errno.ESRCH, "visible": False}, "has ended, or is not to be seen", "NSpid", "nsenter"),
@@ -293,7 +291,7 @@ ME = {"my_ids": (1000, 100), "ids": (1000, 1000, 1000, 100, 100, 100)}
         ({"yama": 3}, "ptrace_scope is 3: nobody", "SCM_RIGHTS", "next boot"),
         ({"yama": 3, "capable": True}, "ptrace_scope is 3: nobody", "SCM_RIGHTS", "next boot"),
         ({"yama": 2, "descendant": True}, "ptrace_scope is 2: only CAP_SYS_PTRACE", "SCM_RIGHTS", "ptrace_scope=1"),
-        ({"yama": 1}, "process 7 is none of this one's", "kvmstats run", "ptrace_scope=0"),
+        ({"yama": 1}, "process 7 is not one of this process' children", "kvmstats run", "ptrace_scope=0"),
         (
             {"yama": 1, "descendant": True, "more_capable": True},
             "capabilities that this one lacks",
@@ -336,7 +334,7 @@ def test_each_refusal_has_its_reason_and_the_least_remedy_first(facts, reason, f
 def test_every_row_of_the_table_is_reached():
     """Each row is the answer to some facts: none stands behind a row that takes all of its cases."""
     values = {
-        "errno": [errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EMFILE, errno.ENFILE, errno.ESRCH],
+        "errno": [errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EMFILE, errno.ENFILE, errno.ESRCH],
         "visible": [True, False],
         "ids": [ME["ids"], (5, 5, 5, 6, 6, 6), (1000, 0, 0, 100, 100, 100)],
         "capable": [False, True],
@@ -359,8 +357,9 @@ def test_every_row_of_the_table_is_reached():
 def as_other(code, *arguments, uid=NOBODY, gid=NOBODY):
     """Run Python code in a child that has become another user; what it printed."""
     become = (
-        "import os, sys\nimport kvmstats_fast as kf\nfrom kvmstats_fast.vmm.borrow import borrow\n"
-        "from kvmstats_fast.vmm import refusal as permission\nfrom kvmstats_fast.stats_file import StatsFile\n"
+        "import os, sys\nimport kvmstats_fast as kf\n"
+        + BORROW
+        + "from kvmstats_fast.vmm import refusal as permission\nfrom kvmstats_fast.stats_file import StatsFile\n"
         f"os.setgroups([]); os.setresgid({gid}, {gid}, {gid}); os.setresuid({uid}, {uid}, {uid})\n"
     )
     command = [sys.executable, "-c", become + code, *map(str, arguments)]
@@ -431,7 +430,7 @@ def test_more_capabilities_are_told(sleeper):
 def test_a_process_without_the_capability_that_root_has_is_told(sleeper):
     """Root in a container without CAP_SYS_PTRACE meets a process of another user."""
     process = sleeper(f"os.setgroups([]); os.setresgid(7, 7, 7); os.setresuid({NOBODY}, {NOBODY}, {NOBODY})")
-    code = "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.vmm.borrow import borrow\n"
+    code = "import sys, kvmstats_fast as kf\n" + BORROW
     code += "try: borrow(int(sys.argv[1]))\nexcept kf.AttachError as error: print(error.strerror)"
     drop = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
     command = [*drop, sys.executable, "-c", code, str(process.pid)]
@@ -499,8 +498,9 @@ def test_yama_is_read_where_there_is_one(monkeypatch, tmp_path):
 def test_a_process_in_another_pid_namespace_is_not_visible():
     """A child that is first in a pid namespace of its own does not see the pids of this one."""
     code = (
-        "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.vmm.borrow import borrow\n"
-        "try: borrow(int(sys.argv[1]))\nexcept kf.VmGoneError as error: print(error.strerror)"
+        "import sys, kvmstats_fast as kf\n"
+        + BORROW
+        + "try: borrow(int(sys.argv[1]))\nexcept kf.VmGoneError as error: print(error.strerror)"
     )
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code, str(os.getpid())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -522,15 +522,16 @@ def test_a_proc_of_another_pid_namespace_is_not_believed(inject):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no pid namespace can be made here: {done.stderr.strip()}")
-    assert "/proc is not that of this process' pid namespace" in done.stdout
+    assert "/proc belongs to another pid namespace" in done.stdout
 
 
 @needs_root
 def test_root_of_a_user_namespace_is_told_that_its_capabilities_do_not_count():
     """As in a container without root that sees the host's processes: it has all capabilities, and may do nothing."""
     code = (
-        "import sys, kvmstats_fast as kf\nfrom kvmstats_fast.vmm.borrow import borrow\n"
-        "try: borrow(int(sys.argv[1]))\nexcept kf.AttachError as error: print(error.strerror)"
+        "import sys, kvmstats_fast as kf\n"
+        + BORROW
+        + "try: borrow(int(sys.argv[1]))\nexcept kf.AttachError as error: print(error.strerror)"
     )
     command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code, str(os.getpid())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -546,8 +547,8 @@ def test_another_user_may_be_given_what_it_may_not_take(guest, stats):
     guest.run(5)
     fd = os.dup(stats[1].fileno())
     os.set_inheritable(fd, True)
-    code = "import os, sys\nimport kvmstats_fast as kf\nos.setresuid(65534, 65534, 65534)\n"
-    code += f"print(kf.StatsFile(int(sys.argv[1])).snapshot()['{exit_counter()}'])"
+    code = "import os, sys\nfrom kvmstats_fast import StatsFile\nos.setresuid(65534, 65534, 65534)\n"
+    code += f"print(StatsFile(int(sys.argv[1])).snapshot()['{exit_counter()}'])"
     command = [sys.executable, "-W", "ignore", "-c", code, str(fd)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, pass_fds=[fd])
     os.close(fd)

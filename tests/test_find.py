@@ -31,7 +31,7 @@ class Proc:
     def __init__(self, root):
         self.root = root
 
-    def add(self, pid, arguments, links, *, exe=None, comm=None, uid=1000, start_time=4711):
+    def add(self, pid, arguments, links, *, exe=None, comm=None, uid=1000, start_time=4711, flags=0):
         """Add a process; `links` are what its fds are, from 0 on."""
         folder = self.root / str(pid)
         (folder / "fd").mkdir(parents=True)
@@ -44,7 +44,7 @@ class Proc:
             (folder / "exe").symlink_to(exe or program)
         comm = comm or program.rpartition("/")[2][:15]
         (folder / "comm").write_bytes(comm.encode() + b"\n")
-        (folder / "stat").write_text(f"{pid} ({comm}) S 1 " + "7 " * 17 + f"{start_time} 99 98\n")
+        (folder / "stat").write_text(f"{pid} ({comm}) S 1 7 7 7 7 {flags} " + "7 " * 12 + f"{start_time} 99 98\n")
         (folder / "status").write_text(f"Name:\t{comm}\nUid:\t{uid}\t0\t0\t0\nGid:\t5\t5\t5\t5\n")
         return folder
 
@@ -384,7 +384,7 @@ def test_each_refusal_says_why(monkeypatch, tmp_path, error, words):
     """The reason that attach would give, without the remedies. Old kernels and limits are reasons, too."""
     (tmp_path / "ptrace_scope").write_text("3\n")
     monkeypatch.setattr("kvmstats_fast.vmm.refusal._YAMA", tmp_path / "ptrace_scope")
-    monkeypatch.setattr("kvmstats_fast.vmm.find.lib", type("Lib", (), {"kvmstats_getfd": lambda *_: -error}))
+    monkeypatch.setattr("kvmstats_fast.vmm.proc.lib", type("Lib", (), {"kvmstats_getfd": lambda *_: -error}))
     assert may_attach(os.getpid()) == f"pidfd_getfd: {words}"
 
 

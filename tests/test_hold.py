@@ -23,8 +23,7 @@ from qemu import HOLDS_VCPUS, Qmp, arguments, needs_qemu, until
 
 import kvmstats_fast as kf
 from kvmstats_fast.vmm import hold
-from kvmstats_fast.vmm.borrow import borrow
-from kvmstats_fast.vmm.find import describe
+from kvmstats_fast.vmm.proc import Process
 
 TESTS = Path(__file__).parent
 VMM = TESTS / "c" / "vmm.c"
@@ -515,12 +514,11 @@ def same_as_qemu_says(process, monitor):
     """Borrow everything of a VM that is stopped, and compare each number."""
 
     def held():
-        found = describe(process.pid)
-        return found is not None and len(found.held) == (9 if HOLDS_VCPUS else 5)
+        return sum(file.is_stats for file in Process(process.pid).kvm_files()) == (9 if HOLDS_VCPUS else 5)
 
     assert until(held)
-    files = borrow(process.pid)
-    try:
+    with kf.attach(process.pid) as machine:
+        files = machine.files
         assert [(file.kind, file.vcpu_id) for file in files] == [("vm", None), *(("vcpu", i) for i in range(4))]
         assert until(lambda: files[1].snapshot()["exits"])
         monitor("stop")
@@ -533,9 +531,6 @@ def same_as_qemu_says(process, monitor):
         assert [set(one) for one in said] == [set(one) for one in before]
         assert said == before
         assert before[1]["exits"] > 0
-    finally:
-        for file in files:
-            file.close()
 
 
 @pytest.mark.real_vm

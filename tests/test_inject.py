@@ -24,7 +24,9 @@ import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.vmm import inject
-from kvmstats_fast.vmm.inject import Result, open_missing
+from kvmstats_fast.vmm.borrow import hold_process
+from kvmstats_fast.vmm.inject import Result
+from kvmstats_fast.vmm.proc import Process
 
 # The full counts: KVMSTATS_INJECT_ROUNDS=200, some ten minutes.
 ROUNDS = int(os.environ.get("KVMSTATS_INJECT_ROUNDS", "6"))
@@ -73,9 +75,15 @@ def borrow(pid, fd):
         os.close(pidfd)
 
 
+def open_missing(pid, **options):
+    """inject.open_missing, for a pid."""
+    with hold_process(pid) as process:
+        return inject.open_missing(process, **options)
+
+
 def vmm_of(pid, seconds=30):
     """The inside of open_missing, ready to use."""
-    vmm = inject._Vmm(pid, time.monotonic() + seconds)
+    vmm = inject.Injection(Process.hold(pid), time.monotonic() + seconds)
     vmm.call, vmm.restorer = vmm.find_code()
     return vmm
 
@@ -97,7 +105,7 @@ class Qemu:
         self.pid = self.process.pid
         self.qmp = Qmp(path, self.process)
         self.word = self.qmp.word
-        until(lambda: len(inject._Vmm(self.pid, 0).files()[0]) == 5)
+        until(lambda: sum(not file.is_stats for file in Process(self.pid).kvm_files()) == 5)
 
     def runs(self):
         """Whether the VM is running."""
@@ -185,11 +193,11 @@ def test_the_same_qemu_again_and_again(busy_qemu, resources):
     ticks, exits = busy_qemu.word(0x46C), counter.snapshot()["exits"]
     for _ in range(ROUNDS):
         count = busy_qemu.word(0x7000)
-        vmm = inject._Vmm(busy_qemu.pid, time.monotonic() + 30)
+        vmm = inject.Injection(Process.hold(busy_qemu.pid), time.monotonic() + 30)
         subjects, held = vmm.look()
         for i, result in enumerate(vmm.open(subjects).values()):
             assert result.error is None
-            assert result.stats_fd not in held[result.vcpu_id]
+            assert result.stats_fd not in {file.fd for file in held}
             (vm, *vcpus)[i].append(result.stopped_ns)
         assert busy_qemu.runs()
         assert left_alone(busy_qemu.pid)
@@ -231,7 +239,7 @@ def kill_once(machine, counter, *, in_run, tid, step):
 
     killed = ask(vmm, tid, subject.fds, in_run=in_run, kill_after=step)
     assert killed.result == Result.KILLED
-    assert f"behind step {step}," in str(killed.error)
+    assert f"the tracer was killed {inject._STEPS[step]}, which does no harm" in str(killed.error)
     made = step >= STEPS["COMMIT"]
     assert until(lambda: new() == made)
     assert left_alone(machine.pid)
@@ -608,12 +616,17 @@ def test_a_process_that_is_not_there_is_refused(target):
     vmm_process = target(1, 1)
     vmm = vmm_of(vmm_process.pid)
     vmm_process.process.kill()
-    until(lambda: not list(Path(f"/proc/{vmm_process.pid}/task").iterdir()) or "Z" in status(vmm.pid, "State").values())
+    until(
+        lambda: (
+            not list(Path(f"/proc/{vmm_process.pid}/task").iterdir())
+            or "Z" in status(vmm_process.pid, "State").values()
+        )
+    )
     assert vmm.attempt(vmm_process.pid, (0,), in_run=False).result == Result.GONE
     with pytest.raises(VmGoneError, match="ended"):  # a zombie
         open_missing(vmm_process.pid, timeout=30)
     vmm_process.process.wait()
-    with pytest.raises(VmGoneError, match="is not there"):
+    with pytest.raises(VmGoneError, match=r"No such process; process .* has ended, or"):
         open_missing(vmm_process.pid, timeout=30)
     assert vmm.attempt(vmm_process.pid, (0,), in_run=False).result == Result.GONE
 
@@ -623,7 +636,7 @@ def test_this_process_is_sent_to_the_simple_way():
     with pytest.raises(AttachError, match=r"StatsFile\.open"):
         open_missing(os.getpid())
     with pytest.raises(ValueError, match="timeout"):
-        open_missing(1, timeout=0)
+        open_missing(os.getpid(), timeout=0)
 
 
 def test_a_vmm_that_dies_meanwhile_is_a_clear_error(program):
@@ -735,7 +748,7 @@ def test_32_bit_code_is_refused(tmp_path):
             time.sleep(0.1)
             if process.poll() is not None:
                 pytest.skip("no 32-bit programs run here")
-            vmm = inject._Vmm(process.pid, time.monotonic() + 30)
+            vmm = inject.Injection(Process.hold(process.pid), time.monotonic() + 30)
             with pytest.raises(AttachError, match="no C library for x86-64"):
                 vmm.find_code()
             vmm.call = vmm.restorer = 4096
@@ -769,10 +782,10 @@ def test_a_process_that_may_not_be_looked_at_is_explained(target, monkeypatch):
     """Where /proc refuses, the error has its errno and names the file."""
     vmm_process = target(1, 1)
 
-    def refuse(path):
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    def refuse(process):
+        raise PermissionError(errno.EACCES, "Permission denied", f"{process.folder}/fd")
 
-    monkeypatch.setattr(inject.os, "listdir", refuse)
+    monkeypatch.setattr(Process, "kvm_files", refuse)
     with pytest.raises(AttachError, match=rf"/proc/{vmm_process.pid}/fd: Permission denied; ") as caught:
         open_missing(vmm_process.pid, timeout=30)
     assert caught.value.errno == errno.EACCES
@@ -789,7 +802,8 @@ def test_bad_jobs_are_refused():
 
 
 def test_every_result_has_its_message():
-    """The results of C are all known in Python."""
+    """The results and steps of C are all known in Python."""
     names = {name.removeprefix("KVMSTATS_INJECT_") for name in dir(lib) if name.startswith("KVMSTATS_INJECT_")}
     assert names == {result.name for result in Result} == {result.name for result in inject._MESSAGES}
     assert set(inject._ERRNO) == set(Result)
+    assert set(inject._STEPS) == {*STEPS.values(), lib.KVMSTATS_STEP_NONE}

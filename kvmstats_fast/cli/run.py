@@ -18,13 +18,14 @@ import numpy as np
 from kvmstats_fast.cli._stats_table import print_stats
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
 from kvmstats_fast.vmm import hold
-from kvmstats_fast.vmm.borrow import borrow, by_vcpu, known_as
+from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
 
     from kvmstats_fast.stats_file import StatsFile
+    from kvmstats_fast.vmm.proc import Process
 
 _LOOK = 0.2  # s between looks for new VMs and vCPUs
 _NOT_FOUND, _NOT_EXECUTABLE = 127, 126  # as a shell's
@@ -175,11 +176,13 @@ def _watched(process: subprocess.Popen[Any], files: list[StatsFile]) -> Iterator
     The files of a VM that it has destroyed are yielded and then closed, because they keep its memory in the kernel.
     """
     pause, said = 0.0, ""
+    vmm: Process | None = None
     while process.poll() is None:
         try:
             held = []
-            for file in borrow(process.pid, known=files):
-                own = known_as(file, files)
+            vmm = vmm or hold_process(process.pid)
+            for file in borrow(vmm, list_files(vmm), known=files):
+                own = find_known(file, files)
                 if own is None:
                     files.append(file)
                 else:

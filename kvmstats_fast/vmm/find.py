@@ -8,16 +8,10 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, NamedTuple
 
-from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.abi import KVM_LINK
+from kvmstats_fast.vmm.proc import KvmFile, Process, is_own
 from kvmstats_fast.vmm.refusal import reason_of_refusal
-
-__all__ = ["HeldFile", "VmProcess", "find_vms", "may_attach"]
-
-_NO_FD = 2**31 - 1  # above the largest value of the sysctl fs.nr_open, so no process can have it
 
 
 class HeldFile(NamedTuple):
@@ -114,30 +108,22 @@ def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
 
 
 def scan(proc: str | os.PathLike[str]) -> tuple[list[VmProcess], int]:
-    """As `find_vms`; and how many processes show neither their files nor the name of a known VMM."""
+    """Return what `find_vms` does, and how many processes show neither their files nor the name of a known VMM."""
     root = os.fspath(proc)
     own = is_own(root)
-    found, unseen = [], 0
+    found, hidden = [], 0
     for pid in sorted(int(name) for name in os.listdir(root) if name.isascii() and name.isdigit()):  # noqa: PTH208
-        folder = f"{root}/{pid}"
+        process = Process(pid, root, own=own)
         with suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError):  # it has ended, or is none
             try:
-                if files := _kvm_files(folder):
-                    found.append(_seen(folder, pid, files, own=own))
+                if files := process.kvm_files():
+                    found.append(describe(process, files))
             except PermissionError:  # perhaps by now only: it has changed its user, or guards itself
-                process, hidden = _unseen(folder, pid, own=own)
-                found += process
-                unseen += hidden
-    return found, unseen
-
-
-def describe(pid: int) -> VmProcess | None:
-    """As `find_vms`, for one process; None if it shows no file of KVM, or is not there."""
-    folder = f"/proc/{pid}"
-    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-        if files := _kvm_files(folder):
-            return _seen(folder, pid, files, own=True)
-    return None
+                if (one := _describe_hidden(process)) is not None:
+                    found.append(one)
+                elif _has_program(process):
+                    hidden += 1
+    return found, hidden
 
 
 def may_attach(pid: int) -> str:
@@ -150,158 +136,102 @@ def may_attach(pid: int) -> str:
     Returns
     -------
     str
-        Why not; empty if it may.
-
-    Notes
-    -----
-    ``pidfd_getfd(2)`` looks at the permission (``PTRACE_MODE_ATTACH_REALCREDS``, as for ``ptrace(2)``) before it looks
-    for the fd (``kernel/pid.c``), so it is asked for an fd that no process can have: EBADF is a yes. That changes
-    nothing; a security module may log a refusal. The answer is of that moment.
+        Why not; empty if it may. `Process.refusal` says how that is known.
     """
     try:
-        pidfd = os.pidfd_open(pid)
+        process = Process.hold(pid)
     except OSError as error:
-        return _refusal("pidfd_open", pid, error.errno or 0)
-    try:
-        answer = -lib.kvmstats_getfd(pidfd, _NO_FD)
-    finally:
-        os.close(pidfd)
-    return "" if answer == errno.EBADF else _refusal("pidfd_getfd", pid, answer)
-
-
-def _refusal(call: str, pid: int, error: int) -> str:
-    return "it has ended" if error == errno.ESRCH else f"{call}: {reason_of_refusal(pid, error)}"
-
-
-def is_own(root: str) -> bool:
-    """Whether the pids in it are those of our pid namespace: then self is what we are called."""
-    try:
-        return str(Path(root, "self").readlink()) == str(os.getpid())
-    except OSError:
-        return False
+        return _say_refusal("pidfd_open", pid, error.errno or 0)
+    with process:
+        return _why_not(process)
 
 
 # ---- one process
 
 
-class _KvmFile(NamedTuple):
-    what: str  # vm, vcpu, vm-stats, vcpu-stats
-    vcpu: int | None
-    fd: int
+def describe(process: Process, files: list[KvmFile]) -> VmProcess:
+    """Describe a process that shows its files, of which these are KVM's.
 
-
-def _kvm_files(folder: str) -> list[_KvmFile]:
-    """KVM's files among those that a process has open."""
-    files = []
-    directory = os.open(f"{folder}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for name in os.listdir(directory):  # noqa: PTH208 - what iterdir() adds is what takes the time
-            try:
-                link = os.readlink(name, dir_fd=directory)
-            except FileNotFoundError:
-                continue  # closed meanwhile
-            if link.startswith("anon_inode:") and (match := KVM_LINK.fullmatch(link)):
-                files.append(_KvmFile(match["what"], None if match["vcpu"] is None else int(match["vcpu"]), int(name)))
-    finally:
-        os.close(directory)
-    return sorted(files, key=lambda file: file.fd)
-
-
-def _seen(folder: str, pid: int, files: list[_KvmFile], *, own: bool) -> VmProcess:
-    program = ""
-    with suppress(FileNotFoundError):  # a process that is ending loses its program before its files
-        program = Path(folder, "exe").readlink().name.removesuffix(" (deleted)")
-    arguments = _arguments(folder)
-    names = [name for name in (program, *_names(folder, arguments)) if name]
-    vms, vcpus = _count(pid, files, own=own)
-    held = [
-        HeldFile("vm" if file.what == "vm-stats" else "vcpu", file.vcpu, file.fd)
-        for file in files
-        if file.what.endswith("-stats")
-    ]
-    why_not = _why_not(folder, pid, own=own)
+    Raises
+    ------
+    OSError
+        As `Process` has it, if it guards itself by now or ends.
+    """
+    arguments = process.arguments()
+    names = [name for name in (process.program(), *_names(process, arguments)) if name]
+    why_not = _why_not(process)
     return VmProcess(
-        pid=pid,
+        pid=process.pid,
         vmm=names[0],
         name=_guest_name(_known(names), arguments),
-        uid=_uid(folder),
-        vms=vms,
-        vcpus=vcpus,
-        held=tuple(held),
-        start_time=_start_time(folder),
+        uid=_uid(process),
+        vms=len(process.group(file for file in files if file.kind == "vm" and not file.is_stats)),
+        vcpus=vcpus_of(process, files),
+        held=tuple(HeldFile(file.kind, file.vcpu_id, file.fd) for file in files if file.is_stats),
+        start_time=process.start_time(),
         attachable=not why_not,
         why_not=why_not,
     )
 
 
-def _unseen(folder: str, pid: int, *, own: bool) -> tuple[list[VmProcess], int]:
-    """Describe a process by its names, if they are those of a known VMM; 1: they are not, but it may be one."""
+def vcpus_of(process: Process, files: list[KvmFile]) -> tuple[int, ...]:
+    """Return the ids of the vCPUs that a process has open, ascending."""
+    groups = process.group(file for file in files if file.kind == "vcpu" and not file.is_stats)
+    return tuple(sorted(group[0].vcpu_id for group in groups if group[0].vcpu_id is not None))
+
+
+def _describe_hidden(process: Process) -> VmProcess | None:
+    """Describe a process that does not show its files, if its names are those of a known VMM."""
     try:
-        arguments = _arguments(folder)
-        names = _names(folder, arguments)
+        arguments = process.arguments()
+        names = _names(process, arguments)
     except PermissionError:  # hidepid
-        return [], 1
-    if not arguments:  # a kernel thread, or one that has ended and was not waited for
-        return [], 0
+        return None
     vmm = _known(names)
-    if vmm is None:
-        return [], 1
-    why_not = _why_not(folder, pid, own=own) or reason_of_refusal(pid, errno.EACCES)
-    process = VmProcess(
-        pid=pid,
+    if vmm is None or not arguments:
+        return None
+    return VmProcess(
+        pid=process.pid,
         vmm=next(name for name in names if vmm.program.match(name)),
         name=_guest_name(vmm, arguments),
-        uid=_uid(folder),
+        uid=_uid(process),
         vms=None,
         vcpus=None,
         held=None,
-        start_time=_start_time(folder),
+        start_time=process.start_time(),
         attachable=False,
-        why_not=why_not,
+        why_not=_why_not(process) or reason_of_refusal(process.pid, errno.EACCES),
     )
-    return [process], 0
 
 
-def _why_not(folder: str, pid: int, *, own: bool) -> str:
-    return may_attach(pid) if own else f"{folder} is not of this process' pid namespace"
+def _has_program(process: Process) -> bool:
+    """Return whether it may run a program, which kernel threads do not."""
+    try:
+        return bool(process.arguments())
+    except PermissionError:
+        return True
 
 
-def _count(pid: int, files: list[_KvmFile], *, own: bool) -> tuple[int, tuple[int, ...]]:
-    """How many VMs there are, and the ids of the vCPUs: of several fds for one open file, one counts."""
-    different: list[_KvmFile] = []
-    for file in files:
-        if file.what.endswith("-stats"):
-            continue
-        same = [one.fd for one in different if (one.what, one.vcpu) == (file.what, file.vcpu)] if own else []
-        if all(lib.kvmstats_same_file(pid, file.fd, fd) != 1 for fd in same):
-            different.append(file)
-    vcpus = sorted(file.vcpu for file in different if file.what == "vcpu" and file.vcpu is not None)
-    return sum(file.what == "vm" for file in different), tuple(vcpus)
+def _why_not(process: Process) -> str:
+    if not process.is_own:
+        return f"{process.folder} is not of this process' pid namespace"
+    if not process.is_held:
+        return may_attach(process.pid)
+    error = process.refusal()
+    return _say_refusal("pidfd_getfd", process.pid, error) if error else ""
 
 
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "backslashreplace")
+def _say_refusal(call: str, pid: int, error: int) -> str:
+    return "it has ended" if error == errno.ESRCH else f"{call}: {reason_of_refusal(pid, error)}"
 
 
-def _arguments(folder: str) -> list[str]:
-    raw = Path(folder, "cmdline").read_bytes()
-    return [_text(word) for word in raw.removesuffix(b"\0").split(b"\0")] if raw else []
-
-
-def _names(folder: str, arguments: list[str]) -> list[str]:
+def _names(process: Process, arguments: list[str]) -> list[str]:
     """Return what it calls itself: the first word of the command line, and comm."""
-    comm = _text(Path(folder, "comm").read_bytes()).removesuffix("\n")
-    return [*(word.rpartition("/")[2] for word in arguments[:1]), comm]
+    return [*(word.rpartition("/")[2] for word in arguments[:1]), process.comm()]
 
 
-def _uid(folder: str) -> int:
-    match = re.search(rb"^Uid:\s*(\d+)", Path(folder, "status").read_bytes(), re.MULTILINE)
-    return int(match[1]) if match else -1
-
-
-def _start_time(folder: str) -> int:
-    # comm, in parentheses, may have parentheses and blanks itself.
-    return int(Path(folder, "stat").read_bytes().rpartition(b")")[2].split()[19])
+def _uid(process: Process) -> int:
+    return int(process.status().get("Uid", "-1").split()[0])
 
 
 # ---- names

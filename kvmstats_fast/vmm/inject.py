@@ -13,19 +13,34 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvmstats_fast._kvmstats import ffi, lib
-from kvmstats_fast.abi import KVM_LINK, Layout, ioctl_number
+from kvmstats_fast.abi import Layout, ioctl_number
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.vmm.borrow import check_proc
 from kvmstats_fast.vmm.refusal import explain_refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["Injected", "Result", "open_missing"]
+    from kvmstats_fast.vmm.proc import KvmFile, Process
+
+
+#: When the tracer ended: after the last step it had done, ``enum kvmstats_inject_step``.
+_STEPS = {
+    lib.KVMSTATS_STEP_NONE: "before it was seized",
+    lib.KVMSTATS_STEP_SEIZE: "after PTRACE_SEIZE",
+    lib.KVMSTATS_STEP_INTERRUPT: "after PTRACE_INTERRUPT",
+    lib.KVMSTATS_STEP_STOP: "after it had stopped",
+    lib.KVMSTATS_STEP_REGS: "after its registers were read",
+    lib.KVMSTATS_STEP_STATUS: "after its seccomp mode was read",
+    lib.KVMSTATS_STEP_XSTATE: "after its extended registers were read",
+    lib.KVMSTATS_STEP_MASK: "after its signal mask was read",
+    lib.KVMSTATS_STEP_CODE: "after the C library's code was checked",
+    lib.KVMSTATS_STEP_FRAME: "after the signal frame was written",
+    lib.KVMSTATS_STEP_COMMIT: "after its registers were set",
+    lib.KVMSTATS_STEP_DETACH: "after PTRACE_DETACH",
+}
 
 
 class Result(IntEnum):
@@ -67,7 +82,7 @@ _MESSAGES = {
     Result.XSTATE: "its extended register state of {value} bytes is not understood",
     Result.STACK: "below its stack is no memory to write to ({value:#x})",
     Result.TIMEOUT: "it did not stop in time: it sleeps in the kernel where no signal wakes it",
-    Result.KILLED: "the tracer was killed behind step {step}, which does no harm: try again",
+    Result.KILLED: "the tracer was killed {when}, which does no harm: try again",
 }
 
 _ERRNO = {
@@ -166,16 +181,16 @@ class _Attempt(NamedTuple):
     error: AttachError | None = None
 
 
-def open_missing(pid: int, *, timeout: float = 5.0) -> list[Injected]:
+def open_missing(process: Process, *, timeout: float = 5.0) -> list[Injected]:
     """Have a VMM open the stats files of its VMs and vCPUs that it does not hold yet.
 
-    One of its threads is stopped for each (some 0.1 ms; out of ``KVM_RUN`` some ms), and what it was in ends as by a
+    One of its threads is stopped for each (some 0.1 ms; out of ``KVM_RUN`` some ms), and the call it is in ends as by a
     signal. A vCPU's file is opened by the thread that runs that vCPU.
 
     Parameters
     ----------
-    pid : int
-        The VMM. This process must be allowed to trace it (``PTRACE_MODE_ATTACH``, ptrace(2)).
+    process : Process
+        The VMM, held. This process must be allowed to trace it (``PTRACE_MODE_ATTACH``, ptrace(2)).
     timeout : float
         Seconds for all of it, more than 0.
 
@@ -187,7 +202,7 @@ def open_missing(pid: int, *, timeout: float = 5.0) -> list[Injected]:
     Raises
     ------
     VmGoneError
-        If there is no such process, or it ends meanwhile.
+        If the process ends meanwhile.
     AttachError
         If it is this process, may not be traced, has no VM, or not the code that this needs; and off x86-64.
 
@@ -208,38 +223,42 @@ def open_missing(pid: int, *, timeout: float = 5.0) -> list[Injected]:
     deadline = time.monotonic() + timeout
     if lib.kvmstats_inject(ffi.new("struct kvmstats_inject *")) == Result.UNSUPPORTED:
         raise AttachError(_ERRNO[Result.UNSUPPORTED], _MESSAGES[Result.UNSUPPORTED])
+    pid = process.pid
     if pid == os.getpid():
         raise AttachError(errno.EINVAL, f"process {pid} is this one: open its stats files with StatsFile.open")
-    check_proc(pid)
     try:
-        return _Vmm(pid, deadline).open_missing()
+        return Injection(process, deadline).open_missing()
     except (FileNotFoundError, ProcessLookupError):
-        raise VmGoneError(errno.ESRCH, f"process {pid} is not there, or has ended meanwhile") from None
+        raise VmGoneError(errno.ESRCH, f"process {pid} has ended") from None
     except PermissionError as error:
+        process.check_alive()
         number = error.errno or errno.EPERM
         text = f"{error.filename}: {os.strerror(number)}; {explain_refusal(pid, number)}"
         raise AttachError(number, text) from None
 
 
-class _Vmm:
-    """The process, for the time of one call."""
+class Injection:
+    """The attempts on a process' threads, for the time of one call."""
 
-    def __init__(self, pid: int, deadline: float) -> None:
-        self.pid = pid
+    def __init__(self, process: Process, deadline: float) -> None:
+        self.process = process
         self.deadline = deadline
-        self.proc = Path(f"/proc/{pid}")
         self.refused: dict[int, _Attempt] = {}  # threads that are not to be tried again
+        self.call = self.restorer = 0  # addresses of code; see find_code
 
     def open_missing(self) -> list[Injected]:
+        """Return what became of each VM and vCPU."""
         subjects, held = self.look()
         if not subjects:
-            raise AttachError(errno.ENOENT, f"process {self.pid} has no fd of a VM or vCPU: is it the VMM?")
+            raise AttachError(
+                errno.ENOENT, f"process {self.process.pid} has no fd of a VM or vCPU open: is it the VMM?"
+            )
         found: dict[_Subject, Injected] = {}
         for subject in subjects:
             alike = sum(other.vcpu_id == subject.vcpu_id for other in subjects)
-            files = self.distinct(held.get(subject.vcpu_id, []))
+            files = self.process.group(file for file in held if file.vcpu_id == subject.vcpu_id)
             if len(files) >= alike:
-                found[subject] = subject.became(stats_fd=files[0][0] if alike == 1 else None)
+                found[subject] = subject.became(stats_fd=files[0][0].fd if alike == 1 else None)
         found |= self.open([subject for subject in subjects if subject not in found])
         return [found[subject] for subject in subjects]
 
@@ -252,51 +271,24 @@ class _Vmm:
 
     # ---- what can be seen
 
-    def files(self) -> tuple[dict[int | None, list[int]], dict[int | None, list[int]]]:
-        """Fds of VMs (None) and vCPUs, by number, and those of their stats files."""
-        kvm: dict[int | None, list[int]] = {}
-        held: dict[int | None, list[int]] = {}
-        names = os.listdir(self.proc / "fd")  # noqa: PTH208 - numbers, not paths
-        if not names and (self.proc / "stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX":
-            raise ProcessLookupError  # a zombie has a folder, and a thread that seems to be outside system calls
-        for fd in sorted(map(int, names)):
-            try:
-                match = KVM_LINK.fullmatch(os.readlink(self.proc / "fd" / str(fd)))  # noqa: PTH115
-            except FileNotFoundError:  # closed since
-                continue
-            if match:
-                files = held if match["what"].endswith("-stats") else kvm
-                files.setdefault(int(match["vcpu"]) if match["vcpu"] else None, []).append(fd)
-        return kvm, held
-
-    def look(self) -> tuple[list[_Subject], dict[int | None, list[int]]]:
-        """VMs, then vCPUs, and the stats files that are held."""
-        kvm, held = self.files()
-        numbers = sorted(kvm, key=lambda number: -1 if number is None else number)
-        return [_Subject(number, group) for number in numbers for group in self.distinct(kvm[number])], held
-
-    def distinct(self, fds: Iterable[int]) -> list[tuple[int, ...]]:
-        """Put those fds together that are one open file."""
-        groups: list[tuple[int, ...]] = []
-        for fd in fds:
-            for i, group in enumerate(groups):
-                if lib.kvmstats_same_file(self.pid, group[0], fd) == 1:
-                    groups[i] = (*group, fd)
-                    break
-            else:
-                groups.append((fd,))
-        return groups
+    def look(self) -> tuple[list[_Subject], list[KvmFile]]:
+        """Return VMs, then vCPUs by number, and the stats files that are held."""
+        files = self.process.kvm_files()
+        groups = self.process.group(file for file in files if not file.is_stats)
+        subjects = [_Subject(group[0].vcpu_id, tuple(file.fd for file in group)) for group in groups]
+        subjects.sort(key=lambda subject: -1 if subject.vcpu_id is None else subject.vcpu_id)
+        return subjects, [file for file in files if file.is_stats]
 
     def threads(self) -> Iterator[tuple[int, list[str]]]:
-        """Threads with the words of their ``syscall`` file: number and arguments, or "running"."""
-        for name in sorted(os.listdir(self.proc / "task"), key=int):  # noqa: PTH208
+        """Threads with the words of their ``syscall`` file."""
+        for tid in self.process.threads():
             with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-                yield int(name), (self.proc / "task" / name / "syscall").read_text().split()
+                yield tid, self.process.thread_syscall(tid)
 
     def find_code(self) -> tuple[int, int]:
-        """Addresses of a ``syscall; ret`` and of a restorer in one mapped file: the C library, or what holds it."""
-        lines = (self.proc / "maps").read_text(errors="surrogateescape").splitlines()
-        with (self.proc / "mem").open("rb", buffering=0) as memory:
+        """Return addresses of a ``syscall; ret`` and of a restorer in one mapped file: what holds the C library."""
+        lines = self.process.read("maps").decode(errors="surrogateescape").splitlines()
+        with self.process.open_memory() as memory:
             for line in sorted(lines, key=lambda line: not _C_LIBRARY.search(line)):  # the most likely first
                 span, mode, _, _, inode, *_ = line.split(maxsplit=5)
                 if mode != "r-xp" or inode == "0":
@@ -307,27 +299,28 @@ class _Vmm:
                 restorer = next((at for at in map(code.find, _RESTORERS) if at >= 0), -1)
                 if call >= 0 and restorer >= 0:
                     return start + call, start + restorer
-        text = f"process {self.pid} has no C library for x86-64 mapped: its threads cannot be used"
+        text = f"process {self.process.pid} has no C library for x86-64 mapped: its threads cannot be used"
         raise AttachError(errno.ENOTSUP, text)
 
     # ---- what is done
 
     def attempt(self, tid: int, fds: tuple[int, ...], *, in_run: bool, kill_after: int = 0) -> _Attempt:
-        """Try one thread. `kill_after` is a step behind which the tracer dies, for tests."""
+        """Try one thread. `kill_after` is a step after which the tracer dies, for tests."""
         number = ioctl_number(Layout.MERGED)[1]
         keep = ffi.new("int32_t[]", fds)
         job = ffi.new("struct kvmstats_inject *")
-        job.pid, job.tid, job.fds, job.num_fds, job.in_run = self.pid, tid, keep, len(fds), in_run
+        job.pid, job.tid, job.fds, job.num_fds, job.in_run = self.process.tid, tid, keep, len(fds), in_run
         job.request, job.call, job.restorer, job.kill_after = number, self.call, self.restorer, kill_after
         job.timeout_ns = max(1, int(min(_PATIENCE, self.deadline - time.monotonic()) * 1e9))
         status = lib.kvmstats_inject(job)
-        where = f"thread {tid} of process {self.pid}"
+        pid = self.process.pid
+        where = f"thread {tid} of process {pid}"
         if status < 0:
-            text = f"ptrace on {where}, behind step {job.step}: {os.strerror(-status)}"
+            text = f"ptrace on {where}, {_STEPS[job.step]}: {os.strerror(-status)}"
             attempt = _Attempt(tid, None, error=AttachError(-status, text))
         else:
             result = Result(status)
-            text = _MESSAGES[result].format(pid=self.pid, value=job.value, step=job.step)
+            text = _MESSAGES[result].format(pid=pid, value=job.value, when=_STEPS[job.step])
             error = AttachError(_ERRNO[result], f"{where}: {text}")
             attempt = _Attempt(tid, result, job.fd, job.stopped_ns, job.signals, error)
         if attempt.result != Result.DONE and attempt.result not in _PASSING:
@@ -346,12 +339,14 @@ class _Vmm:
             nap = min(2 * nap, _LONGEST_NAP)
         return subject.became(stats_fd=min(new), opened=True, **told)
 
-    def late(self) -> bool:
+    def is_late(self) -> bool:
+        """Return whether the time is up."""
         return time.monotonic() >= self.deadline
 
     def held_now(self, subject: _Subject) -> set[int]:
-        """Fds of stats files of this kind."""
-        return set(self.files()[1].get(subject.vcpu_id, ()))
+        """Return the fds of the stats files of this kind that the process holds."""
+        files = self.process.kvm_files()
+        return {file.fd for file in files if file.is_stats and file.vcpu_id == subject.vcpu_id}
 
     def open_vm(self, subject: _Subject) -> Injected:
         """Let any thread do it, a VM's ioctl waits for nothing; first those in KVM_RUN, which expect EINTR."""
@@ -361,7 +356,7 @@ class _Vmm:
             order = sorted(self.threads(), key=lambda thread: (_runs(thread[1]) is None, thread[1] == ["running"]))
             able = [tid for tid, _ in order if tid not in self.refused]
             for tid in able:
-                if self.late():
+                if self.is_late():
                     break
                 before = self.held_now(subject)
                 attempt = self.attempt(tid, subject.fds[:1], in_run=False)
@@ -369,8 +364,8 @@ class _Vmm:
                     return self.settle(subject, attempt, before)
                 if attempt.result not in _NOBODY:
                     last = attempt
-            if not able or self.late():
-                return self.gave_up(subject, last)
+            if not able or self.is_late():
+                return self.give_up(subject, last)
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP)
 
@@ -380,41 +375,44 @@ class _Vmm:
         by_fd = {fd: subject for subject in subjects for fd in subject.fds}
         nap = _FIRST_NAP
         while by_fd:
-            self.files()  # has it ended?
+            self.process.check_alive()
             able = False
             for tid, words in self.threads():
-                if not by_fd or self.late():
+                if not by_fd or self.is_late():
                     break
                 fd = _runs(words)
                 subject = by_fd.get(-1 if fd is None else fd)
                 if tid in self.refused:
                     if subject and self.refused[tid].result not in _NOBODY:
-                        found[subject] = self.gave_up(subject, self.refused[tid])
+                        found[subject] = self.give_up(subject, self.refused[tid])
                         by_fd = {fd: other for fd, other in by_fd.items() if other is not subject}
                     continue
                 able = True
                 if not subject and words != ["running"]:
                     continue
-                held = self.files()[1]
+                held = [file for file in self.process.kvm_files() if file.is_stats]
                 attempt = self.attempt(tid, tuple(by_fd), in_run=True)
                 if attempt.result == Result.DONE:
                     subject = by_fd[attempt.fd]
-                    found[subject] = self.settle(subject, attempt, set(held.get(subject.vcpu_id, ())))
+                    found[subject] = self.settle(
+                        subject, attempt, {file.fd for file in held if file.vcpu_id == subject.vcpu_id}
+                    )
                     by_fd = {fd: other for fd, other in by_fd.items() if other is not subject}
-            if not able or self.late():
+            if not able or self.is_late():
                 telling = [attempt for attempt in self.refused.values() if attempt.result not in _NOBODY]
                 last = telling[-1] if telling else None  # of a thread that may be the one
-                return found | {subject: self.gave_up(subject, last) for subject in by_fd.values()}
+                return found | {subject: self.give_up(subject, last) for subject in by_fd.values()}
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP)
         return found
 
-    def gave_up(self, subject: _Subject, attempt: _Attempt | None) -> Injected:
+    def give_up(self, subject: _Subject, attempt: _Attempt | None) -> Injected:
+        """Return that no file was opened, and why."""
         if attempt is not None:
             return subject.became(tid=attempt.tid, result=attempt.result, error=_about(subject, attempt))
         text = "no thread was met in " + ("a system call" if subject.vcpu_id is None else "its KVM_RUN") + " in time"
         hint = "" if subject.vcpu_id is None else " (is the VM paused? The file can only be opened while the vCPU runs)"
-        return subject.became(error=AttachError(errno.EAGAIN, f"process {self.pid}, {subject}: {text}{hint}"))
+        return subject.became(error=AttachError(errno.EAGAIN, f"process {self.process.pid}, {subject}: {text}{hint}"))
 
 
 def _runs(words: list[str]) -> int | None:

@@ -1,40 +1,38 @@
-"""The stats files of a VM that another program made: attach, launch, and the VirtualMachine they give."""
+"""The stats files of a VM that another program made: attach, launch, and the VirtualMachine that they return."""
 
 from __future__ import annotations
 
 import errno
-import os
-import select
 import signal
-import threading
 import time
-from _thread import start_new_thread
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakValueDictionary
 
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.handle import Owner, null_fd
+from kvmstats_fast.handle import Owner
 from kvmstats_fast.vmm import hold
-from kvmstats_fast.vmm.borrow import borrow, by_vcpu, check_alive, hold_process, known_as
-from kvmstats_fast.vmm.find import VmProcess, describe
+from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
+from kvmstats_fast.vmm.find import VmProcess, describe, vcpus_of
+from kvmstats_fast.vmm.refusal import refused
+from kvmstats_fast.vmm.watch import WATCHER, Watched
+from kvmstats_fast.vmm.ways import advise
 
 if TYPE_CHECKING:
+    import os
     import subprocess
     from collections.abc import Iterator, Mapping, Sequence
 
     from kvmstats_fast.stats_file import StatsFile
-
-__all__ = ["VirtualMachine", "attach", "launch"]
+    from kvmstats_fast.vmm.proc import KvmFile, Process
 
 _POLL = 0.01  # s between looks at a VMM that is starting
 _SETTLED = 0.05  # s without another vCPU: a VMM makes them one after the other
 
 
 class VirtualMachine(Closing):
-    """The stats files of a running VM, whoever made it; made by `attach` and `launch`.
+    """The stats files of a running VM that this process may not have started; made by `attach` and `launch`.
 
     It can be sampled as it is, ``Sampler(machine)``, and with others, ``Sampler([one, another])``. When its VMM exits
     its files are closed at once, because an open stats file keeps the memory of its VM in the kernel allocated; a run
@@ -61,28 +59,23 @@ class VirtualMachine(Closing):
 
     def __init__(
         self,
+        held: Process,
         about: VmProcess,
         files: list[StatsFile],
         how: Literal["borrow", "inject", "launch"],
-        process: subprocess.Popen[Any] | None,
-        pidfd: int,
+        trouble: Sequence[str],
     ) -> None:
-        self._pidfd = -1  # what __del__ needs, should the rest fail
-        self._closed = False
-        self._gone: VmGoneError | None = None
         self._about = about
-        self.pid, self.vmm, self.name, self.how, self.process = about.pid, about.vmm, about.name, how, process
-        self._trouble: list[str] = []
+        self._trouble = trouble
+        self._closed = False
+        self._watched = Watched(held, about.vmm)
+        self.pid, self.vmm, self.name, self.how = about.pid, about.vmm, about.name, how
+        self.process: subprocess.Popen[Any] | None = None
         self._set(files)
-        self._pidfd = os.dup(pidfd)
-        try:
-            _WATCHER.add(self._pidfd, self)
-        except BaseException:
-            self._forget()
-            raise
+        WATCHER.add(self._watched)
 
     def _set(self, files: list[StatsFile]) -> None:
-        self.files = tuple(files)
+        self.files = self._watched.files = tuple(files)
         machines = [file for file in files if file.kind == "vm"]
         self.vm = machines[0] if len(machines) == 1 else None
         self.vcpus = tuple(file for file in files if file.kind == "vcpu")
@@ -92,16 +85,14 @@ class VirtualMachine(Closing):
     @property
     def alive(self) -> bool:
         """Whether the VMM runs."""
-        if self._gone is not None:
+        if self._watched.gone is not None:
             return False
-        if self._pidfd < 0:
+        if self._closed:
             raise ValueError(f"this VirtualMachine (process {self.pid}) is closed: attach to it again")
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return not self._watched.process.ended
 
     def refresh(self) -> bool:
-        """Look again: vCPUs that were plugged in are added, files that the VMM has closed are closed here too.
+        """Look again: add vCPUs that were plugged in, close files that the VMM has closed.
 
         Returns
         -------
@@ -115,19 +106,21 @@ class VirtualMachine(Closing):
         AttachError
             If the process may not be attached to any more.
         """
-        self._check()
-        with ExitStack() as found, _WATCHER.lock:
+        self._check_alive()
+        process = self._watched.process
+        with ExitStack() as found, WATCHER.lock:
             kept, fresh = [], []
-            for file in borrow(self.pid, known=self.files):
+            listed = list_files(process)
+            for file in borrow(process, listed, known=self.files):
                 found.callback(file.close)
-                same = known_as(file, self.files)
+                same = find_known(file, self.files)
                 if same is None:
                     fresh.append(file)
                 else:
                     file.close()
                     kept.append(same)
-            about = describe(self.pid)
-            self._check()  # it lives, so all of that was about it
+            about = _describe(process, listed)
+            self._check_alive()  # so all of that was about it; and it was not closed meanwhile
             found.pop_all()
             stale = [own for own in self.files if own not in kept]
             for file in stale:
@@ -137,30 +130,29 @@ class VirtualMachine(Closing):
                 file.close()
                 file.handle.owner.machine = None
             self._set(sorted([*kept, *fresh], key=by_vcpu))
-            self._about = about or self._about
+            self._about = about
         return bool(fresh or stale)
 
     def explain(self) -> str:
-        """Say what could not be had, why, and what would get it; empty if nothing is missing."""
-        about, lines = self._about, list(self._trouble)
-        if self._gone is not None:
-            return str(self._gone)
+        """Return what could not be had, why, and what would get it; empty if nothing is missing."""
+        if self._watched.gone is not None:
+            return str(self._watched.gone)
+        lines = list(self._trouble)
         machines = sum(file.kind == "vm" for file in self.files)
-        have = sorted(file.vcpu_id for file in self.files if file.vcpu_id is not None)
-        missing = sorted(set(about.vcpus or ()) - set(have))
-        what = []
-        if (about.vms or 0) > machines:
-            what.append(
-                "the VM's file" if machines == 0 and about.vms == 1 else f"{(about.vms or 0) - machines} VM files"
-            )
+        have = {file.vcpu_id for file in self.files}
+        vms = (self._about.vms or 0) - machines
+        vcpus = sorted(set(self._about.vcpus or ()) - have)
+        missing = []
+        if vms > 0:
+            missing.append("the VM's file" if self._about.vms == 1 else f"{vms} VM files")
+        if vcpus:
+            numbers = ", ".join(map(str, vcpus))
+            missing.append(f"vCPU {numbers}'s" if len(vcpus) == 1 else f"those of vCPUs {numbers}")
         if missing:
-            numbers = ", ".join(map(str, missing))
-            what.append(f"those of vCPUs {numbers}" if len(missing) > 1 else f"vCPU {numbers}'s")
-        if what:
             lines.append(
-                f"{' and '.join(what)}: {self.vmm} (process {self.pid}) does not hold it. Start the VMM by "
-                "launch(), or with LD_PRELOAD set to what `python -m kvmstats_fast hold-path` prints; or let it open "
-                "the file and hand it over (send_files); or, where that is acceptable, attach(pid, inject=True)"
+                f"{' and '.join(missing)}: {self.vmm} (process {self.pid}) does not hold "
+                f"{'it' if vms + len(vcpus) == 1 else 'them'}. What helps, the least intrusive first: "
+                + advise(inject=not self._trouble, vcpus=bool(vcpus))
             )
         if machines > 1:
             lines.append(
@@ -171,30 +163,16 @@ class VirtualMachine(Closing):
 
     def close(self) -> None:
         """Close the files; the VM runs on. A second call does nothing."""
-        with _WATCHER.lock:
+        with WATCHER.lock:
             self._closed = True
-            self._forget()
+            self._watched.close()
             for file in self.files:
                 file.close()
                 file.handle.owner.machine = None
 
-    def _forget(self) -> None:
-        pidfd, self._pidfd = self._pidfd, -1
-        if pidfd >= 0:
-            _WATCHER.close(pidfd)
-
-    # For when nobody has it any more: its files say themselves that they were not closed.
-    __del__ = _forget
-
-    def _end(self) -> None:
-        """Let go of the files: the VMM has exited."""
-        self._gone = VmGoneError(errno.ESRCH, f"process {self.pid} ({self.vmm}) has exited, and its VM with it")
-        for file in self.files:
-            file.handle.revoke(self._gone)
-
-    def _check(self) -> None:
+    def _check_alive(self) -> None:
         if not self.alive:
-            raise self._gone or VmGoneError(errno.ESRCH, f"process {self.pid} ({self.vmm}) has exited")
+            raise self._watched.gone or self._watched.exited()
 
     def __iter__(self) -> Iterator[StatsFile]:
         return iter(self.files)
@@ -207,77 +185,9 @@ class VirtualMachine(Closing):
 
     def __repr__(self) -> str:
         name = f" {self.name!r}" if self.name else ""
-        state = "closed" if self._closed else "gone" if self._gone else "alive"
+        state = "closed" if self._closed else "gone" if self._watched.gone else "alive"
         vm = "VM and " if self.vm is not None else ""
         return f"<VirtualMachine{name} of {self.vmm} ({self.pid}), {state}: {vm}{len(self.vcpus)} vCPUs, {self.how}>"
-
-
-class _Watcher:
-    """One thread that waits for all VMMs to exit.
-
-    Its lock is that of all machines: one that is ended, closed or refreshed is so by one thread. It is reentrant,
-    because a signal handler may close what is just being closed.
-    """
-
-    def __init__(self) -> None:
-        self._epoll: select.epoll | None = None
-        self.forget()
-
-    def hold(self) -> None:
-        """Before a fork: not in the middle of something, which in the child nobody would finish."""
-        self.lock.acquire()
-
-    def release(self) -> None:
-        """After a fork, in the parent."""
-        self.lock.release()
-
-    def forget(self) -> None:
-        """In a forked child: what the parent watches is the parent's."""
-        self.lock = threading.RLock()
-        self._machines: WeakValueDictionary[int, VirtualMachine] = WeakValueDictionary()
-        epoll, self._epoll = self._epoll, None
-        if epoll is not None:
-            epoll.close()
-
-    def add(self, pidfd: int, machine: VirtualMachine) -> None:
-        """Have its `_end` called when the process exits."""
-        null_fd()  # now, because a file is revoked even when there are too many open
-        with self.lock:
-            if self._epoll is None:
-                epoll = select.epoll()
-                start_new_thread(self._work, (epoll,))  # in one step, for the sake of Ctrl-C
-                self._epoll = epoll
-            self._epoll.register(pidfd, select.EPOLLIN)
-            self._machines[pidfd] = machine
-
-    def close(self, pidfd: int) -> None:
-        """Close it, and watch it no more. Without the lock: a `__del__` comes by here, in whatever thread."""
-        epoll = self._epoll
-        if epoll is not None:
-            with suppress(OSError):  # it is watched no more
-                epoll.unregister(pidfd)
-        os.close(pidfd)
-
-    def _work(self, epoll: select.epoll) -> None:
-        while True:
-            for pidfd, _ in epoll.poll():
-                with self.lock:
-                    machine = self._machines.get(pidfd)
-                    if machine is not None and machine._pidfd == pidfd and machine.alive:
-                        continue  # another one, which has got the number meanwhile
-                    with suppress(OSError):
-                        epoll.unregister(pidfd)
-                    if machine is not None and machine._pidfd == pidfd:
-                        machine._end()
-                machine = None
-
-
-_WATCHER = _Watcher()
-os.register_at_fork(
-    before=_WATCHER.hold,
-    after_in_parent=_WATCHER.release,
-    after_in_child=_WATCHER.forget,
-)
 
 
 def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMachine:
@@ -310,41 +220,50 @@ def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMa
         If nothing can be had: not permitted, no VM, or a VMM that holds no stats files. The message says which of these
         it is, and what to do, in the order of least privilege.
     """
-    how: Literal["borrow", "inject"] = "borrow"
-    trouble: list[str] = []
-    if inject:
-        from kvmstats_fast.vmm import inject as injection  # noqa: PLC0415 - the last resort
+    with ExitStack() as opened:
+        process = opened.enter_context(hold_process(pid))
+        how: Literal["borrow", "inject"] = "borrow"
+        trouble = []
+        if inject:
+            from kvmstats_fast.vmm.inject import open_missing  # noqa: PLC0415 - the last resort
 
-        for one in injection.open_missing(pid, timeout=timeout):
-            if one.opened:
-                how = "inject"
-            if one.error is not None:
-                trouble.append(str(one.error))
-    return _machine(pid, how, trouble)
+            for one in open_missing(process, timeout=timeout):
+                if one.opened:
+                    how = "inject"
+                if one.error is not None:
+                    trouble.append(str(one.error))
+        machine = _open(process, how, trouble)
+        opened.pop_all()
+    return machine
 
 
-def _machine(
-    pid: int,
-    how: Literal["borrow", "inject", "launch"],
-    trouble: list[str],
-    process: subprocess.Popen[Any] | None = None,
-) -> VirtualMachine:
-    with hold_process(pid) as pidfd, ExitStack() as opened:
-        files = borrow(pid)
+def _open(process: Process, how: Literal["borrow", "inject", "launch"], trouble: Sequence[str]) -> VirtualMachine:
+    """Borrow what a VMM holds; the VirtualMachine then owns `process`."""
+    listed = list_files(process)
+    with ExitStack() as opened:
+        files = borrow(process, listed)
         for file in files:
             opened.callback(file.close)
-        about = describe(pid)
-        check_alive(pid, pidfd)  # so all of that was about the process that is watched
-        if about is None or not files:
-            raise _nothing(pid, about, trouble)
-        machine = VirtualMachine(about, files, how, process, pidfd)
-        machine._trouble = trouble
+        about = _describe(process, listed)
+        process.check_alive()  # so all of that was about the process that is held
+        if not files:
+            raise _nothing(about, listed, trouble)
+        machine = VirtualMachine(process, about, files, how, trouble)
         opened.pop_all()
-        return machine
+    return machine
 
 
-def _nothing(pid: int, about: VmProcess | None, trouble: list[str]) -> AttachError:
-    if about is None:
+def _describe(process: Process, listed: list[KvmFile]) -> VmProcess:
+    try:
+        return describe(process, listed)
+    except OSError as error:
+        process.check_alive()
+        raise refused(f"reading {process.folder}", process.pid, error.errno or 0) from None
+
+
+def _nothing(about: VmProcess, listed: list[KvmFile], trouble: Sequence[str]) -> AttachError:
+    pid = about.pid
+    if not listed:
         return AttachError(
             errno.ENOENT, f"process {pid} has no VM: none of its files is one of KVM. `kvmstats list` shows who has one"
         )
@@ -352,10 +271,8 @@ def _nothing(pid: int, about: VmProcess | None, trouble: list[str]) -> AttachErr
         return AttachError(errno.ENODATA, f"no stats file of process {pid} could be opened: " + "; ".join(trouble))
     return AttachError(
         errno.ENODATA,
-        f"{about.vmm} (process {pid}) holds no stats files that could be borrowed, and the kernel opens them for "
-        "nobody but the process that made the VM. In the order of preference: start the VMM by launch(), or with "
-        "LD_PRELOAD set to what `python -m kvmstats_fast hold-path` prints; use QEMU 8.1 or later, which holds those "
-        "of its vCPUs; let the VMM hand them over (send_files); or attach(pid, inject=True)",
+        f"{about.vmm} (process {pid}) holds no stats files, and the kernel opens them only for the process that made "
+        f"the VM. What helps, the least intrusive first: {advise()}",
     )
 
 
@@ -401,61 +318,70 @@ def launch(
     """
     if vcpus is not None and vcpus < 1:
         raise ValueError(f"vcpus is {vcpus}; it must be at least 1")
-    process = hold.start(argv, env=env, **popen)
+    popened = hold.start(argv, env=env, **popen)
     try:
-        return _when_ready(process, vcpus, timeout)
+        with ExitStack() as opened:
+            process = opened.enter_context(hold_process(popened.pid))
+            _wait_for_vcpus(process, popened, vcpus, timeout)
+            machine = _open(process, "launch", ())
+            machine.process = popened
+            opened.pop_all()
     except BaseException:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
+        popened.kill()
+        popened.wait()
+        for pipe in (popened.stdin, popened.stdout, popened.stderr):
             if pipe is not None:
                 pipe.close()
         raise
+    return machine
 
 
-def _exit(status: int) -> str:
-    if status == 0:
-        return "exited with status 0 (one that goes into the background, as by -daemonize: find_vms shows its pid)"
-    if status > 0:
-        return f"exited with status {status}"
-    hint = " (a seccomp filter that does not know KVM_GET_STATS_FD?)" if -status == signal.SIGSYS else ""
-    return f"was killed by signal {-status}{hint}"
-
-
-def _vcpus_held(about: VmProcess) -> int:
-    """How many vCPUs there are whose file is held; QEMU 8.1 under the hold library has two of each."""
-    held = Counter(file.vcpu_id for file in about.held or () if file.vcpu_id is not None)
-    return (held & Counter(about.vcpus or ())).total()
-
-
-def _when_ready(process: subprocess.Popen[Any], vcpus: int | None, timeout: float) -> VirtualMachine:
+def _wait_for_vcpus(process: Process, popened: subprocess.Popen[Any], vcpus: int | None, timeout: float) -> None:
+    """Return when a VMM that is starting holds the files of its vCPUs."""
     deadline = time.monotonic() + timeout
     seen, since = 0, time.monotonic()
     while True:
-        status = process.poll()
+        status = popened.poll()
         if status is not None:
-            raise VmGoneError(errno.ESRCH, f"{process.args!r} {_exit(status)} before it had made a VM")
-        about = describe(process.pid)
-        count = _vcpus_held(about) if about else 0
-        if count != seen:
-            seen, since = count, time.monotonic()
+            raise VmGoneError(errno.ESRCH, f"{popened.args!r} {_say_exit(status)} before it had made a VM")
+        made, held = _count_vcpus(process)
         now = time.monotonic()
-        settled = seen > 0 and now - since >= _SETTLED if vcpus is None else seen >= vcpus
-        if settled and about is not None:
-            return _machine(process.pid, "launch", [], process)
+        if held != seen:
+            seen, since = held, now
+        if seen >= vcpus if vcpus is not None else seen > 0 and now - since >= _SETTLED:
+            return
         if now >= deadline:
-            made = len(about.vcpus or ()) if about else 0
             if made > seen:
                 what = f"{made} vCPUs, of which it holds the stats files of {seen},"
                 hint = (
-                    "Did a wrapper keep the hold library from it (LD_PRELOAD cleared, another root directory), is its "
-                    "`ulimit -n` not 512 above its number of files, or is the kernel older than 5.14?"
+                    "Does a wrapper keep the hold library from it (LD_PRELOAD cleared, another root directory)? Is its "
+                    "`ulimit -n` not 512 above its number of files? Is the kernel older than 5.14?"
                 )
             else:
                 what = f"{seen} of {vcpus} vCPUs" if vcpus else "no VM with a vCPU"
                 hint = "Does it use KVM (QEMU: -accel kvm), and in this process, not in one that it starts?"
             raise AttachError(
                 errno.ETIMEDOUT,
-                f"{process.args!r} (process {process.pid}) has made {what} in {timeout} s, and was killed. {hint}",
+                f"{popened.args!r} (process {popened.pid}) has made {what} in {timeout} s, and was killed. {hint}",
             )
         time.sleep(_POLL)
+
+
+def _count_vcpus(process: Process) -> tuple[int, int]:
+    """Return how many vCPUs there are, and of how many the file is held: some VMMs have two of each."""
+    try:
+        files = process.kvm_files()
+    except OSError:  # it is about to end, or not to be seen yet
+        return 0, 0
+    vcpus = Counter(vcpus_of(process, files))
+    held = Counter(file.vcpu_id for file in files if file.is_stats and file.vcpu_id is not None)
+    return vcpus.total(), (held & vcpus).total()
+
+
+def _say_exit(status: int) -> str:
+    if status == 0:
+        return "exited with status 0 (one that goes into the background, as by -daemonize: find_vms shows its pid)"
+    if status > 0:
+        return f"exited with status {status}"
+    hint = " (a seccomp filter that does not know KVM_GET_STATS_FD?)" if -status == signal.SIGSYS else ""
+    return f"was killed by signal {-status}{hint}"

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmstats_fast.errors import AttachError, VmGoneError
+from kvmstats_fast.vmm.proc import Process
+from kvmstats_fast.vmm.ways import HAND_OVER, HOLD
+
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-__all__ = ["Facts", "explain", "explain_refusal", "facts_of", "reason_of_refusal"]
 
 _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SYS_PTRACE = 1 << 1, 1 << 2, 1 << 19  # include/uapi/linux/capability.h
 _FIRST_USER_NAMESPACE = "user:[4026531837]"  # include/linux/proc_ns.h: PROC_USER_INIT_INO
@@ -96,6 +98,12 @@ def explain_refusal(pid: int, error: int) -> str:
     return explain(facts_of(pid, error))
 
 
+def refused(call: str, pid: int, error: int) -> AttachError:
+    """Return the exception for a call that asked for process `pid` and was answered with this errno."""
+    kind = VmGoneError if error == errno.ESRCH else AttachError
+    return kind(error, f"{call} of process {pid}: {os.strerror(error)}; {explain_refusal(pid, error)}")
+
+
 def reason_of_refusal(pid: int, error: int) -> str:
     """As `explain_refusal`, without the remedies."""
     return _reason_and_remedies(facts_of(pid, error))[0]
@@ -103,26 +111,26 @@ def reason_of_refusal(pid: int, error: int) -> str:
 
 def facts_of(pid: int, error: int) -> Facts:
     """Look up what `explain` needs; what cannot be looked up keeps its default."""
-    mine, theirs = _status("self"), _status(str(pid))
-    ids = (*_numbers(theirs, "Uid")[:3], *_numbers(theirs, "Gid")[:3])
-    my_capabilities, capabilities = _hex(mine, "CapPrm"), _hex(theirs, "CapPrm")
+    me, process = Process(os.getpid()), Process(pid)
+    mine, theirs = me.status(), {}
     dumpable = True
     with suppress(OSError):
-        # The kernel gives the files below /proc/PID to root if it is not dumpable, else to its effective user.
-        dumpable = not ids or Path(f"/proc/{pid}/status").stat().st_uid == ids[1]
+        process.find_live_thread()
+        theirs = process.status()
+        dumpable = process.owner() == _numbers(theirs, "Uid")[1]
     return Facts(
         pid,
         error,
         visible=bool(theirs),
         my_ids=(os.getuid(), os.getgid()),
-        ids=ids,
+        ids=(*_numbers(theirs, "Uid")[:3], *_numbers(theirs, "Gid")[:3]),
         capable=bool(_hex(mine, "CapEff") & _CAP_SYS_PTRACE),
         reads_all=bool(_hex(mine, "CapEff") & (_CAP_DAC_OVERRIDE | _CAP_DAC_READ_SEARCH)),
-        more_capable=bool(capabilities & ~my_capabilities),
+        more_capable=bool(_hex(theirs, "CapPrm") & ~_hex(mine, "CapPrm")),
         dumpable=dumpable,
         descendant=_descends(pid),
         yama=_yama(),
-        other_user_namespace=_other_user_namespace(pid),
+        other_user_namespace=_in_other_user_namespace(process, me),
         filtered=mine.get("Seccomp", "0") != "0",
     )
 
@@ -144,15 +152,6 @@ def _reason_and_remedies(facts: Facts) -> tuple[str, list[str]]:
     return reason, [remedy.format(**known) for remedy in row.remedies]
 
 
-def _status(pid: str) -> dict[str, str]:
-    """Lines of /proc/PID/status by name; none if it cannot be read."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
-
-
 def _numbers(status: dict[str, str], name: str) -> list[int]:
     return [int(word) for word in status.get(name, "").split()]
 
@@ -170,19 +169,19 @@ def _yama() -> int | None:
 def _descends(pid: int) -> bool:
     me = os.getpid()
     while pid > 1:
-        parents = _numbers(_status(str(pid)), "PPid")
-        if not parents:
+        try:
+            pid = int(Process(pid).status()["PPid"])
+        except (OSError, KeyError):
             return False
-        pid = parents[0]
         if pid == me:
             return True
     return False
 
 
-def _other_user_namespace(pid: int) -> bool:
-    mine = os.readlink("/proc/self/ns/user")  # noqa: PTH115 - the text is what is wanted
+def _in_other_user_namespace(process: Process, me: Process) -> bool:
+    mine = me.user_namespace()
     try:
-        return os.readlink(f"/proc/{pid}/ns/user") != mine  # noqa: PTH115
+        return process.user_namespace() != mine
     except PermissionError:  # as where no capability of ours counts: then it is likely, if ours is not the first one
         return mine != _FIRST_USER_NAMESPACE
     except OSError:
@@ -212,8 +211,6 @@ def _is_anothers_folder(facts: Facts) -> bool:
     return bool(facts.ids) and (facts.ids[1] != facts.my_ids[0] or not facts.dumpable)
 
 
-_PASS = "let the VMM pass its stats files on (SCM_RIGHTS), which needs no permission at all"  # noqa: S105
-_LAUNCH = "start the VMM as a child of this process: kvmstats_fast.launch([...]), or `kvmstats run -- ...`"
 _CAPABILITY = (
     "give this process CAP_SYS_PTRACE alone (a systemd unit's AmbientCapabilities=CAP_SYS_PTRACE, "
     "`setpriv --inh-caps +sys_ptrace --ambient-caps +sys_ptrace`, a container's `--cap-add SYS_PTRACE`)"
@@ -234,7 +231,12 @@ _TABLE = (
     _Row(
         lambda facts: facts.errno == errno.ENOSYS,
         "this kernel has no pidfd_getfd, which came with Linux 5.6, or a container's filter hides it",
-        (_PASS, "a newer kernel, or a container with CAP_SYS_PTRACE"),
+        (HAND_OVER.advice, "a newer kernel, or a container with CAP_SYS_PTRACE"),
+    ),
+    _Row(
+        lambda facts: facts.errno == errno.ENOTSUP,
+        "the first thread of process {pid} has ended, and before Linux 6.9 files cannot be taken through another one",
+        (HAND_OVER.advice, "a newer kernel"),
     ),
     _Row(
         lambda facts: facts.errno == errno.EMFILE,
@@ -263,42 +265,56 @@ _TABLE = (
     _Row(
         lambda facts: not _forbidden(facts),
         "the kernel says: {said}",
-        (_PASS,),
+        (HAND_OVER.advice,),
     ),
     _Row(
         lambda facts: _of_another(facts) and len(set(facts.ids[:3])) == len(set(facts.ids[3:])) == 1,
         "process {pid} is of uid {uid} and gid {gid}, this one of uid {me[0]} and gid {me[1]}: both must be the same",
-        ("run this as its user (`setpriv --reuid {uid} --regid {gid} --clear-groups`)", _PASS, _CAPABILITIES, _ROOT),
+        (
+            "run this as its user (`setpriv --reuid {uid} --regid {gid} --clear-groups`)",
+            HAND_OVER.advice,
+            _CAPABILITIES,
+            _ROOT,
+        ),
     ),
     _Row(
         _of_another,
         "process {pid} is of uid {uid} and gid {gid}, with other real or saved ids; all must be uid {me[0]} and gid "
         "{me[1]}, which this one has",
-        (_PASS, _CAPABILITIES, _ROOT),
+        (HAND_OVER.advice, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: _guarded(facts) and not facts.dumpable,
         "process {pid} is guarded: it changed its user, its program is setuid or not readable, or it asked for it "
         "(PR_SET_DUMPABLE)",
-        (_PASS, _CAPABILITIES, _ROOT),
+        (HAND_OVER.advice, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: facts.yama is not None and facts.yama >= 3,
         "kernel.yama.ptrace_scope is {yama}: nobody may attach to a process, root neither",
-        (_PASS, "start the machine with a lower kernel.yama.ptrace_scope; this value stays until the next boot"),
+        (
+            HAND_OVER.advice,
+            "start the machine with a lower kernel.yama.ptrace_scope; this value stays until the next boot",
+        ),
     ),
     _Row(
         lambda facts: _guarded(facts) and facts.yama == 2,
         "kernel.yama.ptrace_scope is 2: only CAP_SYS_PTRACE may attach to a process",
-        (_PASS, _CAPABILITY, _ROOT, "for the whole machine: sysctl kernel.yama.ptrace_scope=1 allows one's children"),
+        (
+            HAND_OVER.advice,
+            _CAPABILITY,
+            _ROOT,
+            "for the whole machine: sysctl kernel.yama.ptrace_scope=1 allows one's children",
+        ),
     ),
     _Row(
         lambda facts: _guarded(facts) and facts.yama == 1 and not facts.descendant,
-        "kernel.yama.ptrace_scope is 1: a process may attach to its children, and process {pid} is none of this one's",
+        "kernel.yama.ptrace_scope is 1: a process may attach to its children only, and process {pid} is not "
+        "one of this process' children",
         (
-            _LAUNCH,
+            HOLD.advice,
             "let the VMM name this process (PR_SET_PTRACER)",
-            _PASS,
+            HAND_OVER.advice,
             _CAPABILITY,
             _ROOT,
             "for the whole machine: sysctl kernel.yama.ptrace_scope=0",
@@ -307,28 +323,35 @@ _TABLE = (
     _Row(
         lambda facts: _guarded(facts) and facts.more_capable,
         "process {pid} has capabilities that this one lacks",
-        ("run the VMM without them, or this with the same", _PASS, _CAPABILITY, _ROOT),
+        ("run the VMM without them, or this with the same", HAND_OVER.advice, _CAPABILITY, _ROOT),
     ),
     _Row(
         lambda facts: facts.other_user_namespace,
         "process {pid} is, as far as can be seen, in another user namespace, where the capabilities of this one do not "
         "count",
-        ("run this in the VMM's user namespace, or in one above it (on the host)", _PASS),
+        ("run this in the VMM's user namespace, or in one above it (on the host)", HAND_OVER.advice),
     ),
     _Row(
         lambda facts: facts.errno == errno.EACCES and not facts.reads_all and _is_anothers_folder(facts),
         "/proc/{pid}/fd is a folder of another user (root's, if process {pid} is guarded), and CAP_SYS_PTRACE, which "
         "this process has, opens no folders",
-        (_PASS, _CAPABILITIES, _ROOT),
+        (HAND_OVER.advice, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: facts.filtered,
         "a seccomp filter of this process (a container has one), or a security module (SELinux, AppArmor) forbids it",
-        (_PASS, "a container with CAP_SYS_PTRACE, which opens the usual filter too", "allow it in the module's policy"),
+        (
+            HAND_OVER.advice,
+            "a container with CAP_SYS_PTRACE, which opens the usual filter too",
+            "allow it in the module's policy",
+        ),
     ),
     _Row(
         lambda _: True,
         "probably a security module (SELinux, AppArmor) forbids it",
-        (_PASS, "allow it in the module's policy; its log names the rule (`dmesg`, `ausearch -m avc`)"),
+        (
+            HAND_OVER.advice,
+            "allow it in the module's policy; its log names the rule (`dmesg`, `ausearch -m avc`)",
+        ),
     ),
 )

@@ -1,0 +1,96 @@
+"""The ways to get at stats files, in the order in which a production host will like them.
+
+Messages and the table of docs/attach.md quote them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["WAYS", "Way", "advise"]
+
+
+class Way(NamedTuple):
+    """A way to get at the stats files of a VM.
+
+    Attributes
+    ----------
+    name : str
+    call : str
+        What to write.
+    needs : str
+        What it takes.
+    effect : str
+        What happens to the VMM.
+    advice : str
+        What to do, to whom lacks stats files; the words of messages.
+    """
+
+    name: str
+    call: str
+    needs: str
+    effect: str
+    advice: str
+
+
+BORROW = Way(
+    "borrow",
+    "attach(pid)",
+    "a VMM that holds its stats files, which each of the next ways achieves, and permission to trace it",
+    "nothing; it does not notice",
+    "attach(pid) borrows the files that a VMM holds",
+)
+HOLD = Way(
+    "hold",
+    "launch([...]), kvmstats run -- ..., or LD_PRELOAD",
+    "that you start the VMM; no privilege",
+    "one more ioctl for each VM and vCPU when it is made, one more fd for each as long as it lives",
+    "start the VMM by launch(), by `kvmstats run`, or with LD_PRELOAD set to what `python -m kvmstats_fast hold-path` "
+    "prints",
+)
+QEMU = Way(
+    "QEMU 8.1",
+    "attach(pid)",
+    "QEMU 8.1 or later, which holds the files of its vCPUs, but not the VM's",
+    "nothing; it does not notice",
+    "use QEMU 8.1 or later, which holds the files of its vCPUs",
+)
+HAND_OVER = Way(
+    "hand over",
+    "send_files and receive_files",
+    "a VMM that you can change, and a Unix socket",
+    "what you let it do",
+    "let the VMM open its stats files and hand them over (send_files, SCM_RIGHTS), which needs no permission at all",
+)
+INHERIT = Way(
+    "inherit",
+    "StatsFile(fd) or inherited_files()",
+    "a VMM that you can change, and that starts the monitor or keeps its files with systemd",
+    "what you let it do",
+    "let the VMM pass them to a monitor that it starts, or keep them with systemd (inherited_files)",
+)
+INJECT = Way(
+    "inject",
+    "attach(pid, inject=True)",
+    "x86-64, permission to trace the VMM, no seccomp filter in it",
+    "one of its threads at a time stands still for a moment and makes the ioctl",
+    "where that is acceptable, attach(pid, inject=True)",
+)
+
+#: The least intrusive first.
+WAYS = (BORROW, HOLD, QEMU, HAND_OVER, INHERIT, INJECT)
+
+
+def advise(*, inject: bool = True, vcpus: bool = True) -> str:
+    """Return what to do about stats files that a VMM does not hold, in order.
+
+    Parameters
+    ----------
+    inject : bool
+        Whether injection may be recommended: not to a VMM under a seccomp filter, nor where it was just refused.
+    vcpus : bool
+        Whether files of vCPUs are among them.
+    """
+    ways = [HOLD, *([QEMU] if vcpus else []), HAND_OVER, INHERIT, *([INJECT] if inject else [])]
+    *before, last = [way.advice for way in ways]
+    return f"{'; '.join(before)}; or {last}"
