@@ -138,10 +138,10 @@ class Sampler(Unique):
             Seconds after which the run ends. Without `count` and `duration` it goes on until Ctrl-C, or until no file
             is left.
         wait : {"sleep", "spin", "hybrid"}
-            ``"sleep"`` gives the processor away between sweeps, and wakes up late by what timer and scheduler take: for
-            busy hosts, and wherever some 50 us do not matter. ``"hybrid"`` sleeps, and spins the last 150 us;
-            ``"spin"`` never sleeps: punctual on an idle processor, but on a busy host both lose more ticks than
-            ``"sleep"``, because spinning uses up the thread's time slice and the scheduler then runs others first.
+            ``"sleep"`` gives the processor away, and wakes up late by what timer and scheduler take: for a busy host at
+            any rate, and for an idle one up to some kHz. ``"hybrid"`` spins the last 150 us: punctual where a processor
+            is idle. ``"spin"`` never sleeps: for a processor of its own. On a busy host these two miss more ticks than
+            ``"sleep"``: a thread that spins uses up its time slice, and then the scheduler runs others first.
         cpu : int or iterable of int, optional
             Processors to run on.
         strict : bool
