@@ -247,14 +247,14 @@ def test_hold_path_prints_the_path():
 @pytest.mark.parametrize("folder", ["a b", "a:b", "a$b"])
 def test_a_path_that_ld_preload_cannot_name_is_refused(monkeypatch, tmp_path, folder):
     """Spaces, colons and dollars mean something else to the dynamic linker."""
-    monkeypatch.setattr(hold, "__file__", str(tmp_path / folder / "hold.py"))
+    monkeypatch.setattr(hold, "__file__", str(tmp_path / folder / "vmm" / "hold.py"))
     with pytest.raises(kf.AttachError, match="LD_PRELOAD cannot name"):
         hold.hold_library()
 
 
 def test_a_missing_library_is_said(monkeypatch, tmp_path):
     """Half an installation is no reason to start a VMM that holds nothing."""
-    monkeypatch.setattr(hold, "__file__", str(tmp_path / "hold.py"))
+    monkeypatch.setattr(hold, "__file__", str(tmp_path / "vmm" / "hold.py"))
     with pytest.raises(kf.AttachError, match="is missing: install"):
         hold.hold_library()
 
@@ -409,8 +409,8 @@ def test_a_library_that_the_user_cannot_read_is_named(open_folder):
     """It is not the program that is at fault."""
     closed = open_folder / "closed"
     closed.mkdir(0o700)
-    script = CHECK.replace("*library)", "*library)\n    hold.__file__ = library[0]\n    hold.hold_library = real")
-    script = script.replace("if library", "real = hold.hold_library\nif library")
+    there = f"hold.__file__ = {str(closed / 'vmm' / 'hold.py')!r}"
+    script = CHECK.replace("hold.hold_library = lambda: pathlib.Path(*library)", there)
     library = shutil.copy(LIBRARY, closed)
     command = [sys.executable, "-c", script, str(NOBODY), str(NOBODY), "/bin/true", library]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
