@@ -18,18 +18,27 @@ if TYPE_CHECKING:
     from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
     from kvmstats_fast.analysis.figures import DutyCycle, Figure, Figures, HaltPollAdvice
     from kvmstats_fast.analysis.histogram import Histogram
-    from kvmstats_fast.errors import AttachError, ErrorCode, FormatError, KvmStatsError, VmGoneError
+    from kvmstats_fast.errors import (
+        AttachError,
+        ErrorCode,
+        FormatError,
+        HandOverError,
+        KvmStatsError,
+        RecordingWarning,
+        VmGoneError,
+    )
     from kvmstats_fast.formats.parquet import to_csv, to_parquet
-    from kvmstats_fast.formats.recording import Recorder, Recording, RecordingWarning
-    from kvmstats_fast.merged import to_merged
+    from kvmstats_fast.formats.recording import Recorder, Recording
+    from kvmstats_fast.image import StatsImage, parse, to_merged
     from kvmstats_fast.samples import FileInfo, SampleError, Samples
     from kvmstats_fast.sampling.measure import measure
     from kvmstats_fast.sampling.sampler import Sampler
     from kvmstats_fast.sampling.stream import Stream
-    from kvmstats_fast.schema import Header, Schema, Stat, StatsImage, parse
+    from kvmstats_fast.schema import Header, Schema
+    from kvmstats_fast.stat import Stat
     from kvmstats_fast.stats_file import StatsFile
     from kvmstats_fast.vmm.find import VmProcess, find_vms
-    from kvmstats_fast.vmm.handover import HandOverError, inherited_files, receive_files, send_files
+    from kvmstats_fast.vmm.handover import inherited_files, receive_files, send_files
     from kvmstats_fast.vmm.machine import VirtualMachine, attach, launch
 
 __all__ = [
@@ -80,18 +89,27 @@ _ROOMS = {
     "abi": ("Layout", "StatBase", "StatType", "StatUnit"),
     "analysis.figures": ("DutyCycle", "Figure", "Figures", "HaltPollAdvice"),
     "analysis.histogram": ("Histogram",),
-    "errors": ("AttachError", "ErrorCode", "FormatError", "KvmStatsError", "VmGoneError"),
+    "errors": (
+        "AttachError",
+        "ErrorCode",
+        "FormatError",
+        "HandOverError",
+        "KvmStatsError",
+        "RecordingWarning",
+        "VmGoneError",
+    ),
     "formats.parquet": ("to_csv", "to_parquet"),
-    "formats.recording": ("Recorder", "Recording", "RecordingWarning"),
-    "merged": ("to_merged",),
+    "formats.recording": ("Recorder", "Recording"),
+    "image": ("StatsImage", "parse", "to_merged"),
     "samples": ("FileInfo", "SampleError", "Samples"),
     "sampling.measure": ("measure",),
     "sampling.sampler": ("Sampler",),
     "sampling.stream": ("Stream",),
-    "schema": ("Header", "Schema", "Stat", "StatsImage", "parse"),
+    "schema": ("Header", "Schema"),
+    "stat": ("Stat",),
     "stats_file": ("StatsFile",),
     "vmm.find": ("VmProcess", "find_vms"),
-    "vmm.handover": ("HandOverError", "inherited_files", "receive_files", "send_files"),
+    "vmm.handover": ("inherited_files", "receive_files", "send_files"),
     "vmm.machine": ("VirtualMachine", "attach", "launch"),
 }
 

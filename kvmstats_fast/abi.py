@@ -14,8 +14,6 @@ from functools import cache
 
 from kvmstats_fast._kvmstats import lib
 
-__all__ = ["Layout", "StatBase", "StatType", "StatUnit", "ioctl_number"]
-
 
 class StatType(IntEnum):
     """What kind of number a statistic is (``KVM_STATS_TYPE_*``, unshifted: bits 0-3 of the descriptor's flags)."""

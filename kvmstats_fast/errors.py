@@ -11,8 +11,6 @@ from kvmstats_fast._kvmstats import lib
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["AttachError", "ErrorCode", "FormatError", "KvmStatsError", "VmGoneError"]
-
 
 class ErrorCode(IntEnum):
     """What is wrong with a stats file (``enum kvmstats_error`` of ``csrc/kvmstats.h``)."""
@@ -62,6 +60,18 @@ class AttachError(KvmStatsError, OSError):
 
 class VmGoneError(AttachError):
     """The process has ended, or never was (``errno`` is ESRCH)."""
+
+
+class HandOverError(KvmStatsError):
+    """Stats files were not handed over: the wrong peer, one that went away, or one that speaks something else."""
+
+
+class KvmUnavailableError(KvmStatsError, OSError):
+    """No VM can be made here; the message says why and what to do, ``errno`` what the kernel said."""
+
+
+class RecordingWarning(UserWarning):
+    """A recording was not ended as it should be; the text says what was not read."""
 
 
 _BLOCKS = {

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvmstats_fast.schema import Schema, Stat
+    from kvmstats_fast.schema import Schema
+    from kvmstats_fast.stat import Stat
 
 #: Bytes of the rows that are worked on at once: they fit a processor's cache, and numpy's calls do not count.
 BLOCK_BYTES = 1 << 20

@@ -89,7 +89,7 @@ class Handle:
         self.fd = fd
         self._id = file_id
         self.source: Any = ffi.new(
-            _SOURCE, (fd.fileno(), value_size, schema.swapped, schema.header.data_offset, schema.num_values)
+            _SOURCE, (fd.fileno(), value_size, schema.encoding.swapped, schema.header.data_offset, schema.num_values)
         )
 
     @property

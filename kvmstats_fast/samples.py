@@ -20,14 +20,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvmstats_fast.groups import Group
-    from kvmstats_fast.schema import Stat
-
-__all__ = ["FileInfo", "SampleError", "Samples"]
+    from kvmstats_fast.stat import Stat
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
-
-#: Statistics of these types never fall, unless somebody clears them.
-_GROWING = (StatType.CUMULATIVE, StatType.PEAK, StatType.LINEAR_HIST, StatType.LOG_HIST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +311,7 @@ class Samples:
             value. int64 for what goes up and down. 0 where a file had failed.
         """
         values = self[name]
-        growing = self.stat(name).type in _GROWING
+        growing = self.stat(name).grows
         change = np.empty((max(len(values) - 1, 0), *values.shape[1:]), np.uint64)
         for rows in cut_rows(len(change), rows_per_block(values)):
             _change(values, rows, change[rows], growing=growing)
@@ -338,7 +333,7 @@ class Samples:
         """
         starts = range(0, max(len(self) - 1, 1), TOTAL_ROWS)
         changes = (self[start : start + TOTAL_ROWS + 1].delta(name) for start in starts)
-        if self.stat(name).type not in _GROWING:
+        if not self.stat(name).grows:
             return cast("npt.NDArray[np.int64]", sum(change.sum(axis=0) for change in changes))
         what = f"the changes of {name}, which was cleared on the way,"
         parts = [added(cast("npt.NDArray[np.uint64]", change), 0, what) for change in changes]
@@ -353,7 +348,7 @@ class Samples:
             bool, shape ``(T - 1, n)``; all False for statistics that go up and down.
         """
         values = self[name]
-        if self.stat(name).type not in _GROWING:
+        if not self.stat(name).grows:
             return np.zeros((max(len(values) - 1, 0), values.shape[1]), np.bool_)
         return self._blank(name, _fell(values[:-1], values[1:]), 0)
 
@@ -368,10 +363,10 @@ class Samples:
         """
         values = self[name]
         stat = self.stat(name)
-        growing = stat.type in _GROWING
+        growing = stat.grows
         seconds = np.diff(self.time) / 1e9
         seconds[seconds == 0] = np.nan  # two sweeps in one ns: the rate is not known
-        factor = 1.0 if stat.is_histogram else stat._float_factor
+        factor = 1.0 if stat.is_histogram else stat.float_factor
         if stat.exponent < 0:
             seconds, factor = seconds * factor, 1.0  # 10**9 is exact as a float, 10**-9 is not
         seconds = seconds.reshape(-1, *[1] * (values.ndim - 1))
@@ -401,7 +396,7 @@ class Samples:
             return values
         if stat.exponent > 0 and (not values.size or int(values.max()) * stat.factor < 1 << 64):
             return values * np.uint64(min(stat.factor, (1 << 64) - 1))
-        return stat._in_floats(values)
+        return stat.scale_array(values)
 
     def histogram(self, name: str, sweep: int | None = None) -> Histogram:
         """Return what a histogram counted in this run, file by file; ``.sum()`` adds the files up.

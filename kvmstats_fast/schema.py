@@ -1,4 +1,4 @@
-"""What a stats file holds: Stat, Schema, the schema cache, and parse() for a whole file in memory.
+"""What one kind of stats file holds: Header, Schema, and the cache of schemas.
 
 The walk over header and descriptors is C (``csrc/layout.c``); this module calls it, turns what it finds into objects
 once per kernel and kind of file, and hands out the same `Schema` object for every further file of that kind.
@@ -11,160 +11,23 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, KeysView, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
-from kvmstats_fast.abi import KNOWN, LAYOUT_OF_CODE, Layout, StatBase, StatType, StatUnit, split_flags
-from kvmstats_fast.errors import ErrorCode, KvmStatsError, format_error, truncated, unknown_stat
+from kvmstats_fast.abi import LAYOUT_OF_CODE, Layout, StatUnit, split_flags
+from kvmstats_fast.errors import ErrorCode, format_error, truncated, unknown_stat
+from kvmstats_fast.stat import Stat, decode
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from typing_extensions import Buffer
-
-__all__ = ["Header", "Schema", "Stat", "StatsImage", "parse"]
 
 #: A value as `Schema.unpack` gives it: a histogram is an array of counts.
 Value: TypeAlias = "int | bool | float | npt.NDArray[np.uint64]"
-
-
-@dataclass(frozen=True, slots=True)
-class Stat:
-    """One statistic, as its descriptor says (``struct kvm_stats_desc``).
-
-    Attributes
-    ----------
-    name : str
-        Bytes that are no UTF-8 are kept by ``surrogateescape``.
-    type, unit, base : StatType, StatUnit, StatBase, or int
-        An int is a code this package does not know; such a statistic is kept raw (see `unknown`).
-    exponent : int
-        A value in base units is ``raw * 10**exponent`` (or 2, after `base`).
-    size : int
-        Number of uint64 values: 1, or the buckets of a histogram.
-    offset : int
-        Bytes from the start of the values (as uint64), a multiple of 8.
-    bucket_size : int
-        Width of a linear histogram's buckets, else 0.
-    """
-
-    name: str
-    type: StatType | int
-    unit: StatUnit | int
-    base: StatBase | int
-    exponent: int
-    size: int
-    offset: int
-    bucket_size: int = 0
-
-    @property
-    def is_histogram(self) -> bool:
-        """Whether the values are bucket counts."""
-        return self.type in (StatType.LINEAR_HIST, StatType.LOG_HIST)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``()`` for a plain number, ``(size,)`` for a histogram or any other statistic of several values."""
-        return (self.size,) if self.size != 1 or self.is_histogram else ()
-
-    @property
-    def unknown(self) -> str:
-        """Which codes this package does not know, such as ``"type 7, base 3"``; empty for all that exist so far."""
-        codes = {"type": self.type, "unit": self.unit, "base": self.base}
-        return ", ".join(f"{what} {code}" for what, code in codes.items() if code not in KNOWN[what])
-
-    @property
-    def scale(self) -> int | float:
-        """What a raw value is multiplied with: an int where exact, 1 where a code is unknown."""
-        return self.to_base_units(1)
-
-    def to_base_units(self, raw: int) -> int | float:
-        """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if a code is unknown."""
-        return _scaled(raw, self.factor, self.exponent)
-
-    def units(self, si: bool = False) -> str:
-        """Return the unit's symbol: of raw values (``"ns"``, ``"KiB"``), or with `si` of base units (``"s"``, ``"B"``).
-
-        Returns
-        -------
-        str
-            Empty for plain counts and booleans. A histogram's unit is of its buckets' edges; its values are counts. The
-            code in words where this package does not know it (``"unit 9"``), because then the value is left raw.
-        """
-        if self.unknown:
-            return self.unknown
-        symbol = _SYMBOLS[StatUnit(self.unit)]
-        if si or not self.exponent:
-            return symbol
-        radix = StatBase(self.base).radix
-        prefix = _PREFIXES.get((radix, self.exponent)) if symbol in ("s", "B") else None
-        return f"{radix}^{self.exponent} {symbol}".rstrip() if prefix is None else prefix + symbol
-
-    @property
-    def factor(self) -> int:
-        """What to multiply a raw value with, or to divide it by if the exponent is negative; 1 if a code is unknown."""
-        if self.exponent == 0 or self.unknown:
-            return 1
-        factor: int = StatBase(self.base).radix ** abs(self.exponent)
-        return factor
-
-    @property
-    def _float_factor(self) -> float:
-        return float(min(self.factor, _LARGEST))
-
-    def _in_floats(self, values: npt.NDArray[np.uint64 | np.int64]) -> npt.NDArray[np.float64]:
-        """Scale an array of raw values: each as `to_base_units` does, but for a rounding."""
-        result: npt.NDArray[np.float64] = (np.divide if self.exponent < 0 else np.multiply)(values, self._float_factor)
-        return result
-
-    def bucket_edges(self) -> npt.NDArray[np.float64]:
-        """Edges of a histogram's buckets, in base units.
-
-        Bucket i counts what fell into ``[edges[i], edges[i + 1])``. Linear: ``i * bucket_size``. Logarithmic: 0, 1,
-        2, 4, 8 ... (``kvm_stats_linear_hist_update`` and ``kvm_stats_log_hist_update``, ``include/linux/kvm_host.h``).
-
-        Returns
-        -------
-        numpy.ndarray
-            float64, shape ``(size + 1,)``; the last is inf, because the last bucket also counts all that is above it.
-            Raw where a code is unknown (see `unknown`).
-
-        Raises
-        ------
-        ValueError
-            If this is no histogram, or a linear one without a bucket size.
-        """
-        if self.type == StatType.LINEAR_HIST:
-            if self.bucket_size == 0:
-                raise ValueError(f"{self.name} is a linear histogram, but its descriptor has bucket_size 0")
-            raw: Iterable[int] = (i * self.bucket_size for i in range(self.size))
-        elif self.type == StatType.LOG_HIST:
-            raw = chain((0,), (1 << i for i in range(self.size - 1)))
-        else:
-            raise ValueError(f"{self.name} is no histogram: its type is {self.type!r}")
-        edges = np.full(self.size + 1, np.inf)
-        factor = self.factor
-        with suppress(OverflowError):  # from the first edge on that no float reaches, they are inf
-            for i, edge in enumerate(raw):
-                edges[i] = float(_scaled(edge, factor, self.exponent))
-        return edges
-
-
-_LARGEST = 10**270  # of any uint64, over a ns, it makes what is still a float; no kernel has such an exponent
-_SYMBOLS = {StatUnit.NONE: "", StatUnit.BYTES: "B", StatUnit.SECONDS: "s", StatUnit.CYCLES: "cycles"}
-_SYMBOLS[StatUnit.BOOLEAN] = ""
-_PREFIXES = dict(zip(((10, exponent) for exponent in (-12, -9, -6, -3, 3, 6, 9, 12)), "pnumkMGT", strict=True))
-_PREFIXES |= {(2, 10 * power): f"{letter}i" for power, letter in enumerate("KMGTPE", 1)}
-
-
-def _scaled(raw: int, factor: int, exponent: int) -> int | float:
-    return raw / factor if exponent < 0 and factor != 1 else raw * factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +59,67 @@ class Header:
     data_offset: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoding:
+    """How the bytes of a file of one schema are recognised and read. Inner to the package.
+
+    Attributes
+    ----------
+    header : Header
+    swapped : bool
+        Whether the file is in the other byte order than this machine.
+    repaired : bool
+        Whether the file has the count defect, and so no values.
+    id_size : int
+        Bytes of the room for the id.
+    data_size : int
+        Bytes of all values as uint64, words that no descriptor names included.
+    prefix : bytes
+        The file up to the end of its descriptors, with everything blanked that does not make the schema: the id, and
+        gaps between blocks. `schema_of` makes the schema of it again.
+    windows : tuple of (slice, bytes)
+        What `prefix` has that is not blank: the header without the id, and the descriptors.
+    """
+
+    header: Header
+    swapped: bool
+    repaired: bool
+    id_size: int
+    data_size: int
+    prefix: bytes
+    windows: tuple[tuple[slice, bytes], ...]
+
+    def fits(self, blob: bytes) -> bool:
+        """Whether `blob`, the start of a file, has this header and these descriptors (and room for an id)."""
+        for window, raw in self.windows:  # all() of a generator takes three times as long
+            if blob[window] != raw:
+                return False
+        return len(blob) >= len(self.prefix)
+
+    def read_id(self, blob: bytes) -> str:
+        """Return the id in `blob`, the start of a file: to its NUL or to the end of its room, whichever is first."""
+        start = self.header.id_offset
+        return decode(blob[start : start + self.id_size].partition(b"\0")[0])
+
+    @property
+    def data_end(self) -> int:
+        """Byte of the file where the values end, if each has 8 bytes."""
+        return self.header.data_offset + self.data_size
+
+    def value_size(self, file_end: int, file_id: str, source: str) -> int:
+        """Return the bytes of a value in a file that ends at byte `file_end`: 8, or 4 of an old 32-bit kernel.
+
+        Before the merge, VM statistics were ``unsigned long`` (from v8 u64), vCPU statistics u64. Nothing follows
+        them, so half the size means 4-byte values: a file of 8-byte values cut at exactly half looks the same.
+        """
+        if file_end >= self.data_end or not self.data_size:
+            return 8
+        positional = self.header.layout in (Layout.V2, Layout.V5)
+        if positional and file_end - self.header.data_offset == self.data_size // 2 and kind_of(file_id)[0] == "vm":
+            return 4
+        raise truncated(source, file_end, self.data_end)
+
+
 class Schema(Mapping[str, Stat]):
     """What one kind of stats file holds: a mapping of names to `Stat`, in the order of the descriptors.
 
@@ -206,28 +130,27 @@ class Schema(Mapping[str, Stat]):
     ----------
     stats : tuple of Stat
     header : Header
+    data_size : int
+        Bytes of all values as uint64, words that no descriptor names included.
+    encoding : Encoding
+        Inner to the package: how the bytes of a file are recognised and read. It may change in any version.
     """
 
     __slots__ = (
         "_by_name",
         "_dtype",
-        "_id_size",
-        "_key",
         "_places",
-        "_prefix",
-        "_repaired",
         "data_size",
+        "encoding",
         "header",
         "stats",
-        "swapped",
     )
 
     def __init__(self, blob: bytes, parsed: Any, stats: tuple[Stat, ...]) -> None:
-        #: Whether the file is in the other byte order than this machine.
-        self.swapped = bool(parsed.swapped)
+        swapped = bool(parsed.swapped)
         self.header = Header(
             layout=LAYOUT_OF_CODE[parsed.layout],
-            byteorder="little" if (sys.byteorder == "little") != self.swapped else "big",
+            byteorder="little" if (sys.byteorder == "little") != swapped else "big",
             flags=parsed.flags,
             name_size=parsed.name_size,
             num_desc=parsed.num_desc,
@@ -236,13 +159,10 @@ class Schema(Mapping[str, Stat]):
             data_offset=parsed.data_offset,
         )
         self.stats = stats
-        #: Bytes of all values as uint64, words that no descriptor names included.
         self.data_size: int = parsed.data_size
         self._by_name = {stat.name: stat for stat in stats}
         self._dtype: np.dtype[np.void] | None = None
         self._places: list[tuple[Stat, str, int, int, bool, str]] | None = None
-        self._id_size: int = parsed.id_size
-        self._repaired = bool(parsed.count_defect)
         # What makes a schema: the header without the id, and the table. Everything else of the file is blanked.
         windows = [
             slice(parsed.key_offset, parsed.key_offset + parsed.key_size),
@@ -253,11 +173,18 @@ class Schema(Mapping[str, Stat]):
         prefix = bytearray(parsed.prefix_size)
         for window in windows:
             prefix[window] = blob[window]
-        self._prefix = bytes(prefix)
-        self._key = tuple((window, blob[window]) for window in windows)  # last: from here on nothing can be changed
+        self.encoding = Encoding(  # last: from here on nothing can be changed
+            self.header,
+            swapped,
+            bool(parsed.count_defect),
+            parsed.id_size,
+            self.data_size,
+            bytes(prefix),
+            tuple((window, blob[window]) for window in windows),
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
-        if hasattr(self, "_key") and not name.startswith("_"):
+        if hasattr(self, "encoding") and not name.startswith("_"):
             raise AttributeError(f"a Schema is shared by all files of its kind: {name} cannot be changed")
         super().__setattr__(name, value)
 
@@ -297,7 +224,7 @@ class Schema(Mapping[str, Stat]):
     @property
     def fingerprint(self) -> str:
         """128 bits in hexadecimal over header and descriptors: equal for equal schemas, on every machine."""
-        return hashlib.blake2b(self._prefix + bytes([self._repaired]), digest_size=16).hexdigest()
+        return hashlib.blake2b(self.encoding.prefix + bytes([self.encoding.repaired]), digest_size=16).hexdigest()
 
     def select(self, *patterns: str) -> tuple[Stat, ...]:
         """Find statistics by name or glob (``halt_*``; case matters).
@@ -394,53 +321,17 @@ class Schema(Mapping[str, Stat]):
             return True
         if not isinstance(other, Schema):
             return NotImplemented
-        return (self._prefix, self._repaired) == (other._prefix, other._repaired)
+        mine, others = self.encoding, other.encoding
+        return (mine.prefix, mine.repaired) == (others.prefix, others.repaired)
 
     def __hash__(self) -> int:
-        return hash(self._prefix)
+        return hash(self.encoding.prefix)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return schema_of, (self._prefix, "a pickled schema", self._repaired)
+        return schema_of, (self.encoding.prefix, "a pickled schema", self.encoding.repaired)
 
     def __repr__(self) -> str:
         return f"<Schema {self.layout} {self.byteorder}-endian: {len(self)} stats, {self.num_values} values>"
-
-    # ---- for the readers of this package
-
-    def fits(self, blob: bytes) -> bool:
-        """Whether `blob`, the start of a file, holds this schema's header and descriptors (and room for an id)."""
-        for window, raw in self._key:  # all() of a generator takes three times as long
-            if blob[window] != raw:
-                return False
-        return len(blob) >= len(self._prefix)
-
-    def id_of(self, blob: bytes) -> str:
-        """Return the id in `blob`, the start of a file: to its NUL or to the end of its room, whichever is first."""
-        start = self.header.id_offset
-        return decode(blob[start : start + self._id_size].partition(b"\0")[0])
-
-    @property
-    def data_end(self) -> int:
-        """Byte of the file where the values end, if each has 8 bytes."""
-        return self.header.data_offset + self.data_size
-
-    def value_size(self, file_end: int, file_id: str, source: str) -> int:
-        """Bytes of a value in a file that ends at byte `file_end`: 8, or 4 of an old 32-bit kernel.
-
-        Before the merge, VM statistics were ``unsigned long`` (from v8 u64), vCPU statistics u64. Nothing follows
-        them, so half the size means 4-byte values: a file of 8-byte values cut at exactly half looks the same.
-        """
-        if file_end >= self.data_end or not self.data_size:
-            return 8
-        half = file_end - self.header.data_offset == self.data_size // 2 and self.layout in (Layout.V2, Layout.V5)
-        if half and kind_of(file_id)[0] == "vm":
-            return 4
-        raise truncated(source, file_end, self.data_end)
-
-
-def decode(raw: bytes) -> str:
-    """Text of a name or id; nothing is lost."""
-    return raw.decode("utf-8", "surrogateescape")
 
 
 _ID = re.compile(r"(?:.*/)?vcpu-([0-9]+)", re.DOTALL)
@@ -467,7 +358,7 @@ class _Cache:
     def find(self, blob: bytes) -> Schema | None:
         """Return the schema of a file that starts with `blob`, if one is known."""
         for index, schema in enumerate(self._entries):
-            if schema.fits(blob):
+            if schema.encoding.fits(blob):
                 if index:
                     self._put_first(schema)
                 return schema
@@ -478,7 +369,7 @@ class _Cache:
 
         A table beyond all measure is not kept: whoever reads strange files must not run out of memory.
         """
-        return self._put_first(schema) if len(schema._prefix) <= _LARGEST_KEPT else schema
+        return self._put_first(schema) if len(schema.encoding.prefix) <= _LARGEST_KEPT else schema
 
     def _put_first(self, schema: Schema) -> Schema:
         with self._lock:
@@ -540,110 +431,3 @@ def schema_of(blob: bytes, source: str, repair: bool = False) -> Schema:
     schema = Schema(blob, header, tuple(stats))
     # A repaired schema must never be found for a file that is opened to be read: its data is not its own.
     return schema if header.count_defect else CACHE.add(schema)
-
-
-class StatsImage:
-    """A whole stats file in memory: ``image["exits"]`` is a raw value, as `Schema.unpack` gives it.
-
-    Names can be iterated over, counted and looked for with ``in``, and ``dict(image)`` works; `values` is the array.
-
-    Attributes
-    ----------
-    schema : Schema
-    id : str
-        A label (``kvm-PID``, ``kvm-TID/vcpu-N``), not a key: it need not be unique.
-    values : numpy.ndarray or None
-        uint64, shape ``(schema.num_values,)``; None for a repaired file, which has none.
-    """
-
-    __slots__ = ("id", "schema", "values")
-
-    def __init__(self, schema: Schema, id: str, values: npt.NDArray[np.uint64] | None) -> None:  # noqa: A002
-        self.schema = schema
-        self.id = id
-        self.values = values
-
-    @property
-    def header(self) -> Header:
-        """Header of the file."""
-        return self.schema.header
-
-    def snapshot(self, si: bool = False) -> dict[str, Value]:
-        """Name the values, as `StatsFile.snapshot` does; KvmStatsError if the file has none."""
-        return self.schema.unpack(self._present(), si=si)
-
-    def _present(self) -> npt.NDArray[np.uint64]:
-        if self.values is None:
-            raise KvmStatsError(
-                f"{self.id}: this file has no values: its kernel has the count defect and serves other memory in their "
-                "place"
-            )
-        return self.values
-
-    def __getitem__(self, name: str) -> Any:  # Value, but then image["exits"] + 1 would need a cast
-        stat, values = self.schema[name], self._present()
-        word = stat.offset // 8
-        if stat.shape:
-            return values[word : word + stat.size]
-        value = int(values[word])
-        return bool(value) if stat.unit == StatUnit.BOOLEAN and value <= 1 else value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.schema
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.schema)
-
-    def __len__(self) -> int:
-        return len(self.schema)
-
-    def keys(self) -> KeysView[str]:
-        """Names of the statistics, so that ``dict(image)`` works."""
-        return self.schema.keys()
-
-    def __repr__(self) -> str:
-        return f"<StatsImage {self.id!r}: {self.schema!r}{' without values' if self.values is None else ''}>"
-
-
-def parse(data: Buffer | npt.NDArray[Any], *, repair: bool = False) -> StatsImage:
-    """Parse a whole stats file that is in memory, of any layout and byte order.
-
-    Parameters
-    ----------
-    data : bytes-like
-        The file's bytes, from the header to the end of its data.
-    repair : bool
-        Accept the count defect of the original series' x86 vCPU files (count is the table's size in bytes). Such a
-        file has true descriptors, but its data is other kernel memory: ``values`` is None.
-
-    Returns
-    -------
-    StatsImage
-
-    Raises
-    ------
-    FormatError
-        If the bytes are no stats file that can be read; ``code`` and ``offset`` say why and where.
-
-    Notes
-    -----
-    A VM file of the v2 and v5 layouts whose data is exactly half as long as its descriptors ask for is taken for one
-    of a 32-bit kernel (4-byte values), because that is what those look like.
-    """
-    blob = data if isinstance(data, bytes) else memoryview(cast("Buffer", data)).tobytes()
-    source = f"stats file of {len(blob)} bytes"
-    schema = schema_of(blob, source, repair)
-    file_id = schema.id_of(blob)
-    if schema._repaired:
-        return StatsImage(schema, file_id, None)
-    start = schema.header.data_offset
-    value_size = schema.value_size(len(blob), file_id, source)
-    values = np.empty(schema.num_values, np.uint64)
-    lib.kvmstats_copy_values(
-        ffi.from_buffer("char[]", blob) + start,
-        value_size,
-        schema.swapped,
-        schema.num_values,
-        ffi.from_buffer("uint64_t[]", values, True),
-    )
-    return StatsImage(schema, file_id, values)

@@ -114,10 +114,11 @@ class StatsFile(Closing):
         fd = fd_of(stats_fd)
         blob, schema = _read_schema(fd)
         self.schema = schema
-        self._id = file_id = schema.id_of(blob)
+        encoding = schema.encoding
+        self._id = file_id = encoding.read_id(blob)
         value_size = 8
-        if len(blob) < schema.data_end:
-            value_size = schema.value_size(len(_read_on(fd, blob, schema.data_end)), file_id, describe_fd(fd))
+        if len(blob) < encoding.data_end:
+            value_size = encoding.value_size(len(_read_on(fd, blob, encoding.data_end)), file_id, describe_fd(fd))
         self._own: npt.NDArray[np.uint64] | None = None
         self._out: object = _NO_ARRAY
         self._keep: Any = None

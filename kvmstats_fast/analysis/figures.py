@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     Values = npt.NDArray[np.float64]
 
-__all__ = ["DutyCycle", "Figure", "Figures", "HaltPollAdvice", "duty_cycle", "figures", "halt_poll_advice"]
-
 #: Counters of exits by kind: ``io_exits``, ``exit_instruction``, ``wfi_exit_stat``, ``mmio_exit_user``.
 _EXIT_KIND = re.compile(r"(?:.+_)?exits?(?:_.+)?")
 _ALL_EXITS = ("exits", "sum_exits")
@@ -130,7 +128,7 @@ class _Changes:
         result = np.full(len(self.files), np.nan)
         for part, columns in self._having(name):
             if len(part) >= needed:
-                result[columns] = part.stat(name)._in_floats(raw(part, np.maximum(self._last[columns], 0)))
+                result[columns] = part.stat(name).scale_array(raw(part, np.maximum(self._last[columns], 0)))
         result[self._last < needed - 1] = np.nan
         return result
 

@@ -10,9 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvmstats_fast.schema import Stat
-
-__all__ = ["Histogram"]
+    from kvmstats_fast.stat import Stat
 
 _MOST = 1 << 64
 
@@ -186,7 +184,7 @@ class Histogram:
         """Sum of all that was counted, in base units: float, or float64 of shape (n,); None where no counter has it."""
         if self.raw_total is None:
             return None
-        return self._shaped(np.asarray(self.stat._in_floats(self.raw_total)))
+        return self._shaped(np.asarray(self.stat.scale_array(self.raw_total)))
 
     @property
     def mean(self) -> Any:

@@ -74,7 +74,7 @@ class Origin:
         plain["files"] = [astuple(info) for info in self.files]
         metadata = {f"kvmstats.{name}": json.dumps(value) for name, value in plain.items()}
         metadata["kvmstats.format"] = _FORMAT
-        metadata["kvmstats.header_and_descriptors"] = b64encode(self.stats._prefix).decode()
+        metadata["kvmstats.header_and_descriptors"] = b64encode(self.stats.encoding.prefix).decode()
         return metadata
 
     @classmethod

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvmstats_fast.samples import FileInfo, Samples
-    from kvmstats_fast.schema import Stat
+    from kvmstats_fast.stat import Stat
 
 _NS = np.dtype("datetime64[ns]")
 

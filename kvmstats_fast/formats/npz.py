@@ -109,7 +109,7 @@ def _write_npz(samples: Samples, file: io.BufferedWriter, *, compressed: bool) -
         order = {name: index for index, name in enumerate(group.schema)}
         about["groups"].append({"kind": group.kind, "stats": [order[name] for name in group.places]})
         arrays[f"{number}.columns"] = group.columns
-        arrays[f"{number}.header_and_descriptors"] = np.frombuffer(group.schema._prefix, np.uint8)
+        arrays[f"{number}.header_and_descriptors"] = np.frombuffer(group.schema.encoding.prefix, np.uint8)
         for name in group.places:
             arrays[f"{number}.{order[name]}"] = group.view(name)
     arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from kvmstats_fast._resource import Closing
-from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.errors import KvmStatsError, RecordingWarning
 from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.samples import Samples
 
@@ -28,17 +28,11 @@ if TYPE_CHECKING:
     from kvmstats_fast.groups import Columns
     from kvmstats_fast.samples import FileInfo
 
-__all__ = ["Recorder", "Recording", "RecordingWarning"]
-
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # end of an IPC stream
 
 
 #: What comes of metadata with bytes that changed on the disk.
 _DAMAGE = (LookupError, ValueError, TypeError, AttributeError)
-
-
-class RecordingWarning(UserWarning):
-    """A recording that was not ended as it should; the text says what is lost."""
 
 
 class _File:

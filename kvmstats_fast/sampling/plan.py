@@ -20,7 +20,8 @@ from kvmstats_fast.stats_file import StatsFile
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvmstats_fast.schema import Schema, Stat
+    from kvmstats_fast.schema import Schema
+    from kvmstats_fast.stat import Stat
 
 #: Bytes that a sweep takes besides its values: its time, how long it took, its tick.
 _CLOCK_BYTES = 24

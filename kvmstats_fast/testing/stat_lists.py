@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvmstats_fast.abi import StatBase, StatType, StatUnit
-from kvmstats_fast.schema import Stat
+from kvmstats_fast.stat import Stat
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

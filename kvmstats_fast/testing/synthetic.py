@@ -17,9 +17,7 @@ from kvmstats_fast.testing.stat_lists import ARCHITECTURES, OPTIONS, placed, sta
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from kvmstats_fast.schema import Stat
-
-__all__ = ["SyntheticStats"]
+    from kvmstats_fast.stat import Stat
 
 _ID_SIZE = 64  # of the layouts before the merge
 #: How far the file of a kernel with the count defect claims to reach, and how far it does (seen on Linux 5.10).

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmstats_fast._resource import Closing
-from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.errors import KvmStatsError, KvmUnavailableError
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-__all__ = ["KvmUnavailableError", "TinyGuest", "counts_right", "exit_counter"]
 
 # include/uapi/linux/kvm.h, as x86-64 encodes them
 _KVM_CREATE_VM = 0xAE01
@@ -51,10 +49,6 @@ _HINTS = {
     errno.EINVAL: "are these more vCPUs than KVM makes (KVM_CAP_MAX_VCPUS)?",
     errno.EMFILE: "raise `ulimit -n` (RLIMIT_NOFILE): a guest has an fd per vCPU",
 }
-
-
-class KvmUnavailableError(KvmStatsError, OSError):
-    """No VM can be made here; the message says why and what to do, ``errno`` what the kernel said."""
 
 
 class TinyGuest(Closing):

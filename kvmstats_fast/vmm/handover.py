@@ -24,13 +24,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmstats_fast._resource import HasFileno, describe_fd, fd_of
 from kvmstats_fast.abi import KVM_LINK
-from kvmstats_fast.errors import FormatError, KvmStatsError
+from kvmstats_fast.errors import FormatError, HandOverError
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-__all__ = ["HandOverError", "inherited_files", "receive_files", "send_files"]
 
 _MAGIC = b"KVMSTATS"
 _VERSION = 1
@@ -48,10 +46,6 @@ _STAND_INS = ("/memfd:kvmstats-capture", "/memfd:kvmstats-synthetic")
 
 _T = TypeVar("_T")
 _Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # what recvmsg returns
-
-
-class HandOverError(KvmStatsError):
-    """Stats files were not handed over: the wrong peer, one that went away, or one that speaks something else."""
 
 
 def send_files(

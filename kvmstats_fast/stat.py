@@ -1,0 +1,167 @@
+"""Stat: what a descriptor says of one statistic, and how its values are scaled."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmstats_fast.abi import KNOWN, StatBase, StatType, StatUnit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy.typing as npt
+
+
+def decode(raw: bytes) -> str:
+    """Return the text of a name or id; bytes that are not UTF-8 are kept by ``surrogateescape``."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def encode(text: str) -> bytes:
+    """Return the bytes of a name or id that `decode` made."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """One statistic, as its descriptor says (``struct kvm_stats_desc``).
+
+    Attributes
+    ----------
+    name : str
+        Bytes that are no UTF-8 are kept by ``surrogateescape``.
+    type, unit, base : StatType, StatUnit, StatBase, or int
+        An int is a code this package does not know; such a statistic is kept raw (see `unknown`).
+    exponent : int
+        A value in base units is ``raw * 10**exponent`` (or 2, after `base`).
+    size : int
+        Number of uint64 values: 1, or the buckets of a histogram.
+    offset : int
+        Bytes from the start of the values (as uint64), a multiple of 8.
+    bucket_size : int
+        Width of a linear histogram's buckets, else 0.
+    """
+
+    name: str
+    type: StatType | int
+    unit: StatUnit | int
+    base: StatBase | int
+    exponent: int
+    size: int
+    offset: int
+    bucket_size: int = 0
+
+    @property
+    def is_histogram(self) -> bool:
+        """Whether the values are bucket counts."""
+        return self.type in (StatType.LINEAR_HIST, StatType.LOG_HIST)
+
+    @property
+    def grows(self) -> bool:
+        """Whether values never fall, unless somebody clears them: cumulative ones, peaks and bucket counts."""
+        return self.type in _GROWING
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``()`` for a plain number, ``(size,)`` for a histogram or any other statistic of several values."""
+        return (self.size,) if self.size != 1 or self.is_histogram else ()
+
+    @property
+    def unknown(self) -> str:
+        """Which codes this package does not know, such as ``"type 7, base 3"``; empty for all that exist so far."""
+        codes = {"type": self.type, "unit": self.unit, "base": self.base}
+        return ", ".join(f"{what} {code}" for what, code in codes.items() if code not in KNOWN[what])
+
+    @property
+    def scale(self) -> int | float:
+        """What a raw value is multiplied with: an int where exact, 1 where a code is unknown."""
+        return self.to_base_units(1)
+
+    def to_base_units(self, raw: int) -> int | float:
+        """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if a code is unknown."""
+        return _scaled(raw, self.factor, self.exponent)
+
+    def units(self, si: bool = False) -> str:
+        """Return the unit's symbol: of raw values (``"ns"``, ``"KiB"``), or with `si` of base units (``"s"``, ``"B"``).
+
+        Returns
+        -------
+        str
+            Empty for plain counts and booleans. A histogram's unit is of its buckets' edges; its values are counts. The
+            code in words where this package does not know it (``"unit 9"``), because then the value is left raw.
+        """
+        if self.unknown:
+            return self.unknown
+        symbol = _SYMBOLS[StatUnit(self.unit)]
+        if si or not self.exponent:
+            return symbol
+        radix = StatBase(self.base).radix
+        prefix = _PREFIXES.get((radix, self.exponent)) if symbol in ("s", "B") else None
+        return f"{radix}^{self.exponent} {symbol}".rstrip() if prefix is None else prefix + symbol
+
+    @property
+    def factor(self) -> int:
+        """What to multiply a raw value with, or to divide it by if the exponent is negative; 1 if a code is unknown."""
+        if self.exponent == 0 or self.unknown:
+            return 1
+        factor: int = StatBase(self.base).radix ** abs(self.exponent)
+        return factor
+
+    @property
+    def float_factor(self) -> float:
+        """`factor` as a float, at most 1e270. Inner to the package."""
+        return float(min(self.factor, _LARGEST))
+
+    def scale_array(self, values: npt.NDArray[np.uint64 | np.int64]) -> npt.NDArray[np.float64]:
+        """Scale an array of raw values, each as `to_base_units` does, but for a rounding. Inner to the package."""
+        result: npt.NDArray[np.float64] = (np.divide if self.exponent < 0 else np.multiply)(values, self.float_factor)
+        return result
+
+    def bucket_edges(self) -> npt.NDArray[np.float64]:
+        """Edges of a histogram's buckets, in base units.
+
+        Bucket i counts what fell into ``[edges[i], edges[i + 1])``. Linear: ``i * bucket_size``. Logarithmic: 0, 1,
+        2, 4, 8 ... (``kvm_stats_linear_hist_update`` and ``kvm_stats_log_hist_update``, ``include/linux/kvm_host.h``).
+
+        Returns
+        -------
+        numpy.ndarray
+            float64, shape ``(size + 1,)``; the last is inf, because the last bucket also counts all that is above it.
+            Raw where a code is unknown (see `unknown`).
+
+        Raises
+        ------
+        ValueError
+            If this is no histogram, or a linear one without a bucket size.
+        """
+        if self.type == StatType.LINEAR_HIST:
+            if self.bucket_size == 0:
+                raise ValueError(f"{self.name} is a linear histogram, but its descriptor has bucket_size 0")
+            raw: Iterable[int] = (i * self.bucket_size for i in range(self.size))
+        elif self.type == StatType.LOG_HIST:
+            raw = chain((0,), (1 << i for i in range(self.size - 1)))
+        else:
+            raise ValueError(f"{self.name} is no histogram: its type is {self.type!r}")
+        edges = np.full(self.size + 1, np.inf)
+        factor = self.factor
+        with suppress(OverflowError):  # from the first edge on that no float reaches, they are inf
+            for i, edge in enumerate(raw):
+                edges[i] = float(_scaled(edge, factor, self.exponent))
+        return edges
+
+
+_GROWING = (StatType.CUMULATIVE, StatType.PEAK, StatType.LINEAR_HIST, StatType.LOG_HIST)
+_LARGEST = 10**270  # of any uint64, over a ns, it makes what is still a float; no kernel has such an exponent
+_SYMBOLS = {StatUnit.NONE: "", StatUnit.BYTES: "B", StatUnit.SECONDS: "s", StatUnit.CYCLES: "cycles"}
+_SYMBOLS[StatUnit.BOOLEAN] = ""
+_PREFIXES = dict(zip(((10, exponent) for exponent in (-12, -9, -6, -3, 3, 6, 9, 12)), "pnumkMGT", strict=True))
+_PREFIXES |= {(2, 10 * power): f"{letter}i" for power, letter in enumerate("KMGTPE", 1)}
+
+
+def _scaled(raw: int, factor: int, exponent: int) -> int | float:
+    return raw / factor if exponent < 0 and factor != 1 else raw * factor
