@@ -2,6 +2,8 @@
 
 import signal
 from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -43,6 +45,15 @@ def resources():
     """An ExitStack that is closed when the test is over."""
     with ExitStack() as stack:
         yield stack
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that every user may enter, as pytest's own are not."""
+    with TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
 
 
 @pytest.fixture

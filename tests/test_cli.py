@@ -180,3 +180,31 @@ def test_help_has_a_line_for_each_verb_and_each_verb_has_a_help():
 def test_columns_of_a_table_line_up_in_a_terminal(rows, align, text):
     """Left or right, whatever the script; no blanks at the end of a line."""
     assert format_table(rows, align) == text
+
+
+@pytest.mark.parametrize(
+    ("modes", "closed"),
+    [
+        ((0o755, 0o755, 0o644), None),
+        ((0o755, 0o711, 0o604), None),
+        ((0o755, 0o755, 0o640), "lib/hold.so"),
+        ((0o755, 0o754, 0o644), "lib"),
+        ((0o700, 0o755, 0o644), "."),
+    ],
+)
+def test_hold_path_warns_where_other_users_could_not_read_the_library(open_folder, monkeypatch, capsys, modes, closed):
+    """The file without o+r, any folder above it without o+x: stderr names which, and a command that helps."""
+    library = open_folder / "lib" / "hold.so"
+    library.parent.mkdir()
+    library.touch()
+    for path, mode in zip((open_folder, library.parent, library), modes, strict=True):
+        path.chmod(mode)
+    monkeypatch.setattr("kvmstats_fast.cli.hold_path.hold_library", lambda: library)
+    assert cli.main(["hold-path"]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"{library}\n"
+    if closed is None:
+        assert err == ""
+    else:
+        assert f": {open_folder / closed} has mode " in err
+        assert f"install -D -m 755 {library} /usr/lib/kvmstats/hold.so" in err

@@ -10,7 +10,6 @@ import stat
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import closing, contextmanager
 from importlib import machinery
@@ -360,16 +359,13 @@ def as_nobody(program, uid=NOBODY, gid=NOBODY, *wrapper):
 
 
 @pytest.fixture
-def open_folder():
-    """A folder that every user may enter, on a file system that honours setuid."""
+def open_folder(open_folder):
+    """The one of all tests, where setuid is honoured and other users can be had."""
     if os.geteuid() != 0:
         pytest.skip("only root can be another user for a test")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        if os.statvfs(folder).f_flag & os.ST_NOSUID:
-            pytest.skip("temporary files are on a nosuid mount")
-        yield folder
+    if os.statvfs(open_folder).f_flag & os.ST_NOSUID:
+        pytest.skip("temporary files are on a nosuid mount")
+    return open_folder
 
 
 def test_programs_that_gain_privilege_are_refused_to_those_who_gain_it(open_folder):

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import stat
+import sys
 from typing import TYPE_CHECKING
 
 from kvmstats_fast.vmm.hold import hold_library
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe this verb."""
     parser.description = (
         "Print the path of a shared library that, named in LD_PRELOAD, makes a VMM open the stats files of its VM and "
-        "vCPUs and keep them, so that they can be borrowed: Environment=LD_PRELOAD=... in a systemd unit."
+        "vCPUs and keep them, so that they can be borrowed: Environment=LD_PRELOAD=... in a systemd unit. Warn if "
+        "other users, as libvirt's VMMs are, could not read it."
     )
 
 
 def run(_: argparse.Namespace) -> int:
     """Print it."""
-    print(hold_library())
+    path = hold_library()
+    print(path)
+    if closed := _closed_to_others(path):
+        mode = stat.S_IMODE(closed.stat().st_mode)
+        print(
+            f"kvmstats: other users cannot read the library: {closed} has mode {mode:o}. For a VMM of another user "
+            f"install a copy: install -D -m 755 {path} /usr/lib/kvmstats/{path.name}",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _closed_to_others(path: Path) -> Path | None:
+    """Return what keeps other users from reading a file: the file itself or a folder above it."""
+    needed = [(path, stat.S_IROTH), *((folder, stat.S_IXOTH) for folder in path.parents)]
+    return next((one for one, bit in needed if not one.stat().st_mode & bit), None)
