@@ -512,6 +512,7 @@ def test_a_stream_runs_inside_its_with_block_and_once(files):
         sampler.stream(0.001, chunk=0)
 
 
+@pytest.mark.measures_memory
 def test_a_stream_takes_no_more_memory_the_longer_it_runs(files):
     """A million sweeps through a stream leave the process as large as before."""
     sampler = kf.Sampler(files[1:], ["exits", "halt_exits"])
@@ -583,6 +584,7 @@ def test_runs_that_do_not_fit_into_memory_are_refused_before_they_start(files):
     assert len(sampler.run(0, count=1)) == 1
 
 
+@pytest.mark.measures_memory
 def test_nothing_is_left_of_ten_thousand_samplers(files):
     """Making, sweeping and dropping Samplers, and running some, costs no fd, no thread and no memory."""
     for _ in range(200):

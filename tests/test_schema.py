@@ -262,6 +262,7 @@ def test_a_name_that_stands_twice_is_refused_and_both_places_are_named():
     assert (caught.value.code, caught.value.offset) == (kf.ErrorCode.DUPLICATE, second)
 
 
+@pytest.mark.measures_memory
 def test_a_header_that_promises_four_billion_descriptors_allocates_nothing():
     """num_desc 2^32-1 is refused before anything is made room for, parsed and live."""
     data = struct.pack("=6I", 0, 48, 0xFFFFFFFF, 24, 72, 0x7FFFFFF8).ljust(4096, b"\0")
@@ -271,6 +272,7 @@ def test_a_header_that_promises_four_billion_descriptors_allocates_nothing():
         assert (caught.value.code, caught.value.offset) == (kf.ErrorCode.NUM_DESC, 8)
 
 
+@pytest.mark.measures_memory
 def test_a_table_that_is_promised_and_missing_allocates_nothing():
     """65536 descriptors of 4112 bytes that are not there are cut short, not 270 MB of zeros."""
     code = (
