@@ -114,7 +114,9 @@ def test_the_pure_part_of_the_core_makes_no_system_call():
     }
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml", "build_ffi.py"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "LICENSE", "pyproject.toml", "build_ffi.py"]
+)
 def test_the_top_level_has_what_a_user_looks_for(name):
     """The files are there; there is no setup.py."""
     assert (ROOT / name).is_file()
@@ -127,7 +129,9 @@ def test_the_version_is_that_of_the_distribution_and_in_the_changelog():
     assert f"## [{kvmstats_fast.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "document", sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+)
 def test_links_lead_somewhere(document):
     """Every relative link of the documents names a file that is there."""
     path = ROOT / document
