@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from kvmstats_fast.schema import Header, Schema
     from kvmstats_fast.stat import Stat
     from kvmstats_fast.stats_file import StatsFile
-    from kvmstats_fast.vmm.find import VmProcess, find_vms
-    from kvmstats_fast.vmm.handover import inherited_files, receive_files, send_files
+    from kvmstats_fast.vmm.find import HeldFile, VmProcess, find_vms
+    from kvmstats_fast.vmm.handover import receive_files, send_files
+    from kvmstats_fast.vmm.inherited import inherited_files
     from kvmstats_fast.vmm.machine import VirtualMachine, attach, launch
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "HaltPollAdvice",
     "HandOverError",
     "Header",
+    "HeldFile",
     "Histogram",
     "KvmStatsError",
     "Layout",
@@ -108,8 +110,9 @@ _ROOMS = {
     "schema": ("Header", "Schema"),
     "stat": ("Stat",),
     "stats_file": ("StatsFile",),
-    "vmm.find": ("VmProcess", "find_vms"),
-    "vmm.handover": ("inherited_files", "receive_files", "send_files"),
+    "vmm.find": ("HeldFile", "VmProcess", "find_vms"),
+    "vmm.handover": ("receive_files", "send_files"),
+    "vmm.inherited": ("inherited_files",),
     "vmm.machine": ("VirtualMachine", "attach", "launch"),
 }
 

@@ -1,4 +1,4 @@
-"""Stats files from another process: handed over through a Unix socket, or inherited from the service manager.
+"""Stats files handed over from process to process through a Unix socket.
 
 The protocol is docs/fd-passing.md, byte by byte, with a sender in C.
 """
@@ -17,35 +17,25 @@ import stat
 import struct
 import time
 from array import array
-from contextlib import contextmanager, suppress
-from itertools import count, repeat
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from kvmstats_fast._resource import HasFileno, describe_fd, fd_of
-from kvmstats_fast.abi import KVM_LINK
+from kvmstats_fast._resource import Closing, Fd, HasFileno, describe_fd, fd_of
 from kvmstats_fast.errors import FormatError, HandOverError
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 _MAGIC = b"KVMSTATS"
 _VERSION = 1
 _MESSAGE = struct.Struct("=8sHHI")  # magic, version, fds with this message, fds still to come
 _MOST_FDS = 253  # in one message: SCM_MAX_FD, include/net/scm.h
-#: Room for them, and for what the socket's own options add to a message (SO_PASSCRED, SO_PASSSEC).
+_SCM_PIDFD = 4  # include/linux/socket.h: the sender's, for a socket with SO_PASSPIDFD
+#: Room for them, and for what the socket's own options add to a message (SO_PASSCRED, SO_PASSSEC, SO_PASSPIDFD).
 _CONTROL_SIZE = socket.CMSG_SPACE(4 * _MOST_FDS) + 512
 _UCRED = struct.Struct("=iII")  # pid, uid, gid: struct ucred, include/linux/socket.h
 _LONGEST_POLL = 2**31 - 1  # ms
-
-_LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-_FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
-#: This package's own stand-ins for stats files: ``StatsFile.from_bytes`` and ``SyntheticStats``.
-_STAND_INS = ("/memfd:kvmstats-capture", "/memfd:kvmstats-synthetic")
-
-_T = TypeVar("_T")
-_Received = tuple[bytes, list[tuple[int, int, bytes]], int, Any]  # what recvmsg returns
 
 
 def send_files(
@@ -55,7 +45,7 @@ def send_files(
     uid: int | None = None,
     timeout: float | None = 30.0,
 ) -> None:
-    """Hand open stats files to the process at the other end of a Unix socket.
+    """Hand open stats files over to the process at the other end of a Unix socket.
 
     Parameters
     ----------
@@ -66,16 +56,16 @@ def send_files(
     uid : int, optional
         The user that the peer must be. Default: the user of this process, or root.
     timeout : float or None
-        Seconds that the peer may take to make room, in all; None: for ever.
+        Seconds that the peer may take to make room, in all; None: no limit.
 
     Raises
     ------
     HandOverError
-        If the peer is another user's (nothing is sent then), or closes the connection.
+        If the peer belongs to another user (nothing is sent then), or closes the connection.
     TimeoutError
-        If the peer does not read. It has got a part of the files, which it will refuse.
+        If the peer does not read. It has got some of the files, and will refuse them.
     TypeError, ValueError
-        If `sock` is no connected Unix stream socket.
+        If `sock` is not a connected Unix stream socket.
     OSError
         If one of the files is not open, or the kernel refuses to pass it on; the message says what to do.
 
@@ -98,7 +88,7 @@ def send_files(
 
 
 def receive_files(sock: int | HasFileno, *, uid: int | None = None, timeout: float | None = 30.0) -> list[StatsFile]:
-    """Take the stats files that `send_files`, or a VMM that speaks its protocol, hands over.
+    """Return the stats files that `send_files`, or a VMM that speaks its protocol, hands over.
 
     Parameters
     ----------
@@ -107,25 +97,25 @@ def receive_files(sock: int | HasFileno, *, uid: int | None = None, timeout: flo
     uid : int, optional
         The user that the peer must be. Default: the user of this process, or root.
     timeout : float or None
-        Seconds that the peer may take, in all; None: for ever.
+        Seconds that the peer may take, in all; None: no limit.
 
     Returns
     -------
     list of StatsFile
-        In the order in which they were sent; they own their fds, which are close-on-exec. Not a byte behind the
-        hand-over is read: the connection can go on to serve something else.
+        In the order in which they were sent; they own their fds, which are close-on-exec. Not a byte after the
+        hand-over is read, so the connection can go on to serve something else.
 
     Raises
     ------
     HandOverError
-        If the peer is another user's (nothing is read then), goes away before everything has arrived, or does not speak
-        the protocol; or if this process may not open so many files.
+        If the peer belongs to another user (nothing is read then), goes away before everything has arrived, or does not
+        speak the protocol; or if this process may not open so many files.
     FormatError
-        If one of the files is no stats file; the message says which.
+        If one of the files is not a stats file; the message says which.
     TimeoutError
         If not everything has arrived in time.
     TypeError, ValueError
-        If `sock` is no connected Unix stream socket.
+        If `sock` is not a connected Unix stream socket.
     OSError
         If the kernel refuses to read one of the files.
 
@@ -134,103 +124,83 @@ def receive_files(sock: int | HasFileno, *, uid: int | None = None, timeout: flo
     After an error, Ctrl-C included, everything that had arrived is closed.
     """
     deadline = _deadline(timeout)
-    messages: list[_Received] = []
     files: list[StatsFile] = []
-    # Until the last line before the return, the fds belong to `messages` alone: each is closed once, whatever happens.
-    try:
+    with _Arrivals() as arrivals:
         with _connection(sock) as connection:
             pid = _check_peer(connection, uid)
-            total = _receive(connection, messages, deadline)
-        for i, fd in enumerate(_fds_in(messages), 1):
-            files.append(_unowned(fd, f"file {i} of {total} from process {pid}"))
-        _own(files, True)
-        return files  # noqa: TRY300 - a Ctrl-C that comes here is for the handler too
-    except BaseException:
-        _own(files, False)
-        for fd in _fds_in(messages):
-            with suppress(OSError):  # of a file that is no stats file
-                os.close(fd)
-        raise
+            _receive(connection, arrivals, deadline)
+        total = len(arrivals.fds)
+        try:
+            for i, fd in enumerate(arrivals.fds, 1):
+                files.append(open_stats_file(fd, f"file {i} of {total} from process {pid}"))
+            arrivals.fds = []  # they are the files' own from here on
+            return files  # noqa: TRY300 - a Ctrl-C that comes here is for the handler too
+        except BaseException:
+            for file in files:
+                file.close()
+            raise
 
 
-def inherited_files(name: str | None = None, *, unset_environment: bool = False) -> list[StatsFile]:
-    """Take the stats files that the service manager passed to this process, as ``sd_listen_fds(3)`` does.
-
-    ``LISTEN_FDS`` says how many fds there are, from 3 on, ``LISTEN_PID`` for which process they are meant, and
-    ``LISTEN_FDNAMES`` what they are called. (A single fd that a parent process left open needs none of this:
-    ``StatsFile(fd)``.)
-
-    Parameters
-    ----------
-    name : str, optional
-        Only fds of this name (``FileDescriptorName=``, ``FDNAME=``).
-    unset_environment : bool
-        Remove the variables, so that no child takes them for its own. Also done if an error is raised.
-
-    Returns
-    -------
-    list of StatsFile
-        Those of the fds that are stats files, in their order; empty if nothing was passed to this process. They own
-        their fds. The others stay open, for who knows what to do with them.
-
-    Raises
-    ------
-    ValueError
-        If a variable is not what ``sd_listen_fds(3)`` calls valid.
-    OSError
-        If an fd that is announced is not open, or a stats file cannot be read.
-    FormatError
-        If one is a stats file of a kind that this package cannot read. After an error all fds stay open.
-
-    Notes
-    -----
-    All passed fds, stats files or not, are made close-on-exec. What is a stats file is told by its link in
-    ``/proc/self/fd``: ``anon_inode:kvm-vm-stats`` and the like (``virt/kvm/kvm_main.c``), and the files that
-    `StatsFile.from_bytes` and `SyntheticStats` make.
-    """
+def open_stats_file(fd: Fd, source: str) -> StatsFile:
+    """Open a stats file that another process has passed on; errors say which it is."""
     try:
-        passed = _passed_fds()
-    finally:
-        if unset_environment:
-            for variable in _LISTEN_VARIABLES:
-                os.environ.pop(variable, None)
-    files: list[StatsFile] = []
-    try:
-        for fd, its_name in passed:
-            try:
-                os.set_inheritable(fd, False)
-            except OSError as error:
-                raise OSError(error.errno, f"LISTEN_FDS says that fd {fd} was passed: {error.strerror}") from None
-            if name in (None, its_name) and _is_stats_file(fd):
-                files.append(_unowned(fd, f"{its_name!r} of LISTEN_FDS"))
-        _own(files, True)
-        return files  # noqa: TRY300 - a Ctrl-C that comes here is for the handler too
-    except BaseException:
-        _own(files, False)
-        raise
-
-
-# ---- ownership
-
-
-def _unowned(fd: int, who: str) -> StatsFile:
-    """Open a stats file that leaves its fd to us; errors say whose it is."""
-    try:
-        return StatsFile(fd, closefd=False)
+        return StatsFile(fd)
     except FormatError as error:
-        raise FormatError(error.code, error.offset, f"{who}: {error}") from None
+        raise FormatError(error.code, error.offset, f"{source}: {error}") from None
     except OSError as error:
-        raise OSError(error.errno, f"{who}: {error.strerror}") from None
+        raise OSError(error.errno, f"{source}: {error.strerror}") from None
 
 
-def _own(files: list[StatsFile], owned: bool) -> None:
-    for file in files:
-        file.handle.fd.owned = owned
+class _Arrivals(Closing):
+    """Owner of the fds that arrive, from the instant recvmsg(2) returns.
+
+    Attributes
+    ----------
+    fds : list of Fd
+        Those that were sent, in order.
+    """
+
+    def __init__(self) -> None:
+        self.fds: list[Fd] = []
+        self._raw: list[Any] = []  # a message as recvmsg returns it, or what is left of its fds
+
+    def receive(self, connection: socket.SocketType, size: int) -> tuple[bytes, int]:
+        """Receive up to `size` bytes and the fds with them; return the bytes and the message's flags."""
+        flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        # Call and store are one instruction, and so is each change of the owner below.
+        self._raw.extend(map(connection.recvmsg, (size,), (_CONTROL_SIZE,), (flags,)))
+        data, ancillary, got, _ = self._raw[-1]
+        sent = _fds_in(ancillary, socket.SCM_RIGHTS)
+        rest = _fds_in(ancillary, _SCM_PIDFD)
+        fds = [*sent, *rest]
+        self._raw[-1] = fds
+        self.fds.extend(Fd(fds.pop, 0) for _ in sent)
+        self._close_raw()
+        return data, got
+
+    def close(self) -> None:
+        """Close what is still owned."""
+        self._close_raw()
+        for fd in self.fds:
+            fd.close()
+
+    def _close_raw(self) -> None:
+        while self._raw:
+            fds = self._raw[-1]
+            if isinstance(fds, tuple):  # Ctrl-C came in between
+                fds = self._raw[-1] = [fd for kind in (socket.SCM_RIGHTS, _SCM_PIDFD) for fd in _fds_in(fds[1], kind)]
+            while fds:
+                any(map(os.close, map(fds.pop, (-1,))))
+            self._raw.pop()
 
 
-def _append(results: list[_T], function: Callable[..., _T], *arguments: Iterable[Any]) -> None:
-    """Call and append in one C call, so that no Ctrl-C comes between a new fd and the list that knows of it."""
-    results.extend(map(function, *arguments))
+def _fds_in(ancillary: list[tuple[int, int, bytes]], kind: int) -> list[int]:
+    """Return the fds in the control messages of this kind; the kernel has errors in their place, too."""
+    fds = array("i")
+    for level, its_kind, data in ancillary:
+        if (level, its_kind) == (socket.SOL_SOCKET, kind):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return [fd for fd in fds if fd >= 0]
 
 
 # ---- the connection
@@ -238,18 +208,18 @@ def _append(results: list[_T], function: Callable[..., _T], *arguments: Iterable
 
 @contextmanager
 def _connection(sock: int | HasFileno) -> Iterator[socket.SocketType]:
-    """Check that it is a socket for files, and give an object of our own for it."""
+    """Check that it is a connected Unix stream socket; for the block, give an object of our own for it."""
     fd = fd_of(sock)
     try:
         is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
     except OSError as error:
         raise OSError(error.errno, f"fstat on fd {fd}: {error.strerror}; is the socket closed?") from None
     if not is_socket:
-        raise ValueError(f"{describe_fd(fd)} is no socket: stats files are handed over through a Unix stream socket")
+        raise ValueError(f"{describe_fd(fd)} is not a socket: stats files are handed over through a Unix stream socket")
     own: list[socket.SocketType] = []
     try:
         blocking = os.get_blocking(fd)
-        _append(own, socket.SocketType, (-1,), (-1,), (-1,), map(os.dup, (fd,)))
+        own.extend(map(socket.SocketType, (-1,), (-1,), (-1,), map(os.dup, (fd,))))  # one instruction, for Ctrl-C
         os.set_blocking(fd, blocking)  # which the line above changes after socket.setdefaulttimeout()
         (connection,) = own
         if (connection.family, connection.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
@@ -286,7 +256,7 @@ def _deadline(timeout: float | None) -> float:
     if timeout is None:
         return math.inf
     if not timeout >= 0:
-        raise ValueError(f"timeout is {timeout}; it must be a number of seconds from 0 on, or None")
+        raise ValueError(f"timeout is {timeout}; it must be a number of seconds, 0 or more, or None")
     return time.monotonic() + timeout
 
 
@@ -311,8 +281,8 @@ def _send(connection: socket.SocketType, message: bytes, fds: list[int], deadlin
             raise HandOverError(f"the peer closed the connection: {progress}") from None
         except OSError as error:
             hint = (
-                "; this user has more files under way in sockets than `ulimit -n` (RLIMIT_NOFILE) allows: the peers "
-                "must read"
+                "; this user has more files under way in sockets than `ulimit -n` (RLIMIT_NOFILE) allows, until the "
+                "peers read them"
                 if error.errno == errno.ETOOMANYREFS
                 else ""
             )
@@ -320,69 +290,56 @@ def _send(connection: socket.SocketType, message: bytes, fds: list[int], deadlin
         message, control = message[sent:], []  # the fds go with the first byte
 
 
-def _receive(connection: socket.SocketType, messages: list[_Received], deadline: float) -> int:
-    """Receive the whole hand-over; returns how many files it has."""
+def _receive(connection: socket.SocketType, arrivals: _Arrivals, deadline: float) -> None:
+    """Receive the whole hand-over."""
     total = left = -1
-    arrived = 0
     while left:
-        progress = f"{arrived} of {total} files had arrived" if total >= 0 else "nothing had arrived"
+        before = len(arrivals.fds)
+        progress = f"{before} of {total} files had arrived" if total >= 0 else "nothing had arrived"
         data = b""
         while len(data) < _MESSAGE.size:
-            data += _receive_piece(connection, messages, _MESSAGE.size - len(data), deadline, progress)
+            data += _receive_piece(connection, arrivals, _MESSAGE.size - len(data), deadline, progress)
         magic, version, fds, more = _MESSAGE.unpack(data)
+        arrived = len(arrivals.fds) - before
         if magic != _MAGIC:
             raise HandOverError(f"the peer does not speak the hand-over protocol: it sent {data!r}; {progress}")
         if version != _VERSION:
             raise HandOverError(
-                f"the peer speaks version {version} of the hand-over protocol, this package version {_VERSION}: one of "
-                "them is older"
+                f"the peer speaks version {version} of the hand-over protocol, this package version {_VERSION}: update "
+                "the older one"
             )
-        before, arrived = arrived, len(_fds_in(messages))
-        if arrived - before != fds:
-            raise HandOverError(f"a message says that it has {fds} fds, but it has {arrived - before}; {progress}")
+        if arrived != fds:
+            raise HandOverError(f"a message announces {fds} fds, but has {arrived}; {progress}")
         if total < 0:
             total = left = fds + more
         if more != left - fds or (more and not fds):
             raise HandOverError(
-                f"a message of {fds} fds says that {more} follow, where {left - fds} were due; {progress}"
+                f"a message of {fds} fds announces {more} more, where {left - fds} were due; {progress}"
             )
         left = more
-    return total
 
 
 def _receive_piece(
-    connection: socket.SocketType, messages: list[_Received], size: int, deadline: float, progress: str
+    connection: socket.SocketType, arrivals: _Arrivals, size: int, deadline: float, progress: str
 ) -> bytes:
-    """Receive up to `size` bytes of a message, and what fds come with them."""
-    flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    """Receive up to `size` bytes of a message, and the fds that come with them."""
     while True:
         _wait(connection, select.POLLIN, deadline, progress)
         try:
-            _append(messages, connection.recvmsg, (size,), (_CONTROL_SIZE,), (flags,))
+            data, flags = arrivals.receive(connection, size)
         except BlockingIOError:
             continue
         except ConnectionResetError:
-            data, got = b"", 0
-        else:
-            data, _, got, _ = messages[-1]
-        if got & socket.MSG_CTRUNC:
+            data, flags = b"", 0
+        if flags & socket.MSG_CTRUNC:
             raise HandOverError(
-                "the kernel could not give this process all fds of a message: it may have "
-                f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files open, raise `ulimit -n` (RLIMIT_NOFILE); or a "
+                "the kernel could not give this process all fds of a message. Either it has as many files open as it "
+                f"may, {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}: raise `ulimit -n` (RLIMIT_NOFILE); or a "
                 f"security module forbids it; {progress}"
             )
         if not data:
             raise HandOverError(f"the peer closed the connection, or died: {progress}")
         return data
-
-
-def _fds_in(messages: list[_Received]) -> list[int]:
-    fds = array("i")
-    for _, ancillary, _, _ in messages:
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return fds.tolist()
 
 
 def _sendable(index: int, file: int | HasFileno) -> int:
@@ -392,34 +349,3 @@ def _sendable(index: int, file: int | HasFileno) -> int:
     except OSError as error:
         raise OSError(error.errno, f"file {index + 1} to send, fd {fd}: {error.strerror}") from None
     return fd
-
-
-# ---- the service manager
-
-
-def _passed_fds() -> Iterable[tuple[int, str]]:
-    """Fds and their names, as the environment has them; none if they are not for this process."""
-    numbers = []
-    for variable in ("LISTEN_PID", "LISTEN_FDS"):
-        text = os.environ.get(variable)
-        if text is None:
-            return ()
-        if not (text.isascii() and text.isdigit()):
-            raise ValueError(f"the environment has {variable}={text!r}, which is no number; see sd_listen_fds(3)")
-        numbers.append(int(text))
-    pid, how_many = numbers
-    if pid != os.getpid():
-        return ()
-    text = os.environ.get("LISTEN_FDNAMES")
-    if text is None:
-        return zip(count(_FIRST_INHERITED), repeat("unknown", how_many), strict=False)
-    names = text.split(":") if text else []
-    if len(names) != how_many:
-        raise ValueError(f"the environment has LISTEN_FDS={how_many}, but LISTEN_FDNAMES={text!r}: {len(names)} names")
-    return enumerate(names, _FIRST_INHERITED)
-
-
-def _is_stats_file(fd: int) -> bool:
-    link = str(Path(f"/proc/self/fd/{fd}").readlink())
-    kvm = KVM_LINK.fullmatch(link)
-    return (kvm is not None and kvm["what"].endswith("-stats")) or link.startswith(_STAND_INS)
