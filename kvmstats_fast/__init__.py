@@ -16,7 +16,9 @@ __version__ = "0.1.0"
 # tests/test_packaging.py compares them.
 if TYPE_CHECKING:
     from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
-    from kvmstats_fast.analysis.figures import DutyCycle, Figure, Figures, HaltPollAdvice
+    from kvmstats_fast.analysis.duty_cycle import DutyCycle
+    from kvmstats_fast.analysis.figures import Figure, Figures
+    from kvmstats_fast.analysis.halt_poll import HaltPollAdvice
     from kvmstats_fast.analysis.histogram import Histogram
     from kvmstats_fast.errors import (
         AttachError,
@@ -89,7 +91,9 @@ __all__ = [
 
 _ROOMS = {
     "abi": ("Layout", "StatBase", "StatType", "StatUnit"),
-    "analysis.figures": ("DutyCycle", "Figure", "Figures", "HaltPollAdvice"),
+    "analysis.duty_cycle": ("DutyCycle",),
+    "analysis.figures": ("Figure", "Figures"),
+    "analysis.halt_poll": ("HaltPollAdvice",),
     "analysis.histogram": ("Histogram",),
     "errors": (
         "AttachError",

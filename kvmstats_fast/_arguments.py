@@ -16,15 +16,17 @@ def article(value: object) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def check_integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """Return an argument as an int; TypeError if it is not a whole number, ValueError if it is out of range."""
+def check_integer(
+    name: str, value: object, least: int, most: int | None = None, error: type[Exception] = ValueError
+) -> int:
+    """Return an argument as an int; TypeError if it is not a whole number, `error` if it is out of range."""
     wanted = f"at least {least}" if most is None else f"from {least} to {most}"
     try:
         number = operator.index(cast("int", value))
     except TypeError:
         raise TypeError(f"{name} is {article(value)}; it must be a whole number, {wanted}") from None
     if number < least or (most is not None and number > most):
-        raise ValueError(f"{name} is {number}; it must be {wanted}")
+        raise error(f"{name} is {number}; it must be {wanted}")
     return number
 
 
@@ -40,6 +42,16 @@ def check_seconds(name: str, value: object, most: float, *, zero: bool) -> float
     if not (0 <= seconds <= most) or (seconds == 0 and not zero):
         raise ValueError(f"{name} is {value}; it must be {wanted}")
     return seconds
+
+
+def check_fraction(name: str, value: object) -> float:
+    """Return an argument from 0 to 1 as a float; TypeError if it is not a number, ValueError if it is out of range."""
+    if not isinstance(value, (Real, SupportsFloat)) or isinstance(value, str):
+        raise TypeError(f"{name} is {article(value)}; it must be a number from 0 to 1")
+    fraction = float(value)
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"{name} is {value}; it must be from 0 to 1")
+    return fraction
 
 
 def check_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:

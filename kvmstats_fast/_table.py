@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -38,3 +39,8 @@ def display_width(text: str) -> int:
         0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
     )
+
+
+def format_number(value: float, form: str) -> str:
+    """Return a number as `format` writes it; ``-`` for NaN."""
+    return "-" if math.isnan(value) else format(value, form)

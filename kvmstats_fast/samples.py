@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
-from kvmstats_fast.abi import StatType
-from kvmstats_fast.analysis.figures import DutyCycle, Figures, HaltPollAdvice, duty_cycle, figures, halt_poll_advice
-from kvmstats_fast.analysis.histogram import Histogram, added
-from kvmstats_fast.groups import cut_rows, find_columns, find_groups, join_groups, rows_per_block
+from kvmstats_fast import changes
+from kvmstats_fast.groups import find_columns, find_groups
+from kvmstats_fast.joining import find_steps, join_samples
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
+    from kvmstats_fast.analysis.duty_cycle import DutyCycle
+    from kvmstats_fast.analysis.figures import Figures
+    from kvmstats_fast.analysis.halt_poll import HaltPollAdvice
+    from kvmstats_fast.analysis.histogram import Histogram
     from kvmstats_fast.groups import Group
     from kvmstats_fast.stat import Stat
 
@@ -27,7 +29,7 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """Whose statistics a column holds.
+    """Whose statistics a column of `Samples` holds.
 
     Attributes
     ----------
@@ -38,9 +40,9 @@ class FileInfo:
     vcpu_id : int or None
         None for a VM.
     pid : int or None
-        Of the VMM, for files of a `VirtualMachine`.
+        Process id of the VMM, for files of a `VirtualMachine`.
     name : str
-        Of the guest, where that is known: else empty.
+        Name of the guest; empty if it is not known.
     """
 
     id: str
@@ -56,80 +58,17 @@ class SampleError(NamedTuple):
     Attributes
     ----------
     file : int
-        Its index in ``samples.files``.
+        Index of the file in ``samples.files``.
     sweep : int
-        Its values are 0 and mean nothing from this sweep on (an index into ``samples.time``).
+        Index into ``samples.time`` of the first sweep that could not read it. From there on its values are 0 and mean
+        nothing.
     error : Exception
-        OSError or FormatError, with what happened.
+        Why: OSError, FormatError, VmGoneError, or ValueError for a StatsFile that was closed.
     """
 
     file: int
     sweep: int
     error: Exception
-
-
-#: Sweeps whose changes `total` holds at once.
-TOTAL_ROWS = 1 << 14
-
-
-def _fell(before: npt.NDArray[np.uint64], after: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    fell: npt.NDArray[np.bool_] = after < before
-    return np.any(fell, axis=2) if fell.ndim == 3 else fell  # a histogram is cleared as a whole
-
-
-def _change(values: npt.NDArray[np.uint64], rows: slice, out: npt.NDArray[np.uint64], *, growing: bool) -> None:
-    """Write the changes of some rows; where what only grows fell, somebody cleared it, and its value is the change."""
-    both = np.ascontiguousarray(values[rows.start : rows.stop + 1])  # twice read, so rather near than far apart
-    before, after = both[:-1], both[1:]
-    np.subtract(after, before, out=out)
-    if growing:
-        fell = _fell(before, after)
-        if fell.any():
-            np.copyto(out, after, where=fell if fell.ndim == out.ndim else fell[..., None])
-
-
-def find_steps(offsets: Mapping[int, int], sweeps: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Return `wall_offset` and `wall_steps` of samples; `offsets` maps sweeps, 0 first, to what holds from there on."""
-    first = last = offsets[0]
-    steps = []
-    for sweep, offset in offsets.items():
-        if offset != last and sweep < sweeps:
-            steps.append((sweep, offset))
-            last = offset
-    return first, tuple(steps)
-
-
-def _check_follows(before: Samples, after: Samples) -> None:
-    """Raise ValueError if these samples cannot be joined, with what disagrees."""
-    if after.files != before.files:
-        raise ValueError(f"these samples are of different files: {len(before.files)} and then {len(after.files)} files")
-    if [group.signature for group in before.groups] != [group.signature for group in after.groups]:
-        raise ValueError("these samples are of the same files, but of different statistics or kernels")
-    for what in ("host", "kernel", "interval"):
-        old, new = getattr(before, what), getattr(after, what)
-        if old != new:
-            raise ValueError(f"these samples differ in their {what}: {old!r} and then {new!r}")
-    if len(before) and len(after) and after.time[0] < before.time[-1]:
-        raise ValueError(
-            f"these samples are not in the order of time: the later part starts at {after.time[0]} ns, before the end "
-            f"of the earlier one at {before.time[-1]} ns"
-        )
-    failed = {error.file for error in after.errors if not error.sweep}
-    for error in before.errors:
-        if len(after) and error.file not in failed:
-            file = before.files[error.file].id
-            raise ValueError(f"{file} failed in the earlier part ({error.error}) and was read again in the later one")
-
-
-def _ascend(tick: npt.NDArray[np.uint64], least: int) -> npt.NDArray[np.uint64]:
-    """Return ticks that start at `least` or above: as they are, or counted from `least` on."""
-    if int(tick[0]) >= least:
-        return tick
-    if int(tick[-1]) + least >= 1 << 64:
-        raise ValueError(
-            f"tick {tick[-1]} of a later part cannot be counted on from {least}: it would not fit a uint64"
-        )
-    return tick + np.uint64(least)
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -218,6 +157,10 @@ class Samples:
         groups = [group for group in self.groups if group.kind == kind]
         return self.restrict(groups, [index for index, info in enumerate(self.files) if info.kind == kind])
 
+    def split(self) -> tuple[Samples, ...]:
+        """Return the samples of each kind and schema by themselves, without a copy."""
+        return tuple(self.restrict([group], group.columns.tolist()) for group in self.groups)
+
     def restrict(self, groups: Iterable[Group], files: Sequence[int]) -> Samples:
         """Return the same sweeps, of these groups and files only. Inner to the package."""
         new = {index: position for position, index in enumerate(files)}
@@ -234,17 +177,21 @@ class Samples:
     def stat(self, name: str) -> Stat:
         """Return the descriptor of a statistic: its type, unit and scale.
 
-        KeyError if there is none, or if files of different kernels differ in it (in more than its offset).
+        Raises
+        ------
+        KeyError
+            If it was not sampled, or if files of different kernels differ in more of it than its offset.
         """
         stats = [group.places[name][0] for group in find_groups(self.groups, name)]
         if any(replace(stat, offset=stats[0].offset) != stats[0] for stat in stats[1:]):
             raise KeyError(
-                f"{name!r} has different types, units or scales in these files: take them apart with split()"
+                f"{name!r} has different types, units or scales in files of different kernels: take the samples apart "
+                "with split()"
             )
         return stats[0]
 
     def columns(self, name: str) -> tuple[FileInfo, ...]:
-        """Whose values the columns of ``samples[name]`` are."""
+        """Return the files whose values the columns of ``samples[name]`` are."""
         return tuple(self.files[index] for index in find_columns(self.groups, name))
 
     @overload
@@ -254,16 +201,22 @@ class Samples:
     def __getitem__(self, key: str | slice) -> npt.NDArray[np.uint64] | Samples:
         if isinstance(key, slice):
             return self._slice(key)
-        if not isinstance(key, str):
-            raise TypeError(f"{key!r} is neither the name of a statistic nor a slice of sweeps")
-        found = find_groups(self.groups, key)
+        if isinstance(key, str):
+            return self._values(key)
+        raise TypeError(f"{key!r} is neither the name of a statistic nor a slice of sweeps")
+
+    def _values(self, name: str) -> npt.NDArray[np.uint64]:
+        found = find_groups(self.groups, name)
         if len(found) == 1:
-            return found[0].view(key)
-        shapes = {group.places[key][0].shape for group in found}
-        if len(shapes) > 1:
-            raise KeyError(f"{key!r} has {len(shapes)} different numbers of buckets in these files: sample them apart")
+            return found[0].view(name)
+        sizes = sorted({group.places[name][0].size for group in found})
+        if len({group.places[name][0].shape for group in found}) > 1:
+            raise KeyError(
+                f"{name!r} has different numbers of values in files of different kernels, "
+                f"{' and '.join(map(str, sizes))}: take the samples apart with split()"
+            )
         order = np.argsort(np.concatenate([group.columns for group in found]))
-        return np.concatenate([group.view(key) for group in found], axis=1)[:, order]
+        return np.concatenate([group.view(name) for group in found], axis=1)[:, order]
 
     def _slice(self, key: slice) -> Samples:
         start, stop, step = key.indices(len(self))
@@ -281,11 +234,11 @@ class Samples:
         offsets = {0: self.wall_offset}
         offsets |= {max(0, -(-(sweep - start) // step)): offset for sweep, offset in self.wall_steps if sweep < stop}
         part.wall_offset, part.wall_steps = find_steps(offsets, len(part))
-        # The ticks that were missed before a sweep go with it, so that parts add up to the whole.
+        # Ticks that were missed before a sweep go with it, so that parts add up to the whole.
         part.missed = part.overruns = 0
         if stop > start:
             part.missed = self._gaps(max(start - 1, 0), stop)
-            if not start:  # 0 also where a part of a recording is gone: its ticks were not missed
+            if not start:  # below 0 where a part of a recording is gone, whose ticks were sampled
                 part.missed += max(self.missed - self._gaps(0, len(self)), 0)
         part.errors = tuple(
             error._replace(sweep=max(0, -(-(error.sweep - start) // step)))
@@ -295,27 +248,23 @@ class Samples:
         return part
 
     def _gaps(self, start: int, stop: int) -> int:
-        """Count the ticks missed between these sweeps; those of a run that was put behind another begin at 0."""
+        """Return how many ticks were missed between these sweeps; where they fall, a further run counts from 0."""
         tick = self.tick[start:stop].astype(np.int64)
         gaps = np.diff(tick) - 1
         return int(np.where(gaps < 0, tick[1:], gaps).sum())
 
     def delta(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
-        """Change of a statistic from each sweep to the next, raw.
+        """Return the change of a statistic from each sweep to the next, raw.
 
         Returns
         -------
         numpy.ndarray
-            Shape ``(T - 1, n)``, a histogram's ``(T - 1, n, buckets)``. uint64 for what only grows (cumulative, peak,
-            histograms): where such a value went backwards somebody cleared it (`resets`), and the change is the new
-            value. int64 for what goes up and down. 0 where a file had failed.
+            Shape ``(T - 1, n)``, a histogram's ``(T - 1, n, buckets)``. uint64 for what grows (cumulative, peak,
+            histograms): where such a value fell somebody cleared it (`resets`), and the change is the new value. int64
+            for what goes up and down. 0 where a file had failed.
         """
-        values = self[name]
-        growing = self.stat(name).grows
-        change = np.empty((max(len(values) - 1, 0), *values.shape[1:]), np.uint64)
-        for rows in cut_rows(len(change), rows_per_block(values)):
-            _change(values, rows, change[rows], growing=growing)
-        return self._blank(name, change if growing else change.view(np.int64), 0)
+        delta = changes.delta(self._values(name), grows=self.stat(name).grows)
+        return self._blank(name, delta, 0)  # type: ignore[return-value]  # either of two dtypes
 
     def total(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
         """Return how much a statistic changed over the whole run, raw: the sum of `delta` over time.
@@ -331,29 +280,30 @@ class Samples:
         ValueError
             If a statistic that was cleared on the way adds up to more than a uint64 holds.
         """
-        starts = range(0, max(len(self) - 1, 1), TOTAL_ROWS)
-        changes = (self[start : start + TOTAL_ROWS + 1].delta(name) for start in starts)
+        rows = changes.TOTAL_ROWS
+        starts = range(0, max(len(self) - 1, 1), rows)
+        deltas = (self[start : start + rows + 1].delta(name) for start in starts)
         if not self.stat(name).grows:
-            return cast("npt.NDArray[np.int64]", sum(change.sum(axis=0) for change in changes))
+            return cast("npt.NDArray[np.int64]", sum(delta.sum(axis=0) for delta in deltas))
         what = f"the changes of {name}, which was cleared on the way,"
-        parts = [added(cast("npt.NDArray[np.uint64]", change), 0, what) for change in changes]
-        return added(np.stack(parts), 0, what)
+        parts = [changes.add_exactly(cast("npt.NDArray[np.uint64]", delta), 0, what) for delta in deltas]
+        return changes.add_exactly(np.stack(parts), 0, what)
 
     def resets(self, name: str) -> npt.NDArray[np.bool_]:
-        """Where a statistic that only grows went backwards, because it was cleared (through debugfs).
+        """Return where a statistic that grows fell, because somebody cleared it (through debugfs).
 
         Returns
         -------
         numpy.ndarray
             bool, shape ``(T - 1, n)``; all False for statistics that go up and down.
         """
-        values = self[name]
+        values = self._values(name)
         if not self.stat(name).grows:
             return np.zeros((max(len(values) - 1, 0), values.shape[1]), np.bool_)
-        return self._blank(name, _fell(values[:-1], values[1:]), 0)
+        return self._blank(name, changes.find_resets(values), 0)
 
     def rate(self, name: str) -> npt.NDArray[np.float64]:
-        """Change per second in base units, from each sweep to the next.
+        """Return the change per second in base units, from each sweep to the next.
 
         Returns
         -------
@@ -361,28 +311,10 @@ class Samples:
             float64, the shape of `delta`. ``halt_wait_ns`` gives seconds per second; a histogram counts per second
             and bucket. NaN where a file had failed, and between two sweeps of the same ns.
         """
-        values = self[name]
-        stat = self.stat(name)
-        growing = stat.grows
-        seconds = np.diff(self.time) / 1e9
-        seconds[seconds == 0] = np.nan  # two sweeps in one ns: the rate is not known
-        factor = 1.0 if stat.is_histogram else stat.float_factor
-        if stat.exponent < 0:
-            seconds, factor = seconds * factor, 1.0  # 10**9 is exact as a float, 10**-9 is not
-        seconds = seconds.reshape(-1, *[1] * (values.ndim - 1))
-        rate = np.empty((len(seconds), *values.shape[1:]))
-        room = np.empty((min(len(rate), rows_per_block(values)), *values.shape[1:]), np.uint64)
-        for rows in cut_rows(len(rate), rows_per_block(values)):
-            part = rate[rows]
-            change = room[: len(part)]
-            _change(values, rows, change, growing=growing)
-            np.divide(change if growing else change.view(np.int64), seconds[rows], out=part)
-            if factor != 1:
-                part *= factor
-        return self._blank(name, rate, np.nan)
+        return self._blank(name, changes.rate(self._values(name), self.time, self.stat(name)), np.nan)
 
     def si(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.float64]:
-        """Values of a statistic in base units: seconds, bytes ... (``samples.stat(name).units(si=True)``).
+        """Return the values of a statistic in base units: seconds, bytes ... (``samples.stat(name).units(si=True)``).
 
         Returns
         -------
@@ -391,7 +323,7 @@ class Samples:
             none becomes too large; else float64. A histogram's values are counts, which have no unit; neither do
             statistics with an unknown code: both stay as they are.
         """
-        values, stat = self[name], self.stat(name)
+        values, stat = self._values(name), self.stat(name)
         if stat.is_histogram or stat.factor == 1:
             return values
         if stat.exponent > 0 and (not values.size or int(values.max()) * stat.factor < 1 << 64):
@@ -421,18 +353,9 @@ class Samples:
         KeyError, IndexError
             If it, or the sweep, is not there.
         """
-        stat = self.stat(name)
-        stat.bucket_edges()  # no histogram: its error says so
-        counts = self.total(name) if sweep is None else self[name][sweep]
-        total = None
-        adder = name.removesuffix("_hist") + "_ns"
-        groups = find_groups(self.groups, name)
-        adders = [group.places[adder][0] for group in groups if adder in group.places]
-        scales = {(of.type, of.unit, of.base, of.exponent) for of in adders}
-        if len(adders) == len(groups) and scales == {(StatType.CUMULATIVE, stat.unit, stat.base, stat.exponent)}:
-            whose = self.restrict(groups, find_columns(self.groups, name).tolist())
-            total = whose.total(adder) if sweep is None else whose[adder][sweep]
-        return Histogram(stat, counts.astype(np.uint64), None if total is None else total.astype(np.uint64))
+        from kvmstats_fast.analysis import histogram  # noqa: PLC0415 - Samples' methods import rightwards
+
+        return histogram.run_histogram(self, name, sweep)
 
     def duty_cycle(self, name: str, confidence: float = 0.95) -> DutyCycle:
         """Estimate how much of the time a boolean was 1 (``blocking``, ``guest_mode``), as polled.
@@ -460,7 +383,9 @@ class Samples:
         independent, and of one that changed a few times only the interval is too narrow. A guest whose rhythm is a
         multiple of the sampling interval misleads any polling.
         """
-        return duty_cycle(self, name, confidence)
+        from kvmstats_fast.analysis import duty_cycle  # noqa: PLC0415 - Samples' methods import rightwards
+
+        return duty_cycle.duty_cycle(self, name, confidence)
 
     def figures(self) -> Figures:
         """Derive figures of the run: exits by kind, halt polling, halted time, page faults, large pages, imbalance.
@@ -475,7 +400,9 @@ class Samples:
         -----
         A halt is counted when it ends: `halted_fraction` of a short run can be 0, or above 1.
         """
-        return figures(self)
+        from kvmstats_fast.analysis import figures  # noqa: PLC0415 - Samples' methods import rightwards
+
+        return figures.figures(self)
 
     def halt_poll_advice(self, settings: Iterable[int] | None = None) -> HaltPollAdvice | None:
         """Say what different settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.
@@ -503,14 +430,9 @@ class Samples:
         so all figures are bounds. What it does to the guest (it finds its CPU warm, or a neighbour finds it taken) is
         not in them.
         """
-        return halt_poll_advice(self) if settings is None else halt_poll_advice(self, settings)
+        from kvmstats_fast.analysis import halt_poll  # noqa: PLC0415 - Samples' methods import rightwards
 
-    def split(self) -> tuple[Samples, ...]:
-        """Take files of different kinds and kernels apart: Samples of one kind and schema each."""
-        return tuple(self._of(group) for group in self.groups)
-
-    def _of(self, group: Group) -> Samples:
-        return self.restrict([group], group.columns.tolist())
+        return halt_poll.halt_poll_advice(self, settings)
 
     def _blank(self, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:
         """Overwrite the changes of files that had failed; the array is ours to write to, whatever its dtype."""
@@ -670,40 +592,7 @@ class Samples:
             in the order of time; or if a file that had failed in one part was read in a later one. The message says
             which.
         """
-        if not parts:
-            raise ValueError("no samples to concatenate")
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-        for before, after in pairwise(parts):
-            _check_follows(before, after)
-        errors: dict[int, SampleError] = {}
-        offsets: dict[int, int] = {}
-        ticks: list[npt.NDArray[np.uint64]] = []
-        start, next_tick = 0, 0
-        for part in parts:
-            for error in part.errors:
-                errors.setdefault(error.file, error._replace(sweep=error.sweep + start))
-            for sweep, offset in ((0, part.wall_offset), *part.wall_steps):
-                offsets[start + sweep] = offset
-            if len(part):
-                ticks.append(_ascend(part.tick, next_tick))
-                next_tick = int(ticks[-1][-1]) + 1
-            start += len(part)
-        wall_offset, wall_steps = find_steps(offsets, start)
-        return replace(
-            first,
-            groups=tuple(join_groups(groups) for groups in zip(*(part.groups for part in parts), strict=True)),
-            time=np.concatenate([part.time for part in parts]),
-            sweep_ns=np.concatenate([part.sweep_ns for part in parts]),
-            tick=np.concatenate(ticks) if ticks else first.tick,
-            wall_offset=wall_offset,
-            wall_steps=wall_steps,
-            missed=sum(part.missed for part in parts),
-            overruns=sum(part.overruns for part in parts),
-            errors=tuple(errors.values()),
-            interrupted=any(part.interrupted for part in parts),
-        )
+        return join_samples(parts)
 
     def __len__(self) -> int:
         return len(self.time)

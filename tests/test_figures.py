@@ -147,7 +147,7 @@ def check_figures(figures, expected, files):
     assert (
         [line.split()[0] for line in lines[1:]] == list(figures)
         if figures
-        else lines == ["no figures: these files have no parts for any"]
+        else lines == ["no figures: these files have the statistics of none"]
     )
 
 
@@ -274,7 +274,7 @@ def test_files_without_any_part_have_no_figures():
     """Neither an empty mapping nor its text is an error; files of a VM give no figures of vCPUs."""
     x = run_of(group_of(counters("tlb_flush"), [0], {"tlb_flush": [[1], [2]]}))
     assert dict(x.figures()) == {}
-    assert str(x.figures()) == "no figures: these files have no parts for any"
+    assert str(x.figures()) == "no figures: these files have the statistics of none"
     vm = run_of(group_of(counters("exits", "pf_taken"), [0], {"exits": [[1], [2]]}, kind="vm"))
     assert dict(vm.figures()) == {}
     gauge = run_of(group_of([replace(GAUGE, name="exit_depth")], [0], {"exit_depth": [[1], [2]]}))
@@ -459,18 +459,49 @@ def test_independent_sweeps_have_wilsons_interval_and_alternating_ones_no_better
     assert bunched.low[0] < seen.low[0] < seen.high[0] < bunched.high[0]
 
 
-def test_what_is_no_boolean_has_no_duty_cycle():
-    """A counter, a histogram of booleans, values above 1 and a confidence that is none are refused by name."""
-    bins = kf.Stat("bins", kf.StatType.LINEAR_HIST, kf.StatUnit.BOOLEAN, kf.StatBase.POW10, 0, 2, -1, 1)
-    x = run_of(group_of([BOOLEAN, bins, *counters("exits")], [0], {"blocking": [[1], [2], [0]]}))
-    for name in ("exits", "bins"):
-        with pytest.raises(ValueError, match=f"{name} is no boolean"):
-            x.duty_cycle(name)
-    with pytest.raises(ValueError, match="blocking is a boolean, but 2 was read"):
-        x.duty_cycle("blocking")
+@pytest.mark.parametrize(
+    ("stat", "why"),
+    [
+        (COUNTER, "it is cumulative, not instant"),
+        (replace(COUNTER, type=kf.StatType.PEAK), "it is peak, not instant"),
+        (replace(COUNTER, type=9), "it is 9, not instant"),
+        (replace(GAUGE, unit=kf.StatUnit.BYTES, base=kf.StatBase.POW2, exponent=10), "its unit is KiB"),
+        (replace(GAUGE, unit=9), "its unit is unit 9"),
+        (replace(GAUGE, exponent=3), r"its unit is 10\^3"),
+        (replace(GAUGE, size=2), "it has 2 values"),
+        (replace(BOOLEAN, type=kf.StatType.LINEAR_HIST, size=2, bucket_size=1), "it has 2 values"),
+        (GAUGE, "2 was read"),
+        (BOOLEAN, "2 was read"),
+    ],
+)
+def test_what_is_not_a_boolean_has_no_duty_cycle_and_the_message_says_why(stat, why):
+    """A wrong type, unit or shape, or a value that no boolean has, is a ValueError that names the statistic."""
+    values = np.array([[1], [2], [0]])
+    if stat.shape:
+        values = np.zeros((3, 1, 2))
+    x = run_of(group_of([replace(stat, name="odd")], [0], {"odd": values}))
+    with pytest.raises(ValueError, match=f"^odd is not a boolean: {why}$"):
+        x.duty_cycle("odd")
+
+
+@pytest.mark.parametrize("name", ["blocking", "guest_mode", "of_the_future"])
+def test_kernels_before_6_0_have_booleans_without_a_unit(name):
+    """An instant value without unit that only read 0 and 1 has the duty cycle of the same values marked as boolean."""
+    column = np.array([1, 0, 0, 1, 1, 1])[:, None]
+    old = run_of(group_of([replace(GAUGE, name=name)], [0], {name: column})).duty_cycle(name)
+    assert old == polled(column).duty_cycle("blocking")
+    assert old.fraction.tolist() == [4 / 6]
+
+
+def test_a_confidence_is_between_0_and_1():
+    """Anything else is refused by name, and so is a statistic that was not sampled."""
+    x = polled(np.ones((2, 1)))
     for confidence in (0, 1, -0.5, 95, math.nan):
         with pytest.raises(ValueError, match=f"confidence is {confidence}"):
-            x[:1].duty_cycle("blocking", confidence)
+            x.duty_cycle("blocking", confidence)
+    for confidence in ("0.9", None, [0.9]):
+        with pytest.raises(TypeError, match=r"confidence is a .*; it must be a number from 0 to 1"):
+            x.duty_cycle("blocking", confidence)
     with pytest.raises(KeyError, match="did you mean blocking"):
         x.duty_cycle("blockin")
 

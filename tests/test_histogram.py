@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
-from kvmstats_fast import groups, samples
+from kvmstats_fast import changes, groups
 from kvmstats_fast.analysis import histogram as histogram_module
 
 LOG = kf.Stat("wait_hist", kf.StatType.LOG_HIST, kf.StatUnit.SECONDS, kf.StatBase.POW10, -9, 5, 0)
@@ -476,7 +476,7 @@ def test_the_histogram_of_a_run_is_what_its_files_counted(history, failures, sto
         counts[sweep:, file] = sums[sweep:, file] = 0
     values = {"halt_wait_hist": counts, "halt_wait_ns": sums}
     x = run_of(group_of([ADDER, HIST], range(n), values, storage=storage), failed=failures)
-    with mock.patch.object(samples, "TOTAL_ROWS", rows), mock.patch.object(groups, "BLOCK_BYTES", 100):
+    with mock.patch.object(changes, "TOTAL_ROWS", rows), mock.patch.object(groups, "BLOCK_BYTES", 100):
         h = x.histogram("halt_wait_hist")
         cut = data.draw(st.integers(0, sweeps - 1))
         parts = x[: cut + 1].histogram("halt_wait_hist"), x[cut:].histogram("halt_wait_hist")

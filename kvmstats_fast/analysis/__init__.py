@@ -1,1 +1,1 @@
-"""What statistics say: histograms and figures."""
+"""What samples say: histograms, figures, duty cycles, advice."""

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmstats_fast._arguments import check_integer
+from kvmstats_fast.abi import StatType
+from kvmstats_fast.changes import add_exactly
+from kvmstats_fast.groups import find_columns, find_groups
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from kvmstats_fast.samples import Samples
     from kvmstats_fast.stat import Stat
 
 _MOST = 1 << 64
@@ -68,7 +74,7 @@ class Histogram:
         if counts.ndim not in (1, 2) or counts.shape[-1] != self.stat.size:
             raise ValueError(f"counts have shape {counts.shape}; {self.stat.name} has {self.stat.size} buckets")
         object.__setattr__(self, "counts", counts)
-        object.__setattr__(self, "count", added(counts, -1, f"the counts of {self.stat.name}"))
+        object.__setattr__(self, "count", add_exactly(counts, -1, f"the counts of {self.stat.name}"))
         if self.raw_total is not None:
             total = _whole_numbers(self.raw_total, "raw_total")
             if total.shape != counts.shape[:-1]:
@@ -92,8 +98,8 @@ class Histogram:
         total = self.raw_total
         return replace(
             self,
-            counts=added(self.counts, 0, f"the counts of {self.stat.name}"),
-            raw_total=None if total is None else added(total, 0, f"the totals of {self.stat.name}"),
+            counts=add_exactly(self.counts, 0, f"the counts of {self.stat.name}"),
+            raw_total=None if total is None else add_exactly(total, 0, f"the totals of {self.stat.name}"),
         )
 
     def __getitem__(self, file: int | slice) -> Histogram:
@@ -205,6 +211,27 @@ class Histogram:
         return f"<Histogram {self.stat.name}{files}: {count} in {self.stat.size} buckets>"
 
 
+def run_histogram(samples: Samples, name: str, sweep: int | None) -> Histogram:
+    """Return what a histogram counted in a run, or by one sweep of it; see `Samples.histogram`."""
+    stat = samples.stat(name)
+    stat.bucket_edges()  # its error says why there are none
+    if sweep is not None:
+        sweep = check_integer("sweep", sweep, -len(samples), len(samples) - 1, error=IndexError)
+
+    def counted(samples: Samples, name: str) -> npt.NDArray[np.uint64]:
+        return (samples.total(name) if sweep is None else samples[name][sweep]).astype(np.uint64)
+
+    total = None
+    adder = name.removesuffix("_hist") + "_ns"
+    groups = find_groups(samples.groups, name)
+    adders = [group.places[adder][0] for group in groups if adder in group.places]
+    scales = {(one.type, one.unit, one.base, one.exponent) for one in adders}
+    if len(adders) == len(groups) and scales == {(StatType.CUMULATIVE, stat.unit, stat.base, stat.exponent)}:
+        files = find_columns(samples.groups, name).tolist()
+        total = counted(samples.restrict(groups, files), adder)
+    return Histogram(stat, counted(samples, name), total)
+
+
 def _whole_numbers(values: object, what: str) -> npt.NDArray[np.uint64]:
     array = np.asarray(values)
     if array.dtype == np.uint64:
@@ -216,17 +243,6 @@ def _whole_numbers(values: object, what: str) -> npt.NDArray[np.uint64]:
     if not whole or (array.size and not 0 <= int(array.min()) <= int(array.max()) < _MOST):
         raise TypeError(f"{what} must be whole numbers, none negative or above 2**64 - 1")
     return array.astype(np.uint64)
-
-
-def added(values: npt.NDArray[np.uint64], axis: int, what: str) -> npt.NDArray[np.uint64]:
-    """Add up; ValueError instead of wrapping round."""
-    result = np.asarray(np.add.reduce(values, axis=axis, dtype=np.uint64))
-    # Floats see what may have wrapped; only then Python's integers are worth their time.
-    if (np.add.reduce(values, axis=axis, dtype=np.float64) > _MOST * 0.99).any():
-        exact = np.add.reduce(values.astype(object), axis=axis)
-        if not np.array_equal(exact, result.astype(object)):
-            raise ValueError(f"{what} add up to more than a uint64 holds")
-    return result
 
 
 def _checked(

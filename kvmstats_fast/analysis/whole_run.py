@@ -1,0 +1,85 @@
+"""What each file of one kind did over a whole run, in base units: what figures and advice are worked out from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmstats_fast.abi import StatType, StatUnit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import numpy.typing as npt
+
+    from kvmstats_fast.samples import Samples
+
+    Values = npt.NDArray[np.float64]
+
+
+class WholeRun:
+    """Changes over a whole run by file; NaN where a file does not have a statistic, or was not read often enough.
+
+    Each kernel's files are scaled by its own descriptors, which may differ from another's.
+
+    Attributes
+    ----------
+    files : tuple of FileInfo
+        Those of the kind.
+    kernels : list of (Samples, numpy.ndarray)
+        The files of each kernel, and their indices in `files`.
+    names : list of str
+        Statistics of one value that any file has.
+    counts : list of str
+        Those of `names` that count up, without a unit.
+    seconds : numpy.ndarray
+        float64 (n,): from the first sweep to the last that could read the file; NaN if that is no time.
+    """
+
+    def __init__(self, samples: Samples, kind: str) -> None:
+        chosen = samples.vm if kind == "vm" else samples.vcpu
+        self.files = chosen.files
+        self.kernels = [(part, group.columns) for part, group in zip(chosen.split(), chosen.groups, strict=True)]
+        stats = [part.stat(name) for part, _ in self.kernels for name in part.names]
+        self.names = list(dict.fromkeys(stat.name for stat in stats if not stat.shape))
+        counts = (stat for stat in stats if (stat.type, stat.unit) == (StatType.CUMULATIVE, StatUnit.NONE))
+        self.counts = list(dict.fromkeys(stat.name for stat in counts if not stat.shape))
+        sweeps = len(samples)
+        last = np.full(len(self.files), sweeps - 1)
+        for error in chosen.errors:
+            last[error.file] = min(error.sweep, sweeps) - 1
+        self._last = last
+        time = samples.time if sweeps else np.zeros(1, np.int64)
+        self.seconds = (time[np.maximum(last, 0)] - time[0]) / 1e9
+        self.seconds[self.seconds <= 0] = np.nan
+
+    def change(self, name: str) -> Values:
+        """Return the change of a statistic, (n,)."""
+        return self._collect(name, lambda part, _: part.total(name), needed=2)
+
+    def end(self, name: str) -> Values:
+        """Return the last value of a statistic that was read, (n,)."""
+        return self._collect(name, lambda part, last: part[name][last, np.arange(len(last))], needed=1)
+
+    def _collect(
+        self, name: str, raw: Callable[[Samples, npt.NDArray[np.intp]], npt.NDArray[Any]], needed: int
+    ) -> Values:
+        """Scale what `raw` gives of each kernel's files; NaN for those with fewer sweeps than are needed."""
+        result = np.full(len(self.files), np.nan)
+        for part, columns in self._having(name):
+            if len(part) >= needed:
+                result[columns] = part.stat(name).scale_array(raw(part, np.maximum(self._last[columns], 0)))
+        result[self._last < needed - 1] = np.nan
+        return result
+
+    def files_having(self, names: Iterable[str]) -> list[int]:
+        """Return the indices of the files that have all these statistics."""
+        return sorted(file for _, columns in self._having(*names) for file in columns.tolist())
+
+    def _having(self, *names: str) -> list[tuple[Samples, npt.NDArray[np.intp]]]:
+        return [
+            (part, columns)
+            for part, columns in self.kernels
+            if all(name in part.names and not part.stat(name).shape for name in names)
+        ]
