@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from kvmstats_fast._text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
@@ -36,7 +38,7 @@ def fd_of(file: int | HasFileno) -> int:
 def describe_fd(fd: int) -> str:
     """Return ``fd 7 (anon_inode:kvm-vm)``, as /proc shows it."""
     with suppress(OSError):
-        return f"fd {fd} ({Path(f'/proc/self/fd/{fd}').readlink()})"
+        return f"fd {fd} ({printable(str(Path(f'/proc/self/fd/{fd}').readlink()), 256)})"
     return f"fd {fd}"
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._kvmstats import ffi
 from kvmstats_fast._resource import Fd, describe_fd
+from kvmstats_fast._text import printable
 from kvmstats_fast.errors import truncated
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Handle:
         if self.lost is not None:
             raise self.lost
         if self.closed:
-            raise ValueError(f"this StatsFile ({self._id}) is closed; open the stats file again")
+            raise ValueError(f"this StatsFile ({printable(self._id)}) is closed; open the stats file again")
 
     def failure(self, error: int, got: int) -> Exception:
         """Return what to raise when the C core could not read.

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._resource import Closing, Fd, HasFileno, describe_fd, fd_of
+from kvmstats_fast._text import printable
 from kvmstats_fast.abi import Layout, ioctl_number
 from kvmstats_fast.handle import Handle, read_refused, refused
 from kvmstats_fast.schema import CACHE, Header, Schema, Value, kind_of, read_header, schema_of
@@ -35,8 +36,9 @@ _OPEN_HINTS = {
     "5.14, and no released kernel has KVM_STATS_GETFD of the original patch series",
     errno.EINVAL: "it is an fd of /dev/kvm, which has no statistics (pass that of a VM, from KVM_CREATE_VM, or of a "
     "vCPU, from KVM_CREATE_VCPU), or that of a vCPU on a kernel before Linux 5.14",
-    errno.EIO: "the VM belongs to another process, and only the process that created it can open its stats files. Have "
-    "that process open them and pass them on (SCM_RIGHTS): whoever holds them may read them",
+    errno.EIO: "the VM belongs to another process, and only the process that created it can open its stats files. "
+    "attach(pid) borrows the files that a VMM holds; or let the VMM open its stats files and hand them over "
+    "(send_files, SCM_RIGHTS), which needs no permission at all",
     errno.EPERM: "a security module or seccomp filter of this process forbids the call",
     errno.EACCES: "a security module of this process forbids the call",
     errno.EMFILE: "this process has as many files open as it may: raise `ulimit -n` (RLIMIT_NOFILE)",
@@ -333,4 +335,4 @@ class StatsFile(Closing):
 
     def __repr__(self) -> str:
         where = "gone" if self.handle.lost else "closed" if self.closed else f"fd {self.handle.source.fd}"
-        return f"<StatsFile {self._id} ({self.kind}), {where}, {len(self.schema)} stats>"
+        return f"<StatsFile {printable(self._id)} ({self.kind}), {where}, {len(self.schema)} stats>"

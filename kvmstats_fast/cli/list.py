@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kvmstats_fast._table import format_table
+from kvmstats_fast._text import printable
 from kvmstats_fast.vmm.find import scan
 
 if TYPE_CHECKING:
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvmstats_fast.vmm.find import VmProcess
-
-_WIDEST = 64  # characters of a name in the table; --json has all
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -64,11 +63,8 @@ def _print_table(found: list[VmProcess]) -> None:
 
 
 def _shown(name: str) -> str:
-    """Make a name of somebody else's choice harmless for a terminal, and for the width of the other lines."""
-    name = name if len(name) <= _WIDEST else name[: _WIDEST - 3] + "..."
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    return printable(name).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _vcpus(process: VmProcess) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvmstats_fast._arguments import article, check_integer, check_names
 from kvmstats_fast._kvmstats import ffi, lib
+from kvmstats_fast._text import printable
 from kvmstats_fast.errors import unknown_stat
 from kvmstats_fast.groups import Block
 from kvmstats_fast.samples import FileInfo, SampleError, Samples
@@ -145,7 +146,7 @@ class Plan:
         if lost is not None:
             return type(lost)(*lost.args)  # a new one: a run may attach its samples to it
         if file.closed:
-            return ValueError(f"StatsFile {file.id} was closed while it was being sampled")
+            return ValueError(f"StatsFile {printable(file.id)} was closed while it was being sampled")
         return file.handle.failure(struct.error, struct.position + struct.got)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.abi import StatType
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.handle import Owner
 from kvmstats_fast.stats_file import StatsFile
@@ -176,6 +175,10 @@ def _is_in_step(file: StatsFile, other: StatsFile) -> bool:
     if file.schema is not other.schema:
         return False
     before, between, after = file.read(), other.read(), file.read()
-    growing = [stat for stat in file.schema.stats if stat.type != StatType.INSTANT and isinstance(stat.type, StatType)]
-    words = [word for stat in growing for word in range(stat.offset // 8, stat.offset // 8 + stat.size)]
+    words = [
+        word
+        for stat in file.schema.stats
+        if stat.grows
+        for word in range(stat.offset // 8, stat.offset // 8 + stat.size)
+    ]
     return bool(((before[words] <= between[words]) & (between[words] <= after[words])).all())

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError
 
 if TYPE_CHECKING:
@@ -189,4 +190,4 @@ def _keeps_its_privilege(path: Path) -> bool:
 
 
 def _cannot(path: Path, reason: str) -> AttachError:
-    return AttachError(errno.ENOTSUP, f"{path} cannot be made to hold its stats files: {reason}")
+    return AttachError(errno.ENOTSUP, f"{printable(str(path), 4096)} cannot be made to hold its stats files: {reason}")

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvmstats_fast._resource import Closing
+from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.handle import Owner
 from kvmstats_fast.vmm import hold
@@ -125,7 +126,7 @@ class VirtualMachine(Closing):
             stale = [own for own in self.files if own not in kept]
             for file in stale:
                 file.handle.revoke(
-                    AttachError(errno.ENODEV, f"{file.id}: process {self.pid} has closed this stats file")
+                    AttachError(errno.ENODEV, f"{printable(file.id)}: process {self.pid} has closed this stats file")
                 )
                 file.close()
                 file.handle.owner.machine = None
@@ -150,7 +151,7 @@ class VirtualMachine(Closing):
             missing.append(f"vCPU {numbers}'s" if len(vcpus) == 1 else f"those of vCPUs {numbers}")
         if missing:
             lines.append(
-                f"{' and '.join(missing)}: {self.vmm} (process {self.pid}) does not hold "
+                f"{' and '.join(missing)}: {printable(self.vmm)} (process {self.pid}) does not hold "
                 f"{'it' if vms + len(vcpus) == 1 else 'them'}. What helps, the least intrusive first: "
                 + advise(inject=not self._trouble, vcpus=bool(vcpus))
             )
@@ -184,10 +185,11 @@ class VirtualMachine(Closing):
         return True
 
     def __repr__(self) -> str:
-        name = f" {self.name!r}" if self.name else ""
+        name = f" '{printable(self.name)}'" if self.name else ""
         state = "closed" if self._closed else "gone" if self._watched.gone else "alive"
         vm = "VM and " if self.vm is not None else ""
-        return f"<VirtualMachine{name} of {self.vmm} ({self.pid}), {state}: {vm}{len(self.vcpus)} vCPUs, {self.how}>"
+        of = f"of {printable(self.vmm)} ({self.pid})"
+        return f"<VirtualMachine{name} {of}, {state}: {vm}{len(self.vcpus)} vCPUs, {self.how}>"
 
 
 def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMachine:
@@ -271,8 +273,8 @@ def _nothing(about: VmProcess, listed: list[KvmFile], trouble: Sequence[str]) ->
         return AttachError(errno.ENODATA, f"no stats file of process {pid} could be opened: " + "; ".join(trouble))
     return AttachError(
         errno.ENODATA,
-        f"{about.vmm} (process {pid}) holds no stats files, and the kernel opens them only for the process that made "
-        f"the VM. What helps, the least intrusive first: {advise()}",
+        f"{printable(about.vmm)} (process {pid}) holds no stats files, and the kernel opens them only for the process "
+        f"that made the VM. What helps, the least intrusive first: {advise()}",
     )
 
 

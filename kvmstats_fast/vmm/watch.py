@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from kvmstats_fast._text import printable
 from kvmstats_fast.errors import VmGoneError
 from kvmstats_fast.handle import null_fd
 
@@ -45,7 +46,9 @@ class Watched:
 
     def exited(self) -> VmGoneError:
         """Return the error that says so."""
-        return VmGoneError(errno.ESRCH, f"process {self.process.pid} ({self.vmm}) has exited, and its VM with it")
+        return VmGoneError(
+            errno.ESRCH, f"process {self.process.pid} ({printable(self.vmm)}) has exited, and its VM with it"
+        )
 
     def end(self) -> None:
         """Let go of the files: the VMM has exited."""

@@ -17,7 +17,7 @@ class Way(NamedTuple):
     ----------
     name : str
     call : str
-        What to write.
+        What to write, as Markdown.
     needs : str
         What it takes.
     effect : str
@@ -35,14 +35,14 @@ class Way(NamedTuple):
 
 BORROW = Way(
     "borrow",
-    "attach(pid)",
+    "`attach(pid)`",
     "a VMM that holds its stats files, which each of the next ways achieves, and permission to trace it",
     "nothing; it does not notice",
     "attach(pid) borrows the files that a VMM holds",
 )
 HOLD = Way(
     "hold",
-    "launch([...]), kvmstats run -- ..., or LD_PRELOAD",
+    "`launch([...])`, `kvmstats run -- ...`, or `LD_PRELOAD`",
     "that you start the VMM; no privilege",
     "one more ioctl for each VM and vCPU when it is made, one more fd for each as long as it lives",
     "start the VMM by launch(), by `kvmstats run`, or with LD_PRELOAD set to what `python -m kvmstats_fast hold-path` "
@@ -50,28 +50,28 @@ HOLD = Way(
 )
 QEMU = Way(
     "QEMU 8.1",
-    "attach(pid)",
+    "`attach(pid)`",
     "QEMU 8.1 or later, which holds the files of its vCPUs, but not the VM's",
     "nothing; it does not notice",
     "use QEMU 8.1 or later, which holds the files of its vCPUs",
 )
 HAND_OVER = Way(
     "hand over",
-    "send_files and receive_files",
+    "`send_files`, `receive_files`",
     "a VMM that you can change, and a Unix socket",
     "what you let it do",
     "let the VMM open its stats files and hand them over (send_files, SCM_RIGHTS), which needs no permission at all",
 )
 INHERIT = Way(
     "inherit",
-    "StatsFile(fd) or inherited_files()",
+    "`StatsFile(fd)`, `inherited_files()`",
     "a VMM that you can change, and that starts the monitor or keeps its files with systemd",
     "what you let it do",
     "let the VMM pass them to a monitor that it starts, or keep them with systemd (inherited_files)",
 )
 INJECT = Way(
     "inject",
-    "attach(pid, inject=True)",
+    "`attach(pid, inject=True)`",
     "x86-64, permission to trace the VMM, no seccomp filter in it",
     "one of its threads at a time stands still for a moment and makes the ioctl",
     "where that is acceptable, attach(pid, inject=True)",
