@@ -12,7 +12,7 @@ from kvmstats_fast.testing import SyntheticStats
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-CORE = [str(CSRC / name) for name in ("layout.c", "sweep.c", "run.c", "process.c", "inject.c")]
+CORE = [str(CSRC / name) for name in ("layout.c", "sweep.c", "run.c", "process.c", "inject.c", "rename.c")]
 TEST_CORE = str(TESTS / "c" / "test_core.c")
 TEST_RUN = str(TESTS / "c" / "test_run.c")
 FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
@@ -56,6 +56,7 @@ IMPORTS = {
     "sweep.c": READING | ERRNO,
     "run.c": RUNNING | ERRNO,
     "process.c": {"syscall"} | ERRNO,
+    "rename.c": {"syscall"} | ERRNO,
     "inject.c": TRACING | ERRNO,
 }
 
