@@ -29,8 +29,10 @@ if TYPE_CHECKING:
         RecordingWarning,
         VmGoneError,
     )
-    from kvmstats_fast.formats.parquet import to_csv, to_parquet
-    from kvmstats_fast.formats.recording import Recorder, Recording
+    from kvmstats_fast.formats.csv import to_csv
+    from kvmstats_fast.formats.parquet import to_parquet
+    from kvmstats_fast.formats.recorder import Recorder
+    from kvmstats_fast.formats.recording import Recording
     from kvmstats_fast.image import StatsImage, parse, to_merged
     from kvmstats_fast.samples import FileInfo, SampleError, Samples
     from kvmstats_fast.sampling.measure import measure
@@ -104,8 +106,10 @@ _ROOMS = {
         "RecordingWarning",
         "VmGoneError",
     ),
-    "formats.parquet": ("to_csv", "to_parquet"),
-    "formats.recording": ("Recorder", "Recording"),
+    "formats.csv": ("to_csv",),
+    "formats.parquet": ("to_parquet",),
+    "formats.recorder": ("Recorder",),
+    "formats.recording": ("Recording",),
     "image": ("StatsImage", "parse", "to_merged"),
     "samples": ("FileInfo", "SampleError", "Samples"),
     "sampling.measure": ("measure",),

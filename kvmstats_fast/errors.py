@@ -71,7 +71,7 @@ class KvmUnavailableError(KvmStatsError, OSError):
 
 
 class RecordingWarning(UserWarning):
-    """A recording was not ended as it should be; the text says what was not read."""
+    """Not all of a recording could be read; the text says which files, parts or batches are missing."""
 
 
 _BLOCKS = {

@@ -14,6 +14,7 @@ from kvmstats_fast.joining import find_steps, join_samples
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     import numpy.typing as npt
 
@@ -520,7 +521,41 @@ class Samples:
 
         return frames.to_xarray(self, si=si)
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, compression: str | None = None) -> None:
+    def to_csv(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        kind: str | None = None,
+        overwrite: bool = False,
+        mode: int = 0o600,
+    ) -> None:
+        """Write the samples of one kind to a CSV file; see `kvmstats_fast.to_csv`, which also takes a recording."""
+        from kvmstats_fast.formats import csv  # noqa: PLC0415 - only who uses it needs pyarrow
+
+        csv.to_csv(self, path, kind=kind, overwrite=overwrite, mode=mode)
+
+    def to_parquet(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        host: str | None = None,
+        encoding: str = "BYTE_STREAM_SPLIT",
+        overwrite: bool = False,
+        mode: int = 0o600,
+    ) -> list[Path]:
+        """Add the samples to a Parquet data set; see `kvmstats_fast.to_parquet`, which also takes a recording."""
+        from kvmstats_fast.formats import parquet  # noqa: PLC0415 - only who uses it needs pyarrow
+
+        return parquet.to_parquet(self, root, host=host, encoding=encoding, overwrite=overwrite, mode=mode)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        compression: str | None = None,
+        mode: int = 0o600,
+    ) -> None:
         """Write to disk, whole or not at all; `load` gives it back as it was.
 
         Parameters
@@ -532,11 +567,15 @@ class Samples:
             Replace what is there.
         compression : {None, "zstd", "lz4"}
             Without, `load` reads the file's memory in place. An ``.npz`` is deflated if this is not None.
+        mode : int
+            Permissions of the files, whatever the umask; a directory can be entered by whoever may read them. By
+            default the owner alone may.
 
         Raises
         ------
         FileExistsError
-            If there is something at `path`, without `overwrite`; or, also with it, a directory that is no recording.
+            If there is something at `path`, without `overwrite`; or, even with it, a directory that holds more than a
+            recording.
         OSError
             If it cannot be written; then nothing has changed.
         ValueError
@@ -544,7 +583,7 @@ class Samples:
         """
         from kvmstats_fast.formats import npz  # noqa: PLC0415 - reaches pyarrow
 
-        npz.save(self, path, overwrite=overwrite, compression=compression)
+        npz.save(self, path, overwrite=overwrite, compression=compression, mode=mode)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Samples:

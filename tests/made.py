@@ -52,7 +52,17 @@ def samples(groups, sweeps, *, seed=0, errors=(), **about):
 
 def assert_same(x, y):
     """Everything that samples say is equal, bit for bit."""
-    for name in ("interval", "wall_offset", "missed", "overruns", "interrupted", "host", "kernel", "files"):
+    for name in (
+        "interval",
+        "wall_offset",
+        "wall_steps",
+        "missed",
+        "overruns",
+        "interrupted",
+        "host",
+        "kernel",
+        "files",
+    ):
         assert getattr(x, name) == getattr(y, name), name
     for name in ("time", "sweep_ns", "tick"):
         a, b = getattr(x, name), getattr(y, name)

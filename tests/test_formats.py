@@ -188,8 +188,8 @@ def test_parquet_is_what_was_asked_for(x, tmp_path):
     x.time[3:] += 86400 * 10**9  # a date later
     paths = kf.to_parquet(x, tmp_path)
     assert [path.parent.name[:5] for path in paths] == ["date=", "date="]
-    assert {path.parent.parent.name for path in paths} == {"host=h%C3%A4rd"}
-    assert {path.parent.parent.parent for path in paths} == {tmp_path / "vcpu"}
+    assert {path.name.partition("-")[0] for path in paths} == {"h%C3%A4rd"}
+    assert {path.parent.parent for path in paths} == {tmp_path / "vcpu"}
     for path in paths:
         file = pq.ParquetFile(path)
         group = file.metadata.row_group(0)
@@ -204,9 +204,10 @@ def test_parquet_is_what_was_asked_for(x, tmp_path):
         order = list(zip(table["file"].to_pylist(), table["time"].cast(pa.int64()).to_pylist(), strict=True))
         assert order == sorted(order)
         assert table.schema.field("halt_wait_ns").metadata[b"kvmstats.units"] == b"ns"
+        assert table["host"].to_pylist() == ["härd"] * len(table)
     assert sum(len(pq.read_table(path, partitioning=None)) for path in paths) == 10
     x.host = "no\udcfftext"  # Linux lets it be any bytes
-    assert {path.parent.parent.name for path in kf.to_parquet(x, tmp_path)} == {"host=no%FFtext"}
+    assert {path.name.partition("-")[0] for path in kf.to_parquet(x, tmp_path)} == {"no%FFtext"}
 
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # of dask's, to pandas
@@ -399,11 +400,11 @@ def test_dask_gives_what_numpy_gives_in_memory(fleet):
         "from pathlib import Path\n"
         "from dask.distributed import Client, LocalCluster\n"
         "if __name__ == '__main__':\n"
-        f"    paths = sorted(map(str, Path({str(root)!r}).glob('vcpu/host=*/date=*/*.parquet')))\n"
+        f"    paths = sorted(map(str, Path({str(root)!r}).glob('vcpu/date=*/*.parquet')))\n"
         "    cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)\n"
         "    with cluster, Client(cluster) as client:\n"
         "        workers = len(client.scheduler_info()['workers'])\n"
-        "        rates, merged = fleet.of_fleet(paths)\n"
+        "        rates, merged = fleet.sum_fleet(paths)\n"
         "    print(json.dumps([workers, {f'{h} {i}': r for (h, i), r in rates.items()}, merged.counts.tolist()]))\n"
     )
     script = root / "run_fleet.py"
@@ -435,7 +436,7 @@ def test_the_example_prints_a_table(fleet):
     assert "99th percentile" in result.stdout
     result = subprocess.run([sys.executable, FLEET, FLEET.parent], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr[-2000:]
-    assert "there is no vcpu/host=" in result.stderr
+    assert "there is no vcpu/date=" in result.stderr
 
 
 # ---- the layouts before the merge, as merged files

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from helpers import open_fds
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
+from kvmstats_fast.formats import arrow
 from kvmstats_fast.testing import SyntheticStats
 
 VM = made.schema_of(None, "vm")
@@ -203,6 +205,38 @@ def test_the_file_says_what_its_columns_are(path):
     assert table["id"].to_pylist() == [info.id for info in x.vcpu.files] * 4
 
 
+def documented(heading):
+    """First column of the table under a heading of docs/recording.md, a row's names apart."""
+    text = (Path(__file__).parents[1] / "docs" / "recording.md").read_text()
+    rows = [line.split("|")[1] for line in text.split(f"| {heading} |")[1].partition("\n\n")[0].splitlines()[2:]]
+    return [name for row in rows for name in re.findall("`([^`]*)`", row) or [row.strip()]]
+
+
+def test_the_document_describes_the_file_that_is_written(path):
+    """Every key and column that a Recorder writes is in the tables of docs/recording.md, and nothing else."""
+    errors = [kf.SampleError(file, 2, error) for file, error in enumerate(ERRORS)]
+    x = replace(made.samples([("vm", VM, 1), ("vcpu", ODD, 2)], 4, errors=errors), wall_steps=((1, 5),))
+    record(path, [x])
+    with pa.ipc.open_stream(path / "vcpu-00000.arrows") as reader:
+        batch, metadata = reader.read_next_batch_with_custom_metadata()
+    keys = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
+    assert sorted(keys) == sorted(documented("key of the schema"))
+    assert sorted(key.decode() for key in metadata) == sorted(documented("key of a batch"))
+    for name in x.vcpu.names:
+        about = batch.schema.field(arrow.column_name(name)).metadata
+        assert sorted(key.decode() for key in about) == sorted(documented("key of a field"))
+    columns = documented("column")
+    assert batch.schema.names == [*columns[:-1], *map(arrow.column_name, x.vcpu.names)]
+    text = " ".join((Path(__file__).parents[1] / "docs" / "recording.md").read_text().split())
+    assert f"This is format {keys['kvmstats.format']}. " in text
+    fields = re.search(
+        r"each `\[([a-z_, ]*)\]`", next(line for line in text.split("| `kvmstats.") if line.startswith("files"))
+    )
+    assert fields[1].split(", ") == list(kf.FileInfo.__dataclass_fields__)
+    taken = re.search(r"is called (.*?), is the column `stat.NAME`", text)[1]
+    assert {*columns[:-1], *re.findall("`([a-z]*)`", taken)} == arrow.TAKEN
+
+
 def test_rows_of_a_failed_file_are_left_out(path):
     """A reader that knows nothing of failures meets no row that means nothing."""
     x = made.samples([("vcpu", VCPU, 2)], 5, errors=[kf.SampleError(1, 2, ERRORS[0])])
@@ -238,10 +272,10 @@ def test_a_format_of_the_future_is_refused(path):
     file = path / "vcpu-00000.arrows"
     with pa.ipc.open_stream(file.read_bytes()) as reader:
         table = reader.read_all()
-    future = table.schema.with_metadata({**table.schema.metadata, b"kvmstats.format": b"2"})
+    future = table.schema.with_metadata({**table.schema.metadata, b"kvmstats.format": b"3"})
     with pa.ipc.new_stream(file, future) as writer:
         writer.write_table(table.cast(future))
-    with pytest.raises(kf.KvmStatsError, match="recording of format 2; this version reads format 1"):
+    with pytest.raises(kf.KvmStatsError, match="recording of format 3; this version reads formats 1 to 2"):
         kf.Recording(path)
 
 
@@ -282,7 +316,7 @@ def test_a_torn_file_is_read_to_its_last_whole_batch(path):
         file.write_bytes(whole[:end])
         complete = sum(e <= end for e in ends)
         if end < start_of_batches:
-            with pytest.raises(kf.KvmStatsError, match=f"these {end} bytes"):
+            with pytest.raises(kf.KvmStatsError, match=f"in its {end} bytes"):
                 batches(path)
             continue
         parts, warned = batches(path)
@@ -293,7 +327,7 @@ def test_a_torn_file_is_read_to_its_last_whole_batch(path):
         assert len(warned) == 1
         assert "not ended" in warned[0]
         if complete:
-            assert f"the {lost} bytes behind it" in warned[0] if lost else "what came is lost" in warned[0]
+            assert f"; the {lost} bytes after that" in warned[0] if lost else "; nothing follows" in warned[0]
 
 
 def test_garbage_behind_the_last_batch_is_no_batch(path):
@@ -306,7 +340,7 @@ def test_garbage_behind_the_last_batch_is_no_batch(path):
         file.write_bytes(whole + garbage)
         parts, warned = batches(path)
         made.assert_same(parts[0], x)
-        assert f"the {len(garbage)} bytes behind it" in warned[0]
+        assert f"the {len(garbage)} bytes after that" in warned[0]
 
 
 def test_the_other_kind_without_its_last_batch(path):
@@ -318,8 +352,9 @@ def test_the_other_kind_without_its_last_batch(path):
     parts, warned = batches(path)
     assert len(parts) == 1
     made.assert_same(parts[0], x[:3])
-    assert any("vm-00000.arrows has batches behind the end" in text for text in warned)
-    assert any("vcpu-00000.arrows: this recording was not ended" in text for text in warned)
+    assert len(warned) == 1
+    assert "vm-00000.arrows has batches after the end of the other kind's file" in warned[0]
+    assert "vcpu-00000.arrows was not ended" in warned[0]
     alone, warned = batches(path / "vm-00000.arrows")
     assert not warned
     made.assert_same(alone[0], x[:3].vm)
@@ -333,11 +368,11 @@ def test_a_missing_part_is_said(path):
     (path / "vcpu-00001.arrows").unlink()
     parts, warned = batches(path)
     assert [part.time.tolist() for part in parts] == [x.time[:2].tolist(), x.time[4:].tolist()]
-    assert warned == [f"{path}: part 1 is missing"]
+    assert warned == [f"{path}: not all of this recording could be read: part 1 is missing"]
     (path / "vcpu-00000.arrows").write_bytes(b"")
     parts, warned = batches(path)
     assert len(parts) == 1
-    assert "vcpu-00000.arrows: no Arrow stream begins in these 0 bytes" in warned[0]
+    assert "vcpu-00000.arrows: not a recording: no Arrow stream begins in its 0 bytes" in warned[0]
 
 
 def test_rotation_by_time(path):
@@ -360,6 +395,7 @@ def test_a_part_that_begins_with_no_sweep_lasts_as_long(path):
 RECORD = """
 import os, sys
 import kvmstats_fast as kf
+from kvmstats_fast.formats import arrow
 from kvmstats_fast.testing import SyntheticStats
 
 def record(path):
@@ -447,7 +483,7 @@ def test_a_full_disk_ends_the_recording_and_leaves_it_readable(tmp_path):
                 recorder.write(parts[0])
             read, warned = batches(path) if written else ([], [])
             # The end mark itself may have had no room.
-            assert all("what came is lost" in text for text in warned)
+            assert all("nothing follows" in text for text in warned)
             assert len(read) == written // 4
             for one, part in zip(read, parts, strict=False):
                 made.assert_same(one, part)
@@ -600,7 +636,7 @@ def test_a_kind_that_is_gone_is_said(path):
     (path / "vcpu-00000.arrows").unlink()
     parts, warned = batches(path)
     made.assert_same(parts[0], x.vm)
-    assert warned == [f"{path}: the file of kind vcpu is missing"]
+    assert warned == [f"{path}: not all of this recording could be read: the file of kind vcpu is missing"]
 
 
 def test_two_threads_do_not_mix_their_batches(path, monkeypatch):
@@ -657,9 +693,9 @@ def test_bytes_that_changed_on_the_disk_are_no_riddle(compression, path):
 @pytest.mark.parametrize(
     ("true", "false", "about"),
     [
-        (b"[1, 2]", b"[1, 7]", "not all of files"),
-        (b"[1, 2]", b"[0, 2]", "not all of files"),
-        (b'"vcpu", 2', b'"vcpu", 3', "other stats files"),
+        (b"[1, 2]", b"[1, 7]", "not all of its files"),
+        (b"[1, 2]", b"[0, 2]", "not all of its files"),
+        (b'"vcpu", 2', b'"vcpu", 3', "differs from that of the other files"),
     ],
 )
 def test_metadata_that_contradicts_itself_is_no_riddle(true, false, about, path):
@@ -671,7 +707,7 @@ def test_metadata_that_contradicts_itself_is_no_riddle(true, false, about, path)
     assert true in whole
     file.write_bytes(whole.replace(true, false))
     with pytest.raises(kf.KvmStatsError, match=about) as caught:
-        kf.Samples.load(path if "other" in about else file)
+        kf.Samples.load(path if "other files" in about else file)
     assert str(file) in str(caught.value)
 
 
@@ -733,7 +769,7 @@ def test_a_directory_of_other_things_is_never_replaced(form, tmp_path):
         path.unlink()
         path.mkdir()
     (path / "mine").mkdir()
-    with pytest.raises(FileExistsError, match="more in it than a recording"):
+    with pytest.raises(FileExistsError, match="more than a recording"):
         x.save(path, overwrite=True)
     assert (path / "mine").exists()
     assert [one.name for one in tmp_path.iterdir()] == [form]
@@ -768,7 +804,6 @@ def test_samples_of_another_run_are_refused(path):
         for other in (
             made.samples([("vcpu", VCPU, 2)], 2),
             made.samples([("vcpu", ODD, 1)], 2),
-            made.samples([("vcpu", VCPU, 1)], 2, wall_offset=5),
             made.samples([("vcpu", VCPU, 1)], 2, interval=5.0),
             made.samples([("vcpu", VCPU, 1)], 2, host="other"),
             made.samples([("vcpu", VCPU, 1)], 2, kernel="other"),
@@ -778,6 +813,23 @@ def test_samples_of_another_run_are_refused(path):
     with pytest.raises(ValueError, match="has ended"):
         recorder.write(x)
     made.assert_same(kf.Samples.load(path), x)
+
+
+def test_chunks_of_one_run_keep_the_wall_clock_that_each_had(path):
+    """The clock may be set, or the host suspended, while a recorder runs: every batch has an offset of its own."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 9, errors=[kf.SampleError(1, 4, ERRORS[0])])
+    parts = [replace(x[a:b], wall_offset=offset) for a, b, offset in ((0, 3, -(10**18)), (3, 6, 7), (6, 9, 10**18))]
+    record(path, parts)
+    read, warned = batches(path)
+    assert not warned
+    for one, part in zip(read, parts, strict=True):
+        made.assert_same(one, part)
+    whole = kf.Samples.load(path)
+    made.assert_same(whole, kf.Samples.concatenate(parts))
+    assert whole.wall_time.tolist() == [t for part in parts for t in (part.time + part.wall_offset).tolist()]
+    for form in ("saved", "saved.npz"):
+        whole.save(path.with_name(form))
+        made.assert_same(kf.Samples.load(path.with_name(form)), whole)
 
 
 def test_what_could_not_be_loaded_is_not_written(path):
@@ -812,7 +864,7 @@ def test_what_is_no_recording_is_said_so(path, tmp_path):
     table = pa.table({"a": [1]})
     with pa.ipc.new_stream(foreign, table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(kf.KvmStatsError, match="no recording of kvmstats_fast"):
+    with pytest.raises(kf.KvmStatsError, match="not a recording of kvmstats_fast"):
         kf.Samples.load(foreign)
     x = made.samples([("vcpu", VCPU, 1)], 2)
     x.save(path)
@@ -822,20 +874,20 @@ def test_what_is_no_recording_is_said_so(path, tmp_path):
         kf.Recording(path)
     npz = tmp_path / "x.npz"
     x.save(npz)
-    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: this is no recording but an \.npz: Samples\.load reads it"):
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: an \.npz file is not a recording: read it with Samples\.load"):
         kf.Recording(npz)
     npz.write_bytes(npz.read_bytes()[:-100])
     with pytest.raises(kf.KvmStatsError, match="damaged"):
         kf.Samples.load(npz)
     with npz.open("wb") as file:
         np.save(file, np.arange(3))
-    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: this is no \.npz that Samples\.save wrote"):
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: not an \.npz that Samples\.save wrote"):
         kf.Samples.load(npz)
     np.savez(npz, about=np.frombuffer(b"[1]", np.uint8))
-    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: this is no \.npz that Samples\.save wrote"):
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: about is \[1\]; it must be an object"):
         kf.Samples.load(npz)
     np.savez(npz, a=1)
-    with pytest.raises(kf.KvmStatsError, match=r"no \.npz that Samples.save wrote"):
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: not an \.npz that Samples\.save wrote: 'about' is missing"):
         kf.Samples.load(npz)
 
 

@@ -1,6 +1,6 @@
 """Rates and merged halt histograms of many hosts, with Dask, over a data set that kvmstats_fast.to_parquet wrote.
 
-    python fleet.py DATASET         # a directory that has vcpu/host=.../date=.../*.parquet
+    python fleet.py DATASET         # a directory that has vcpu/date=.../*.parquet
 
 Each recording is read by whichever worker is free; what travels is a few numbers for each of them. On a cluster pass
 the address of its scheduler to ``Client``; here two worker processes are started on this machine.
@@ -9,7 +9,6 @@ the address of its scheduler to ``Client``; here two worker processes are starte
 import itertools
 import sys
 from pathlib import Path
-from urllib.parse import unquote
 
 import dask
 import numpy as np
@@ -19,27 +18,26 @@ import pyarrow.parquet as pq
 from dask.distributed import Client, LocalCluster
 
 import kvmstats_fast as kf
-from kvmstats_fast.formats.arrow import Origin
+from kvmstats_fast.formats.origin import Origin
 
 HISTOGRAM = "halt_wait_hist"
 
 
 def recording_of(path: str) -> str:
-    """Tell of which recording a file is: they are called HOST/DATE/RECORDING-KERNEL-NUMBER."""
-    file = Path(path)
-    return f"{file.parents[1].name}/{file.name.rpartition('-')[0]}"
+    """Tell of which recording a file is: they are called DATE/HOST-RECORDING-KERNEL-NUMBER."""
+    return Path(path).name.rpartition("-")[0]
 
 
-def of_one_recording(paths: list[str]) -> tuple[pd.DataFrame, kf.Histogram]:
+def sum_recording(paths: list[str]) -> tuple[pd.DataFrame, kf.Histogram]:
     """Sum up exits and seconds of each vCPU in one recording, and what its halt histogram counted.
 
     It has a file for each day, and more if it is large. They are put together, because what happened from the last
     sweep in one of them to the first in the next is part of the sum.
     """
     files = [pq.ParquetFile(path) for path in paths]
-    host = unquote(Path(paths[0]).parents[1].name.removeprefix("host="))
-    stat = Origin.decoded(files[0].schema_arrow.metadata, paths[0]).stats[HISTOGRAM]
-    table = pa.concat_tables([file.read(["file", "id", "time", "exits", HISTOGRAM]) for file in files])
+    stat = Origin.decode(files[0].schema_arrow.metadata, paths[0]).stats[HISTOGRAM]
+    table = pa.concat_tables([file.read(["host", "file", "id", "time", "exits", HISTOGRAM]) for file in files])
+    host = table["host"][0].as_py()
     table = table.sort_by([("file", "ascending"), ("time", "ascending")])
     which = table["file"].to_numpy()
     time = table["time"].cast("int64").to_numpy()
@@ -56,10 +54,10 @@ def of_one_recording(paths: list[str]) -> tuple[pd.DataFrame, kf.Histogram]:
     return sums, kf.Histogram(stat, gained.sum(axis=0))
 
 
-def of_fleet(paths: list[str]) -> tuple[pd.Series, kf.Histogram]:
+def sum_fleet(paths: list[str]) -> tuple[pd.Series, kf.Histogram]:
     """Return exits per second by host and vCPU, and the halt histogram of all of them."""
     recordings = [list(group) for _, group in itertools.groupby(sorted(paths, key=recording_of), recording_of)]
-    parts = dask.compute(*(dask.delayed(of_one_recording)(one) for one in recordings))
+    parts = dask.compute(*(dask.delayed(sum_recording)(one) for one in recordings))
     sums = pd.concat([sums for sums, _ in parts]).groupby(["host", "id"]).sum()
     merged = parts[0][1]
     for _, histogram in parts[1:]:
@@ -69,12 +67,12 @@ def of_fleet(paths: list[str]) -> tuple[pd.Series, kf.Histogram]:
 
 def main(root: str) -> None:
     """Print both."""
-    paths = sorted(map(str, Path(root).glob("vcpu/host=*/date=*/*.parquet")))
+    paths = sorted(map(str, Path(root).glob("vcpu/date=*/*.parquet")))
     if not paths:
-        sys.exit(f"{root}: there is no vcpu/host=.../date=.../*.parquet, as kvmstats_fast.to_parquet writes")
+        sys.exit(f"{root}: there is no vcpu/date=.../*.parquet, as kvmstats_fast.to_parquet writes")
     cluster = LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
     with cluster, Client(cluster):
-        rates, merged = of_fleet(paths)
+        rates, merged = sum_fleet(paths)
     print(rates.to_string())
     low, high = merged.quantile(0.99)
     print(f"{merged}: 99 of 100 waits were shorter than {high} s, the 99th percentile is at least {low} s")

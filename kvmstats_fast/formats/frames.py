@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.formats import need
-from kvmstats_fast.formats.arrow import column_name, lives_of, one_group
+from kvmstats_fast.formats.arrow import column_name, find_live, one_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,13 +42,13 @@ def to_pandas(samples: Samples, *, si: bool) -> Any:
     pd = need("pandas", "pandas")
     group = one_group(samples)
     shape = (len(samples), len(group.columns))
-    lives = lives_of(samples, group.columns)
+    live = find_live(samples.errors, len(samples), group.columns)
     wall = samples.wall_time.view(_NS)
     names = np.array(labels([samples.files[index] for index in group.columns.tolist()]))
 
     def flat(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         rows = np.broadcast_to(values, shape + values.shape[2:])
-        return np.ascontiguousarray(rows).reshape(-1, *values.shape[2:]) if lives is None else rows[lives]
+        return np.ascontiguousarray(rows).reshape(-1, *values.shape[2:]) if live is None else rows[live]
 
     get = _getter(samples, si=si)
     columns: dict[str, npt.NDArray[Any]] = {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import json
+import math
 import os
-import shutil
+import re
 import zipfile
-import zlib
-from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,75 +15,48 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError
-from kvmstats_fast.formats.errors import described, raised
+from kvmstats_fast.formats._put import put_directory, put_file
+from kvmstats_fast.formats.batches import check_clock
+from kvmstats_fast.formats.errors import check_errors, describe, restore
+from kvmstats_fast.formats.limits import check_size
+from kvmstats_fast.formats.metadata import INT64, Check, listed, mapping, read_json, whole
+from kvmstats_fast.formats.origin import BATCH_FIELDS, FORMAT, HOST, INTERVAL, KERNEL, KIND, check_files, check_format
+from kvmstats_fast.formats.stream_file import open_regular
 from kvmstats_fast.groups import Columns
-from kvmstats_fast.samples import FileInfo, SampleError, Samples
+from kvmstats_fast.samples import FileInfo, Samples
 from kvmstats_fast.schema import schema_of
 
 if TYPE_CHECKING:
-    import io
-
     import numpy.typing as npt
 
-_FORMAT = 1
+#: Attributes of Samples that JSON holds as they are.
+_PLAIN: dict[str, Check] = BATCH_FIELDS | {"interval": INTERVAL, "host": HOST, "kernel": KERNEL}
 
 
-def save(samples: Samples, path: str | os.PathLike[str], *, overwrite: bool, compression: str | None) -> None:
-    """Write beside `path`, and put it there when it is whole."""
+def save(
+    samples: Samples, path: str | os.PathLike[str], *, overwrite: bool, compression: str | None, mode: int
+) -> None:
+    """See `Samples.save`."""
     path = Path(path)
     if compression not in (None, "zstd", "lz4"):
         raise ValueError(f"compression is {compression!r}; it must be 'zstd', 'lz4' or None")
-    if not overwrite and (path.exists() or path.is_symlink()):
-        raise FileExistsError(errno.EEXIST, "it is there already; overwrite=True replaces it", str(path))
-    if path.is_dir() and not path.is_symlink() and any(one.suffix != ".arrows" for one in path.iterdir()):
-        # Not overwrite=True either may take away what is none of ours.
-        raise FileExistsError(errno.EEXIST, "there is more in it than a recording: save to another path", str(path))
     if not samples.files:
         raise ValueError(f"{path}: these samples are of no files: there is nothing to save")
-    made = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.suffix == ".npz":
-            with made.open("wb") as file:
-                _write_npz(samples, file, compressed=compression is not None)
-        else:
-            from kvmstats_fast.formats.recording import Recorder  # noqa: PLC0415 - needs pyarrow
-
-            with Recorder(made, compression=compression) as recorder:
-                recorder.write(samples)
-        _put(made, path)
-    except BaseException as error:
-        with suppress(NotADirectoryError):
-            _remove(made)
-        if isinstance(error, OSError) and str(error.filename) == str(made):
-            error.filename = str(path)
-        raise
-
-
-def _put(made: Path, path: Path) -> None:
-    if not (path.is_dir() or path.is_symlink() or made.is_dir()):
-        made.replace(path)
+    if path.suffix == ".npz":
+        with put_file(path, overwrite=overwrite, mode=mode) as file:
+            _write_npz(samples, file, compressed=compression is not None)
         return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if path.exists() or path.is_symlink():
-        path.rename(old)
-    try:
-        made.rename(path)
-    except BaseException:
-        if old.exists() or old.is_symlink():
-            old.rename(path)
-        raise
-    _remove(old)
+    from kvmstats_fast.formats.recorder import Recorder, is_stream_name  # noqa: PLC0415 - needs pyarrow
 
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with (
+        put_directory(path, overwrite=overwrite, mode=mode, ours=is_stream_name) as made,
+        Recorder(made, compression=compression, mode=mode) as recorder,
+    ):
+        recorder.write(samples)
 
 
 def load(path: str | os.PathLike[str]) -> Samples:
-    """Read a recording or an .npz."""
+    """See `Samples.load`."""
     if Path(path).suffix == ".npz":
         return _read_npz(Path(path))
     from kvmstats_fast.formats.recording import Recording  # noqa: PLC0415 - needs pyarrow
@@ -92,23 +64,23 @@ def load(path: str | os.PathLike[str]) -> Samples:
     return Recording(path).load()
 
 
-def _write_npz(samples: Samples, file: io.BufferedWriter, *, compressed: bool) -> None:
+def _write_npz(samples: Samples, file: Any, *, compressed: bool) -> None:
     arrays: dict[str, npt.NDArray[Any]] = {
         "time": samples.time,
         "sweep_ns": samples.sweep_ns,
         "tick": samples.tick,
     }
     about: dict[str, Any] = {
-        "format": _FORMAT,
+        "format": FORMAT,
         **{name: getattr(samples, name) for name in _PLAIN},
         "files": [astuple(info) for info in samples.files],
-        "errors": [(error.file, error.sweep, *described(error.error)) for error in samples.errors],
+        "errors": describe(samples.errors),
         "groups": [],
     }
     for number, group in enumerate(samples.groups):
         order = {name: index for index, name in enumerate(group.schema)}
         about["groups"].append({"kind": group.kind, "stats": [order[name] for name in group.places]})
-        arrays[f"{number}.columns"] = group.columns
+        arrays[f"{number}.columns"] = group.columns.astype(np.int64)
         arrays[f"{number}.header_and_descriptors"] = np.frombuffer(group.schema.encoding.prefix, np.uint8)
         for name in group.places:
             arrays[f"{number}.{order[name]}"] = group.view(name)
@@ -116,34 +88,151 @@ def _write_npz(samples: Samples, file: io.BufferedWriter, *, compressed: bool) -
     (np.savez_compressed if compressed else np.savez)(file, **arrays)  # type: ignore[arg-type]
 
 
-#: What comes of a file that is something else, or whose bytes changed.
-_DAMAGE = (LookupError, ValueError, TypeError, AttributeError, EOFError, NotImplementedError)
-#: Attributes of Samples that JSON holds as they are.
-_PLAIN = ("interval", "wall_offset", "missed", "overruns", "interrupted", "host", "kernel")
-
-
 def _read_npz(path: Path) -> Samples:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
-            if about["format"] != _FORMAT:
-                raise KvmStatsError(f"{path}: format {about['format']}; this version reads {_FORMAT}")
-            groups = []
-            for number, one in enumerate(about["groups"]):
-                prefix = arrays[f"{number}.header_and_descriptors"].tobytes()
-                schema = schema_of(prefix, f"{path}: header and descriptors")
-                stats = [schema.stats[index] for index in one["stats"]]
-                places = {stat.name: (stat, place) for place, stat in enumerate(stats)}
-                values = tuple(arrays[f"{number}.{index}"] for index in one["stats"])
-                groups.append(Columns(schema, one["kind"], places, arrays[f"{number}.columns"], values))
-            return Samples(
-                tuple(groups),
-                tuple(FileInfo(*info) for info in about["files"]),
-                arrays["time"],
-                arrays["sweep_ns"],
-                arrays["tick"],
-                errors=tuple(SampleError(file, sweep, raised(*error)) for file, sweep, *error in about["errors"]),
-                **{name: about[name] for name in _PLAIN},
+    with open_regular(path) as fd, _File(fd.fileno(), closefd=False) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _Npz(path, archive, file.size).read()
+        except (KvmStatsError, MemoryError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - zipfile lets anything out when bytes are not a ZIP archive
+            raise KvmStatsError(f"{path}: not an .npz that Samples.save wrote, or a damaged one: {error}") from None
+
+
+class _File(io.FileIO):
+    """What zipfile reads from: it trusts the archive that there is as much to read as that says; this does not."""
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes there are."""
+        return os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return so many bytes, or all that are left."""
+        left = max(self.size - self.tell(), 0)
+        return super().read(left if size is None or size < 0 else min(size, left)) or b""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the file."""
+        start = (0, self.tell(), self.size)[whence]
+        return super().seek(min(max(start + offset, 0), self.size))
+
+
+#: The header of an array as numpy writes it; numpy would read any literal of Python here.
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\0..\{'descr': '([<>|](?:u1|u8|i8|i4))', 'fortran_order': (True|False), "
+    rb"'shape': \(([0-9]{1,18}(?:, [0-9]{1,18}){0,2}),?\), \} *\n",
+    re.DOTALL,
+)
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+class _Npz:
+    """The members of an ``.npz``, each of which is checked before it is read."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, size: int) -> None:
+        self._path, self._archive = path, archive
+        members = archive.infolist()
+        self._members = {member.filename: member for member in members}
+        if len(self._members) < len(members):
+            raise KvmStatsError(f"{path}: two of its members have the same name")
+        if any(member.compress_type not in _COMPRESSIONS for member in members):
+            raise KvmStatsError(f"{path}: compressed in a way that Samples.save does not use")
+        stored = sum(member.compress_size for member in members)
+        if stored > size:
+            raise KvmStatsError(f"{path}: its members claim {stored} of its {size} bytes")
+        check_size(sum(member.file_size for member in members), stored, str(path))
+
+    def read(self) -> Samples:
+        """Return the Samples."""
+        about = self._read_about()
+        time = self._array("time", np.int64)
+        sweep_ns, tick = self._array("sweep_ns", np.int64, time.shape), self._array("tick", np.uint64, time.shape)
+        check_clock(about, time, str(self._path))
+        return Samples(
+            self._read_groups(about, len(time)),
+            tuple(FileInfo(*info) for info in about["files"]),
+            time,
+            sweep_ns,
+            tick,
+            errors=restore(about["errors"]),
+            **{name: about[name] for name in _PLAIN} | {"wall_steps": tuple(map(tuple, about["wall_steps"]))},
+        )
+
+    def _read_about(self) -> dict[str, Any]:
+        """Return what the file says of itself, checked."""
+        raw = self._array("about", np.uint8).tobytes()
+        source = str(self._path)
+        written = read_json(raw, "about", source, mapping({"format": whole(0, INT64[1]), "files": check_files}))
+        check_format(written["format"], source)
+        checks = _PLAIN | {"groups": _GROUPS, "errors": check_errors(len(written["files"]))}
+        about: dict[str, Any] = {}
+        if written["format"] == 1:
+            about["wall_steps"] = []
+            del checks["wall_steps"]
+        about |= read_json(raw, "about", source, mapping(checks))
+        return about
+
+    def _read_groups(self, about: dict[str, Any], sweeps: int) -> tuple[Columns, ...]:
+        """Return the groups: their files, schema and values."""
+        groups = []
+        seen: set[int] = set()
+        for number, group in enumerate(about["groups"]):
+            member = f"{number}.header_and_descriptors"
+            schema = schema_of(self._array(member, np.uint8).tobytes(), f"{self._path}: {member}")
+            columns = self._array(f"{number}.columns", np.intp)
+            files = columns.tolist()
+            if (
+                files != sorted(set(files))
+                or not seen.isdisjoint(files)
+                or not all(
+                    0 <= file < len(about["files"]) and about["files"][file][1] == group["kind"] for file in files
+                )
+            ):
+                raise KvmStatsError(
+                    f"{self._path}: {number}.columns must be ascending indices of files of kind {group['kind']!r} that "
+                    "no other group has"
+                )
+            seen.update(files)
+            order = group["stats"]
+            if len(set(order)) < len(order) or max(order, default=0) >= len(schema):
+                raise KvmStatsError(f"{self._path}: about['groups'][{number}]['stats'] must be different descriptors")
+            stats = [schema.stats[index] for index in order]
+            arrays = tuple(
+                self._array(f"{number}.{index}", np.uint64, (sweeps, len(files), *stat.shape))
+                for index, stat in zip(order, stats, strict=True)
             )
-    except (*_DAMAGE, zlib.error, zipfile.BadZipFile) as error:
-        raise KvmStatsError(f"{path}: this is no .npz that Samples.save wrote, or it is damaged: {error}") from error
+            places = {stat.name: (stat, place) for place, stat in enumerate(stats)}
+            groups.append(Columns(schema, group["kind"], places, columns, arrays))
+        return tuple(groups)
+
+    def _array(self, name: str, dtype: Any, shape: tuple[int, ...] | None = None) -> npt.NDArray[Any]:
+        """Return an array; without a shape, one of one dimension and any length."""
+        member = self._members.get(f"{name}.npy")
+        if member is None:
+            raise KvmStatsError(f"{self._path}: not an .npz that Samples.save wrote: {name!r} is missing")
+        with self._archive.open(member) as file:
+            start = file.read(10)
+            start += file.read(int.from_bytes(start[8:], "little"))
+            header = _HEADER.fullmatch(start)
+            if header is None:
+                raise KvmStatsError(f"{self._path}: {name!r} is not an array that Samples.save writes")
+            of_type, fortran = np.dtype(header[1].decode()), header[2] == b"True"
+            found = tuple(map(int, header[3].split(b",")))
+            expected = np.dtype(dtype)
+            if of_type.kind != expected.kind or (len(found) != 1 if shape is None else found != shape):
+                wanted = "of one dimension" if shape is None else f"of shape {shape}"
+                raise KvmStatsError(
+                    f"{self._path}: {name!r} is {of_type} of shape {found}; it must be {expected} {wanted}"
+                )
+            if math.prod(found) * of_type.itemsize != member.file_size - len(start):
+                raise KvmStatsError(f"{self._path}: {name!r} has not the bytes of shape {found}")
+            array = np.empty(found[::-1] if fortran else found, of_type)
+            room = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+            for place in range(0, len(room) + 1, _CHUNK):  # at the end zipfile compares the checksum
+                room[place : place + _CHUNK] = file.read(_CHUNK)
+        return (array.T if fortran else array).astype(expected, copy=False)
+
+
+_CHUNK = 1 << 20
+_GROUPS = listed(mapping({"kind": KIND, "stats": listed(whole(0, INT64[1]))}))

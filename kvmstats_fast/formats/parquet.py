@@ -1,14 +1,13 @@
-"""Recordings as Parquet data sets and CSV."""
+"""Samples and recordings as Parquet data sets."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import re
-from contextlib import ExitStack
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,32 +15,30 @@ import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import arrow, need
-from kvmstats_fast.formats.recording import Recording
+from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories, put_file
+from kvmstats_fast.formats.limits import MOST_DATES
+from kvmstats_fast.formats.recording import Recording, read_batches
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
 
-__all__ = ["to_csv", "to_parquet"]
 
 #: So much is sorted in memory, and goes into one file.
 _ROWS_BYTES = 256 << 20
+_ENCODINGS = ("BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN")
+_ORDER = [("file", "ascending"), ("time", "ascending")]
 
 
-def _batches(source: Samples | Recording | str | os.PathLike[str]) -> Iterator[Samples]:
-    if isinstance(source, Samples):
-        yield source
-    else:
-        yield from source if isinstance(source, Recording) else Recording(source)
-
-
-def to_parquet(
+def to_parquet(  # noqa: PLR0913 - what a data set can be like
     source: Samples | Recording | str | os.PathLike[str],
     root: str | os.PathLike[str],
     *,
     host: str | None = None,
     encoding: str = "BYTE_STREAM_SPLIT",
     overwrite: bool = False,
+    mode: int = PRIVATE,
 ) -> list[Path]:
     """Convert samples or a recording to a hive-partitioned Parquet data set, which several hosts may share.
 
@@ -49,14 +46,17 @@ def to_parquet(
     ----------
     source : Samples, Recording or path of a recording
     root : path-like
-        The files become ``ROOT/vcpu/host=HOST/date=YYYY-MM-DD/*.parquet``, and ``ROOT/vm/...``: a data set for each
-        kind, because their columns differ. Dates are UTC.
+        The files become ``ROOT/vcpu/date=YYYY-MM-DD/HOST-*.parquet``, and ``ROOT/vm/...``: a data set for each kind,
+        because their columns differ. Dates are UTC.
     host : str, optional
-        Default: the name of the host where the samples were taken.
+        What the column ``host`` says. Default: the name of the host where the samples were taken.
     encoding : {"BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN"}
         Of integers. The first is for readers since 2024 or so (DuckDB 2); all readers know the other two.
     overwrite : bool
         Replace the files of the same samples or recording.
+    mode : int
+        Permissions of the files, whatever the umask; directories that are made can be entered by whoever may read them.
+        By default the owner alone may: where others are to read the data set or add to it, say 0o640 or 0o660.
 
     Returns
     -------
@@ -68,30 +68,28 @@ def to_parquet(
     FileExistsError
         If these samples or this recording were converted to this place before, without `overwrite`.
     KvmStatsError
-        If a recording has no whole batch.
+        If a recording has no whole batch, or is on more than 3660 dates.
     ModuleNotFoundError
         Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
 
     Notes
     -----
-    In each file rows are sorted by file then time, statistics are compressed with zstd and encoded without a
-    dictionary: neighbours differ little. Histograms are lists. Values are raw, and what
-    their descriptors say is in the metadata of the fields, as in `Samples.to_arrow`. Each file is there as a whole or
-    not at all.
+    The columns are those of `Samples.to_arrow`, and ``host``. That is in the files, not in the names of directories,
+    because readers guess types from these: ``host=007`` would be the number 7. In each file rows are sorted by file
+    then time, statistics are compressed with zstd and encoded without a dictionary: neighbours differ little.
+    Histograms are lists. Values are raw, and what their descriptors say is in the metadata of the fields. Each file is
+    there as a whole or not at all.
     """
     if encoding not in _ENCODINGS:
         raise ValueError(f"encoding is {encoding!r}; it must be one of {', '.join(map(repr, _ENCODINGS))}")
+    check_mode(mode)
     if not isinstance(source, Samples | Recording):
         source = Recording(source)
     name = _name(source) if isinstance(source, Samples) else source.recording
-    writer = _Parquet(Path(root), host, name, encoding, overwrite=overwrite)
-    empty = True
-    for samples in _batches(source):
-        empty = False
+    writer = _Parquet(Path(root), host, name, encoding, overwrite=overwrite, mode=mode)
+    for samples in read_batches(source):
         for part in samples.split():
             writer.add(part)
-    if empty:
-        raise KvmStatsError(f"{source}: this recording has no whole batch")
     writer.flush()
     return writer.written
 
@@ -104,31 +102,32 @@ def _name(samples: Samples) -> str:
     return digest.hexdigest()
 
 
-_ENCODINGS = ("BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN")
-
-
 class _Parquet:
-    """Collects rows by kind and date, and writes a file for every so many bytes."""
+    """Collects rows by kind, date and schema, and writes a file for every so many bytes."""
 
-    def __init__(self, root: Path, host: str | None, name: str, encoding: str, *, overwrite: bool) -> None:
+    def __init__(  # noqa: PLR0913 - what to_parquet is told
+        self, root: Path, host: str | None, name: str, encoding: str, *, overwrite: bool, mode: int
+    ) -> None:
         self._pa, self._pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
-        self._root, self._host, self._name, self._overwrite = root, host, name, overwrite
-        self._encoding = encoding
-        self._waiting: dict[tuple[str, str, str], list[Any]] = {}
-        self._sizes: dict[tuple[str, str, str], int] = {}
-        self._numbers: dict[tuple[str, str, str], int] = {}
+        self._root, self._host, self._name, self._encoding = root, host, name, encoding
+        self._overwrite, self._mode = overwrite, mode
+        self._waiting: dict[tuple[str, str, str, str], list[Any]] = {}
+        self._sizes: dict[tuple[str, str, str, str], int] = {}
+        self._numbers: dict[tuple[str, str, str, str], int] = {}
+        self._dates: set[str] = set()
         self.written: list[Path] = []
 
     def add(self, samples: Samples) -> None:
         """Take samples of one kind and kernel."""
-        table = arrow.table(samples)
-        # By numpy: pyarrow asks a database of time zones for UTC too, which not every system has.
-        dates = arrow.as_numpy(table["time"].combine_chunks()).view("datetime64[ns]").astype("datetime64[D]")
         host = self._host or samples.host or "unknown"
+        samples = replace(samples, host=host)
         fingerprint = samples.groups[0].schema.fingerprint[:8]
-        for date in np.unique(dates):
-            where = (samples.files[0].kind, f"host={_quoted(host)}/date={date}", fingerprint)
-            rows = table if (dates == date).all() else table.filter(self._pa.array(dates == date))
+        for date, part in _cut_by_date(samples):
+            self._dates.add(date)
+            if len(self._dates) > MOST_DATES:
+                raise KvmStatsError(f"recording {self._name}: column 'time' is on more than {MOST_DATES} dates")
+            where = (samples.files[0].kind, date, host, fingerprint)
+            rows = arrow.table(part, self._name)
             self._waiting.setdefault(where, []).append(rows)
             self._sizes[where] = self._sizes.get(where, 0) + rows.nbytes
             if self._sizes[where] >= _ROWS_BYTES:
@@ -139,39 +138,37 @@ class _Parquet:
         for where in list(self._waiting):
             self._write(where)
 
-    def _write(self, where: tuple[str, str, str]) -> None:
-        tables = self._waiting.pop(where)
+    def _write(self, where: tuple[str, str, str, str]) -> None:
+        table = self._pa.concat_tables(self._waiting.pop(where)).sort_by(_ORDER)
         del self._sizes[where]
-        kind, partition, fingerprint = where
+        kind, date, host, fingerprint = where
         number = self._numbers[where] = self._numbers.get(where, -1) + 1
-        path = self._root / kind / partition / f"{self._name}-{fingerprint}-{number:05}.parquet"
-        if path.exists() and not self._overwrite:
-            raise FileExistsError(errno.EEXIST, "it was converted before; overwrite=True replaces it", str(path))
-        table = self._pa.concat_tables(tables).sort_by([("file", "ascending"), ("time", "ascending")])
+        name = f"{_quote(host)}-{self._name}-{fingerprint}-{number:05}.parquet"
+        path = self._root / kind / f"date={date}" / name
         # Ids as plain text: a dictionary is for the reader's memory, not for the file.
         place = table.schema.get_field_index("id")
         field = table.schema.field(place).with_type(self._pa.string())
         table = table.set_column(place, field, table.column(place).cast(self._pa.string()))
+        text = self._pa.scalar(host.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        field = self._pa.field("host", self._pa.string(), nullable=False)
+        table = table.append_column(field, self._pa.repeat(text, len(table)))
         split = [column.path for column in self._columns(table) if column.physical_type == "INT64"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not beside it: were it left there by a kill, some readers would stumble over it.
-        made = self._root / f".{path.name}.{os.getpid()}.part"
+        make_directories(path.parent, self._mode)
         try:
-            with self._pa.OSFile(os.fsencode(made), "wb") as sink:
+            # Not beside it: were it left there by a kill, some readers would stumble over it.
+            with put_file(path, overwrite=self._overwrite, mode=self._mode, beside=self._root) as file:
                 self._pq.write_table(
                     table,
-                    sink,
+                    file,
                     compression="zstd",
                     use_dictionary=False,
                     column_encoding=dict.fromkeys(split, self._encoding),
-                    sorting_columns=self._pq.SortingColumn.from_ordering(
-                        table.schema, [("file", "ascending"), ("time", "ascending")]
-                    ),
+                    sorting_columns=self._pq.SortingColumn.from_ordering(table.schema, _ORDER),
                 )
-            made.replace(path)
-        except BaseException:
-            made.unlink(missing_ok=True)
-            raise
+        except FileExistsError:
+            raise FileExistsError(
+                errno.EEXIST, "it was converted before; overwrite=True replaces it", str(path)
+            ) from None
         self.written.append(path)
 
     def _columns(self, table: Any) -> list[Any]:
@@ -182,87 +179,17 @@ class _Parquet:
         return [schema.column(index) for index in range(len(schema.names))]
 
 
-def _quoted(host: str) -> str:
-    """Quote what a directory's name cannot have, as Hive does."""
+def _cut_by_date(samples: Samples) -> Iterator[tuple[str, Samples]]:
+    """Cut samples where the date changes, UTC; by numpy, because pyarrow would ask a database of time zones."""
+    dates = samples.wall_time.view("datetime64[ns]").astype("datetime64[D]")
+    starts = [0, *(np.flatnonzero(dates[1:] != dates[:-1]) + 1).tolist(), len(dates)]
+    for start, stop in pairwise(starts):
+        if start < stop:
+            yield str(dates[start]), samples[start:stop]
+
+
+def _quote(host: str) -> str:
+    """Return a host's name as the start of a file name, percent-encoded: neither hidden nor too long."""
     raw = host.encode("utf-8", "surrogateescape")
-    return re.sub(rb"[^A-Za-z0-9._-]", lambda match: b"%%%02X" % match[0][0], raw).decode()
-
-
-def to_csv(
-    source: Samples | Recording | str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    *,
-    kind: str | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Convert samples or a recording of one kind to a CSV file.
-
-    Parameters
-    ----------
-    source : Samples, Recording or path of a recording
-    path : path-like
-    kind : {"vm", "vcpu"}, optional
-        Which, if both were sampled.
-    overwrite : bool
-        Replace the file.
-
-    Raises
-    ------
-    FileExistsError
-        If there is something at `path`, without `overwrite`.
-    KeyError
-        As `Samples.to_arrow`.
-    KvmStatsError
-        If a recording has no whole batch.
-
-    Notes
-    -----
-    The columns are those of `Samples.to_arrow`, a histogram's with one for each bucket (``halt_wait_hist[3]``). Values
-    are raw. The file is there as a whole or not at all.
-    """
-    pa, csv = need("pyarrow", "arrow"), need("pyarrow.csv", "arrow")
-    path = Path(path)
-    if kind not in (None, "vm", "vcpu"):
-        raise ValueError(f"kind is {kind!r}; it must be 'vm' or 'vcpu'")
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise FileExistsError(errno.EEXIST, "it is there already; overwrite=True replaces it", str(path))
-    made = path.with_name(f".{path.name}.{os.getpid()}.part")
-    writer = None
-    try:
-        with ExitStack() as stack:
-            for samples in _batches(source):
-                table = _flat(pa, arrow.table(samples if kind is None else _of_kind(samples, kind)))
-                if writer is None:
-                    sink = stack.enter_context(pa.OSFile(os.fsencode(made), "wb"))
-                    writer = stack.enter_context(csv.CSVWriter(sink, table.schema))
-                writer.write_table(table)
-        if writer is None:
-            raise KvmStatsError(f"{source}: this recording has no whole batch")  # noqa: TRY301 - nothing is left either
-        made.replace(path)
-    except BaseException:
-        made.unlink(missing_ok=True)
-        raise
-
-
-def _of_kind(samples: Samples, kind: str) -> Samples:
-    one = samples.vm if kind == "vm" else samples.vcpu
-    if not one.files:
-        raise KeyError(f"none of these samples' files is of kind {kind!r}")
-    return one
-
-
-def _flat(pa: Any, table: Any) -> Any:
-    """Return a table without lists or dictionaries."""
-    pc = need("pyarrow.compute", "arrow")
-    columns: dict[str, Any] = {}
-    for field, column in zip(table.schema, table.columns, strict=True):
-        if pa.types.is_fixed_size_list(field.type):
-            values = arrow.as_numpy(column.combine_chunks())
-            columns |= {f"{field.name}[{i}]": pa.array(values[:, i]) for i in range(field.type.list_size)}
-        elif pa.types.is_timestamp(field.type):
-            # Without its time zone, which pyarrow would look up in a database that not every system has.
-            text = column.cast(pa.timestamp("ns")).cast(pa.string())
-            columns[field.name] = pc.binary_join_element_wise(text, "Z", "")
-        else:
-            columns[field.name] = column.cast(pa.string()) if pa.types.is_dictionary(field.type) else column
-    return pa.table(columns)
+    quoted = re.sub(rb"^[._]|[^A-Za-z0-9._-]", lambda match: b"%%%02X" % match[0][0], raw).decode()
+    return quoted[:150]

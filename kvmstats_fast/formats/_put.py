@@ -1,0 +1,263 @@
+"""Put a file or a directory in its place whole or not at all; every format is written through here.
+
+It is written under a random hidden name beside its place, which nobody can guess: no symbolic link can wait there, and
+two threads, containers or hosts that share the folder never meet. Only when it is whole does it get its name, by one
+system call. What had the name meanwhile is refused, or with `overwrite` exchanged and then removed, which takes nothing
+but what `ours` names.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Protocol
+
+from kvmstats_fast._kvmstats import lib
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Iterator
+    from pathlib import Path
+
+#: Permissions of what is written unless the caller chooses others: a recording shows what a guest does.
+PRIVATE = 0o600
+
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Ours(Protocol):
+    """Tells by its name whether a file in a directory is one that the format writes."""
+
+    def __call__(self, name: str, /) -> object:
+        """Return something true if it is."""
+
+
+def check_mode(mode: int) -> None:
+    """Raise ValueError unless these are permissions that let the owner read and write."""
+    if not (isinstance(mode, int) and 0 <= mode <= 0o777 and mode & 0o600 == 0o600):
+        shown = f"{mode:#o}" if isinstance(mode, int) else repr(mode)
+        raise ValueError(f"mode is {shown}; it must be permissions such as 0o600 or 0o644, which let the owner write")
+
+
+def open_new(path: Path, mode: int) -> int:
+    """Return the fd of a new file with exactly these permissions; FileExistsError if there is anything at `path`."""
+    fd = os.open(path, _NEW_FILE, PRIVATE)
+    try:
+        os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_directory(path: Path, mode: int) -> None:
+    """Make a directory for files of `mode`, which can be entered by whoever may read them."""
+    path.mkdir(0o700)
+    fd = os.open(path, _DIRECTORY)
+    try:
+        os.fchmod(fd, mode | 0o100 | (mode & 0o044) >> 2)
+    finally:
+        os.close(fd)
+
+
+def make_directories(path: Path, mode: int) -> None:
+    """Make a directory, and those above it, where they are missing."""
+    if not path.is_dir():
+        make_directories(path.parent, mode)
+        try:
+            make_directory(path, mode)
+        except FileExistsError:
+            if not path.is_dir():  # else another process was faster
+                raise
+
+
+@contextmanager
+def put_file(path: Path, *, overwrite: bool, mode: int, beside: Path | None = None) -> Iterator[io.FileIO]:
+    """Give a file to write to, which is at `path` once the block has ended, and nowhere if it fails.
+
+    Parameters
+    ----------
+    path : Path
+    overwrite : bool
+        Replace a file or symbolic link (not what that leads to), or an empty directory.
+    mode : int
+        Permissions, whatever the umask.
+    beside : Path, optional
+        A directory of the same file system for the file to be written in. Default: that of `path`.
+    """
+    check_mode(mode)
+    _check_place(path, overwrite=overwrite, ours=_nothing)
+    made = _hidden(path if beside is None else beside / path.name)
+    with _removed_unless_whole(made, path, _nothing):
+        with open(open_new(made, mode), "wb", buffering=0) as file:
+            yield file
+        _place(made, path, overwrite=overwrite, ours=_nothing)
+
+
+@contextmanager
+def put_directory(path: Path, *, overwrite: bool, mode: int, ours: Ours) -> Iterator[Path]:
+    """Give an empty directory to write in, which is at `path` once the block has ended, and nowhere if it fails.
+
+    Parameters
+    ----------
+    path : Path
+    overwrite : bool
+        Replace a directory that holds only what is `ours`, a file, or a symbolic link (not what that leads to).
+    mode : int
+        Permissions of files in it, whatever the umask; its own follow from them.
+    ours : callable
+        Tells what may be written to, and removed from, the directory.
+    """
+    check_mode(mode)
+    _check_place(path, overwrite=overwrite, ours=ours)
+    made = _hidden(path)
+    with _removed_unless_whole(made, path, ours):
+        make_directory(made, mode)
+        yield made
+        _place(made, path, overwrite=overwrite, ours=ours)
+
+
+def _nothing(_: str) -> bool:
+    return False
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{os.urandom(16).hex()}.part")
+
+
+@contextmanager
+def _removed_unless_whole(made: Path, path: Path, ours: Ours) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            _remove(made, ours)
+        if isinstance(error, OSError) and error.filename is not None and os.fspath(error.filename) == str(made):
+            error.filename = str(path)
+        raise
+
+
+def _place(made: Path, path: Path, *, overwrite: bool, ours: Ours) -> None:
+    """Give `made` its name."""
+    try:
+        if not overwrite:
+            _rename_new(made, path)
+        elif made.is_dir() or (path.is_dir() and not path.is_symlink()):
+            _replace_directory(made, path, ours)
+        else:
+            made.replace(path)
+    except FileExistsError:
+        raise _taken(path) from None
+
+
+def _replace_directory(made: Path, path: Path, ours: Ours) -> None:
+    """Give `made` its name, and remove what had it before; one of the two is a directory."""
+    displaced: list[Path] = []
+    while not displaced:
+        try:
+            displaced = _displace(made, path)
+        except FileNotFoundError:  # noqa: PERF203 - nothing is there now
+            with suppress(FileExistsError):
+                _rename_new(made, path)
+                return
+    for old in displaced:
+        try:
+            _remove(old, ours)
+        except OSError as error:  # noqa: PERF203 - something came into it since it was looked at
+            what = f"it was replaced, but what else was in it could not be removed: it is kept in {old}"
+            raise OSError(error.errno, what, str(path)) from error
+
+
+def _taken(path: Path) -> FileExistsError:
+    return FileExistsError(errno.EEXIST, "it is there already; overwrite=True replaces it", str(path))
+
+
+def _check_place(path: Path, *, overwrite: bool, ours: Ours) -> None:
+    """Raise FileExistsError if `path` is taken by what may not be replaced."""
+    try:
+        is_directory = stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+    if not overwrite:
+        raise _taken(path)
+    if is_directory and (foreign := _foreign(path, ours)):
+        what = f"it holds more than a recording ({foreign}), which overwrite=True does not remove: use another path"
+        raise FileExistsError(errno.EEXIST, what, str(path))
+
+
+def _foreign(directory: Path, ours: Ours) -> str | None:
+    """Return the name of something in a directory that is not ours; None if there is nothing."""
+    with os.scandir(directory) as entries:
+        return next((one.name for one in entries if not (one.is_file(follow_symlinks=False) and ours(one.name))), None)
+
+
+def _remove(path: Path, ours: Ours) -> None:
+    """Remove a file or symbolic link, or a directory with what is ours in it."""
+    try:
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):  # the latter on some file systems
+        if path.is_symlink() or not path.is_dir():
+            raise
+        for one in path.iterdir():
+            if ours(one.name):
+                one.unlink()
+        path.rmdir()
+
+
+#: What renameat2(2) says on a kernel, or a file system such as NFS, that does not know the flag.
+_UNKNOWN = (errno.ENOSYS, errno.EINVAL)
+
+
+def _rename(old: Path, new: Path, flag: int) -> None:
+    code = lib.kvmstats_rename(os.fsencode(old), os.fsencode(new), flag)
+    if code:
+        raise OSError(-code, os.strerror(-code), str(new))
+
+
+def _rename_new(made: Path, path: Path) -> None:
+    """Rename; FileExistsError if the new name is taken, even by something that appears in that instant."""
+    try:
+        _rename(made, path, lib.KVMSTATS_RENAME_NEW)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+    else:
+        return
+    if made.is_dir() and not made.is_symlink():
+        path.mkdir(0o700)  # a claim on the name; rename(2) puts a directory in the place of an empty one only
+        try:
+            made.rename(path)
+        except BaseException:
+            with suppress(OSError):
+                path.rmdir()
+            raise
+    else:
+        os.link(made, path, follow_symlinks=False)
+        made.unlink()
+
+
+def _displace(made: Path, path: Path) -> list[Path]:
+    """Give `made` its name and return where what had it lies now; FileNotFoundError if nothing had it."""
+    try:
+        _rename(made, path, lib.KVMSTATS_RENAME_EXCHANGE)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+    else:
+        return [made]
+    displaced: list[Path] = []
+    try:
+        while True:
+            displaced.append(_hidden(path))
+            path.rename(displaced[-1])
+            with suppress(FileExistsError):  # another process came in between
+                _rename_new(made, path)
+                return displaced
+    except BaseException:
+        for old in displaced:
+            with suppress(OSError):
+                _rename_new(old, path)
+        raise

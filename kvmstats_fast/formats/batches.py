@@ -1,0 +1,208 @@
+"""Arrow record batches as Samples, once they are known to be what their metadata says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from reprlib import repr as short_repr
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.formats.arrow import as_numpy, find_live, own_fields, stat_field
+from kvmstats_fast.formats.errors import check_errors, restore
+from kvmstats_fast.formats.limits import check_memory
+from kvmstats_fast.formats.metadata import INT64, UINT64, Wrong, listed, row, whole
+from kvmstats_fast.formats.origin import BATCH_FIELDS, read_field
+from kvmstats_fast.groups import Columns
+from kvmstats_fast.samples import Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from kvmstats_fast.formats.origin import Origin
+    from kvmstats_fast.stat import Stat
+
+
+def stats_of(schema: Any, origin: Origin, source: str) -> list[Stat]:
+    """Return the statistics of a file's columns; KvmStatsError unless the columns are what their metadata says."""
+    own = own_fields(origin.kind)
+    found: dict[int, Stat] = {}
+    if len(schema) < len(own):
+        raise KvmStatsError(f"{source}: column {own[len(schema)].name!r} is missing")
+    for place, field in enumerate(schema):
+        if place < len(own):
+            expected = own[place]
+            names = [expected.name]
+        else:
+            raw = (field.metadata or {}).get(b"kvmstats.descriptor", b"")
+            index = int(raw) if raw.isdigit() and len(raw) < 8 else len(origin.stats)
+            if index >= len(origin.stats) or index in found:
+                raise KvmStatsError(
+                    f"{source}: column {place}: kvmstats.descriptor is {raw[:20]!r}; it must be the number of a "
+                    f"descriptor, from 0 to {len(origin.stats) - 1}, that no other column has"
+                )
+            stat = found[index] = origin.stats.stats[index]
+            expected = stat_field(stat, index)
+            names = [expected.name, expected.name.removeprefix("stat.")]  # fewer names were taken in format 1
+        if field.name not in names or field.type != expected.type:
+            raise KvmStatsError(
+                f"{source}: column {place} is {short_repr(field.name)} of type {short_repr(str(field.type))}; by its "
+                f"metadata it must be {short_repr(names[0])} of type {expected.type}"
+            )
+    return list(found.values())
+
+
+def _check_rowless(value: Any) -> None:
+    """Accept tick, time and sweep_ns of the sweeps without a row."""
+    row(listed(whole(*UINT64)), listed(whole(*INT64)), listed(whole(*INT64)))(value)
+    if len(set(map(len, value))) > 1:
+        raise Wrong(value, "three lists of the same length")
+
+
+def read_happened(metadata: Mapping[bytes, bytes] | None, origin: Origin, source: str) -> dict[str, Any]:
+    """Return what the metadata of a batch says, checked."""
+    metadata = metadata or {}
+    happened: dict[str, Any] = {"rowless": [[], [], []], "wall_steps": []}
+    checks = BATCH_FIELDS | {"sweeps": whole(0, INT64[1]), "errors": check_errors(len(origin.files))}
+    if origin.format == 1:  # one offset for the whole recording
+        happened["wall_offset"] = origin.wall_offset
+        checks = {name: check for name, check in checks.items() if not name.startswith("wall_")}
+    if b"kvmstats.rowless" in metadata:
+        checks["rowless"] = _check_rowless
+    happened |= {name: read_field(metadata, name, check, source) for name, check in checks.items()}
+    return happened
+
+
+def check_clock(happened: dict[str, Any], time: npt.NDArray[np.int64], source: str) -> None:
+    """Raise KvmStatsError unless time ascends, and the steps of the wall clock are at ascending sweeps."""
+    if (time[1:] < time[:-1]).any():
+        raise KvmStatsError(f"{source}: 'time' is not in the order of time")
+    sweeps = [0, *(sweep for sweep, _ in happened["wall_steps"]), len(time)]
+    if len(sweeps) > 2 and any(after <= before for before, after in pairwise(sweeps)):
+        raise KvmStatsError(f"{source}: wall_steps are not at ascending sweeps, from 1 to {len(time) - 1}")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows a batch must have: those of the files that had not failed, sweep by sweep."""
+
+    columns: npt.NDArray[np.intp]  #: (n,)
+    live: npt.NDArray[np.bool_] | None  #: (T, n); None: no file had failed
+    sweeps: int  #: those that have rows; the others come after them
+
+    @property
+    def counts(self) -> npt.NDArray[np.intp]:
+        """Return how many rows each sweep has, (sweeps,)."""
+        if self.live is None:
+            return np.full(self.sweeps, len(self.columns))
+        counts: npt.NDArray[np.intp] = self.live.sum(axis=1)[: self.sweeps]
+        return counts
+
+    def are(self, files: npt.NDArray[np.int32]) -> bool:
+        """Whether the rows of a batch are of these files."""
+        if self.live is None:
+            shape = (self.sweeps, len(self.columns))
+            return len(files) == shape[0] * shape[1] and bool((files.reshape(shape) == self.columns).all())
+        if self.live[self.sweeps :].any() or not self.live[: self.sweeps].any(axis=1).all():
+            return False
+        return np.array_equal(files, np.broadcast_to(self.columns, self.live.shape)[self.live])
+
+    def per_sweep(self, values: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """Return the value of each sweep, (sweeps,); None if it differs between rows of one."""
+        if self.live is None:
+            table = values.reshape(self.sweeps, len(self.columns))
+            return table[:, 0] if (table == table[:, :1]).all() else None
+        counts = self.counts
+        first: npt.NDArray[Any] = values[np.cumsum(counts) - counts]
+        return first if np.array_equal(np.repeat(first, counts), values) else None
+
+    def spread(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Return the values by sweep and file; 0 where a file had failed."""
+        if self.live is None:
+            return values.reshape(self.sweeps, len(self.columns), *values.shape[1:])
+        spread = np.zeros((*self.live.shape, *values.shape[1:]), np.uint64)
+        spread[self.live] = values
+        return spread
+
+
+def to_samples(batch: Any, stats: Sequence[Stat], happened: dict[str, Any], origin: Origin, source: str) -> Samples:
+    """Return a batch as Samples of all the recording's files, whose arrays are the batch's own memory.
+
+    Parameters
+    ----------
+    batch : pyarrow.RecordBatch
+        Valid to Arrow, and of the types that `stats_of` accepted.
+    stats : sequence of Stat
+        What `stats_of` returned.
+    happened : dict
+        What `read_happened` returned.
+    origin : Origin
+    source : str
+        For messages.
+
+    Raises
+    ------
+    KvmStatsError
+        If the rows are not those that `happened` speaks of.
+    """
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        if column.null_count or (hasattr(field.type, "list_size") and column.flatten().null_count):
+            raise KvmStatsError(f"{source}: column {field.name!r} has nulls")
+    sweeps, columns = happened["sweeps"], np.array(origin.columns, np.intp)
+    rowless = dict(zip(("tick", "time", "sweep_ns"), happened["rowless"], strict=True))
+    read = sweeps - len(rowless["time"])
+    if not 0 <= read <= batch.num_rows:
+        raise KvmStatsError(
+            f"{source}: kvmstats.sweeps is {sweeps}; {batch.num_rows} rows and {len(rowless['time'])} sweeps without "
+            "a row were found"
+        )
+    errors = restore(happened["errors"])
+    failed = any(error.sweep < sweeps for error in errors)
+    words = sum(stat.size for stat in stats)
+    if failed:
+        check_memory(sweeps * len(columns) * (8 * words + 1), source)
+    rows = _Rows(columns, find_live(errors, sweeps, columns), read)
+    if not rows.are(as_numpy(batch.column("file"))):
+        raise KvmStatsError(
+            f"{source}: column 'file' does not have the files of kvmstats.columns in each of {sweeps} sweeps, but for "
+            "those of kvmstats.errors"
+        )
+    clock: dict[str, npt.NDArray[Any]] = {}
+    for name in rowless:
+        values = rows.per_sweep(as_numpy(batch.column(name)))
+        if values is None:
+            raise KvmStatsError(f"{source}: column {name!r} has several values in one sweep")
+        clock[name] = values
+    clock["time"] = _to_monotonic(clock["time"], happened, source)
+    clock = {name: np.concatenate([clock[name], np.array(more, clock[name].dtype)]) for name, more in rowless.items()}
+    check_clock(happened, clock["time"], source)
+    arrays = tuple(rows.spread(as_numpy(column)) for column in batch.columns[len(batch.columns) - len(stats) :])
+    places = {stat.name: (stat, place) for place, stat in enumerate(stats)}
+    return Samples(
+        (Columns(origin.stats, origin.kind, places, columns, arrays),),
+        origin.files,
+        clock["time"],
+        clock["sweep_ns"],
+        clock["tick"],
+        errors=errors,
+        interval=origin.interval,
+        host=origin.host,
+        kernel=origin.kernel,
+        **{name: happened[name] for name in BATCH_FIELDS} | {"wall_steps": tuple(map(tuple, happened["wall_steps"]))},
+    )
+
+
+def _to_monotonic(wall: npt.NDArray[np.int64], happened: dict[str, Any], source: str) -> npt.NDArray[np.int64]:
+    """Return CLOCK_MONOTONIC of the sweeps that have rows."""
+    offsets = np.full(len(wall), happened["wall_offset"], np.int64)
+    for sweep, offset in happened["wall_steps"]:
+        offsets[sweep:] = offset
+    if len(wall):
+        lowest, highest = int(wall.min()) - int(offsets.max()), int(wall.max()) - int(offsets.min())
+        if lowest < INT64[0] or highest > INT64[1]:
+            raise KvmStatsError(f"{source}: column 'time' less kvmstats.wall_offset is not within 64 bits")
+    return wall - offsets

@@ -1,0 +1,88 @@
+"""Samples and recordings as CSV."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvmstats_fast.formats import arrow, need
+from kvmstats_fast.formats._put import PRIVATE, put_file
+from kvmstats_fast.formats.recording import read_batches
+
+if TYPE_CHECKING:
+    import os
+
+    from kvmstats_fast.formats.recording import Recording
+    from kvmstats_fast.samples import Samples
+
+
+def to_csv(
+    source: Samples | Recording | str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    kind: str | None = None,
+    overwrite: bool = False,
+    mode: int = PRIVATE,
+) -> None:
+    """Convert samples or a recording of one kind to a CSV file.
+
+    Parameters
+    ----------
+    source : Samples, Recording or path of a recording
+    path : path-like
+    kind : {"vm", "vcpu"}, optional
+        Which, if both were sampled.
+    overwrite : bool
+        Replace the file.
+    mode : int
+        Permissions of the file, whatever the umask. By default the owner alone may read it.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at `path`, without `overwrite`.
+    KeyError
+        As `Samples.to_arrow`.
+    KvmStatsError
+        If a recording has no whole batch.
+
+    Notes
+    -----
+    The columns are those of `Samples.to_arrow`, a histogram's with one for each bucket (``halt_wait_hist[3]``). Values
+    are raw. The file is there as a whole or not at all.
+    """
+    csv = need("pyarrow.csv", "arrow")
+    if kind not in (None, "vm", "vcpu"):
+        raise ValueError(f"kind is {kind!r}; it must be 'vm' or 'vcpu'")
+    writer = None
+    with put_file(Path(path), overwrite=overwrite, mode=mode) as file, ExitStack() as stack:
+        for samples in read_batches(source):
+            table = _flatten(arrow.table(samples if kind is None else _of_kind(samples, kind)))
+            if writer is None:
+                writer = stack.enter_context(csv.CSVWriter(file, table.schema))
+            writer.write_table(table)
+
+
+def _of_kind(samples: Samples, kind: str) -> Samples:
+    one = samples.vm if kind == "vm" else samples.vcpu
+    if not one.files:
+        raise KeyError(f"none of these samples' files is of kind {kind!r}")
+    return one
+
+
+def _flatten(table: Any) -> Any:
+    """Return a table without lists or dictionaries."""
+    pa, pc = need("pyarrow", "arrow"), need("pyarrow.compute", "arrow")
+    columns: dict[str, Any] = {}
+    for field, column in zip(table.schema, table.columns, strict=True):
+        if pa.types.is_fixed_size_list(field.type):
+            values = arrow.as_numpy(column.combine_chunks())
+            columns |= {f"{field.name}[{i}]": pa.array(values[:, i]) for i in range(field.type.list_size)}
+        elif pa.types.is_timestamp(field.type):
+            # Without its time zone, which pyarrow would look up in a database that not every system has.
+            text = column.cast(pa.timestamp("ns")).cast(pa.string())
+            columns[field.name] = pc.binary_join_element_wise(text, "Z", "")
+        else:
+            columns[field.name] = column.cast(pa.string()) if pa.types.is_dictionary(field.type) else column
+    return pa.table(columns)
