@@ -1,6 +1,13 @@
-"""Text that other programs choose, made fit for messages."""
+"""Text for terminals and messages: what other programs choose made printable, and tables."""
 
 from __future__ import annotations
+
+import math
+import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def printable(text: str, most: int = 64) -> str:
@@ -18,3 +25,39 @@ def printable(text: str, most: int = 64) -> str:
     if len(text) > most:
         text = text[: most - 3] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def format_table(rows: Sequence[Sequence[str]], align: str) -> str:
+    """Return a line for each row, with columns that line up two blanks apart.
+
+    Parameters
+    ----------
+    rows : sequence of sequence of str
+        The cells; a title row is a row.
+    align : str
+        ``<`` (left) or ``>`` (right) for each column.
+    """
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        line = []
+        for cell, width, side in zip(row, widths, align, strict=True):
+            blanks = " " * (width - display_width(cell))
+            line.append(cell + blanks if side == "<" else blanks + cell)
+        lines.append("  ".join(line).rstrip())
+    return "\n".join(lines)
+
+
+def display_width(text: str) -> int:
+    """Return how many cells of a terminal the text takes: two for a wide character, none for a combining one."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def format_number(value: float, form: str) -> str:
+    """Return a number as `format` writes it; ``-`` for NaN."""
+    return "-" if math.isnan(value) else format(value, form)

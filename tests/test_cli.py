@@ -11,7 +11,7 @@ import pytest
 
 import kvmstats_fast
 from kvmstats_fast import cli
-from kvmstats_fast._table import format_table
+from kvmstats_fast._text import format_table
 from kvmstats_fast.cli import demo
 from kvmstats_fast.testing import KvmUnavailableError, exit_counter
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvmstats_fast._table import format_number, format_table
+from kvmstats_fast._text import format_number, format_table
 from kvmstats_fast.analysis.whole_run import WholeRun
 
 if TYPE_CHECKING:

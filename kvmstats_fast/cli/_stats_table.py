@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kvmstats_fast._table import format_table
+from kvmstats_fast._text import format_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from kvmstats_fast._table import format_table
-from kvmstats_fast._text import printable
+from kvmstats_fast._text import format_table, printable
 from kvmstats_fast.vmm.find import scan
 
 if TYPE_CHECKING:
