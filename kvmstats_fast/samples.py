@@ -314,21 +314,26 @@ class Samples:
         """
         return self._blank(name, changes.rate(self._values(name), self.time, self.stat(name)), np.nan)
 
-    def si(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.float64]:
+    def si(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64] | npt.NDArray[np.float64]:
         """Return the values of a statistic in base units: seconds, bytes ... (``samples.stat(name).units(si=True)``).
 
         Returns
         -------
         numpy.ndarray
             The shape of ``samples[name]``. uint64, and exact, where raw values are multiplied by a whole number and
-            none becomes too large; else float64. A histogram's values are counts, which have no unit; neither do
-            statistics with an unknown code: both stay as they are.
+            none becomes too large; else float64. Instant values are signed, int64 instead of uint64: the kernel's
+            counters can fall below 0. A histogram's values are counts, which have no unit; neither do statistics with
+            an unknown code: both stay as they are.
         """
-        values, stat = self._values(name), self.stat(name)
-        if stat.is_histogram or stat.factor == 1:
+        stat = self.stat(name)
+        values: npt.NDArray[np.uint64] | npt.NDArray[np.int64] = stat.as_signed(self._values(name))
+        if stat.is_histogram or stat.unknown or not stat.exponent:
             return values
-        if stat.exponent > 0 and (not values.size or int(values.max()) * stat.factor < 1 << 64):
-            return values * np.uint64(min(stat.factor, (1 << 64) - 1))
+        if stat.exponent > 0:
+            factor, limits = stat.factor, np.iinfo(values.dtype)
+            low, high = int(values.min(initial=0)), int(values.max(initial=0))
+            if limits.min <= low * factor <= high * factor <= limits.max:
+                return np.multiply(values, min(factor, limits.max), dtype=values.dtype)
         return stat.scale_array(values)
 
     def histogram(self, name: str, sweep: int | None = None) -> Histogram:

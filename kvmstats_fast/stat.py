@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -79,12 +79,35 @@ class Stat:
 
     @property
     def scale(self) -> int | float:
-        """What a raw value is multiplied with: an int where exact, 1 where a code is unknown."""
+        """What a raw value is multiplied with for base units, as `to_base_units` scales 1; 1 if a code is unknown."""
         return self.to_base_units(1)
 
     def to_base_units(self, raw: int) -> int | float:
-        """Scale a raw value: exact while it is an integer, else the nearest float; unscaled if a code is unknown."""
-        return _scaled(raw, self.factor, self.exponent)
+        """Return a raw value in base units: seconds, bytes ...
+
+        Parameters
+        ----------
+        raw : int
+            A uint64, as the kernel has it.
+
+        Returns
+        -------
+        int or float
+            ``raw * base**exponent``. An int, and exact, if the exponent is not negative and ``base**exponent`` is below
+            2**64; else the nearest float (a power above 10**270, which no kernel has, counts as 10**270). An instant
+            value is signed: the kernel's counters can fall below 0, which reads as 2**64 less. The raw value if a code
+            is unknown (see `unknown`).
+        """
+        if self.unknown:
+            return raw
+        if self.type == StatType.INSTANT and raw >> 63:
+            raw -= 1 << 64
+        if not self.exponent:
+            return raw
+        factor: int = StatBase(self.base).radix ** min(abs(self.exponent), _VANISHING)
+        if self.exponent < 0:
+            return raw / factor
+        return raw * factor if factor < 1 << 64 else float(raw * min(factor, _LARGEST))
 
     def units(self, si: bool = False) -> str:
         """Return the unit's symbol: of raw values (``"ns"``, ``"KiB"``), or with `si` of base units (``"s"``, ``"B"``).
@@ -115,12 +138,20 @@ class Stat:
     @property
     def float_factor(self) -> float:
         """`factor` as a float, at most 1e270. Inner to the package."""
-        return float(min(self.factor, _LARGEST))
+        if self.exponent == 0 or self.unknown:
+            return 1.0
+        return float(min(StatBase(self.base).radix ** min(abs(self.exponent), _VANISHING), _LARGEST))
 
     def scale_array(self, values: npt.NDArray[np.uint64 | np.int64]) -> npt.NDArray[np.float64]:
-        """Scale an array of raw values, each as `to_base_units` does, but for a rounding. Inner to the package."""
-        result: npt.NDArray[np.float64] = (np.divide if self.exponent < 0 else np.multiply)(values, self.float_factor)
+        """Return raw values in base units, each as `to_base_units` has it but for a rounding. Inner to the package."""
+        result: npt.NDArray[np.float64] = (np.divide if self.exponent < 0 else np.multiply)(
+            self.as_signed(values), self.float_factor
+        )
         return result
+
+    def as_signed(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return raw values as int64 if they are instant, else as they are; a view. Inner to the package."""
+        return values.view(np.int64) if self.type == StatType.INSTANT and not self.unknown else values
 
     def bucket_edges(self) -> npt.NDArray[np.float64]:
         """Edges of a histogram's buckets, in base units.
@@ -149,19 +180,29 @@ class Stat:
             raise ValueError(f"{self.name} is no histogram: its type is {self.type!r}")
         edges = np.full(self.size + 1, np.inf)
         factor = self.factor
-        with suppress(OverflowError):  # from the first edge on that no float reaches, they are inf
-            for i, edge in enumerate(raw):
-                edges[i] = float(_scaled(edge, factor, self.exponent))
+        for i, edge in enumerate(raw):
+            edges[i] = _nearest_float(edge, factor, self.exponent)
+            if np.isinf(edges[i]):
+                break
         return edges
 
 
 _GROWING = (StatType.CUMULATIVE, StatType.PEAK, StatType.LINEAR_HIST, StatType.LOG_HIST)
-_LARGEST = 10**270  # of any uint64, over a ns, it makes what is still a float; no kernel has such an exponent
+_LARGEST = 10**270  # times any uint64, over a ns, it is still a float
+_VANISHING = 1200  # a power of 2 or 10 by which any uint64 is divided to 0.0, and multiplied to inf
 _SYMBOLS = {StatUnit.NONE: "", StatUnit.BYTES: "B", StatUnit.SECONDS: "s", StatUnit.CYCLES: "cycles"}
 _SYMBOLS[StatUnit.BOOLEAN] = ""
 _PREFIXES = dict(zip(((10, exponent) for exponent in (-12, -9, -6, -3, 3, 6, 9, 12)), "pnumkMGT", strict=True))
 _PREFIXES |= {(2, 10 * power): f"{letter}i" for power, letter in enumerate("KMGTPE", 1)}
 
 
-def _scaled(raw: int, factor: int, exponent: int) -> int | float:
-    return raw / factor if exponent < 0 and factor != 1 else raw * factor
+def _nearest_float(raw: int, factor: int, exponent: int) -> float:
+    """Return ``raw * factor``, or ``raw / factor`` if the exponent is negative; inf if no float reaches it."""
+    bits = raw.bit_length() + (1 if exponent >= 0 else -1) * factor.bit_length()
+    if bits < -_VANISHING or not raw:
+        return 0.0
+    if bits > _VANISHING:  # before integers of such a size are multiplied or divided
+        return np.inf
+    with suppress(OverflowError):
+        return float(raw * factor) if exponent >= 0 else raw / factor
+    return np.inf

@@ -567,3 +567,11 @@ def test_what_the_caller_does_to_its_counts_changes_no_histogram():
     h = kf.Histogram(stat, counts)
     counts[:] = 9
     assert (h.counts.tolist(), int(h.count)) == ([1, 2], 3)
+
+
+@pytest.mark.parametrize("exponent", [297, 308, 32767])
+def test_a_mean_that_no_float_reaches_is_infinite(exponent):
+    """The bounds are as large as a float can tell, without a warning."""
+    stat = kf.Stat("h", kf.StatType.LOG_HIST, kf.StatUnit.NONE, kf.StatBase.POW10, exponent, 4, -1)
+    low, high = kf.Histogram(stat, [0, 0, 2**62, 2**62]).mean_bounds()
+    assert (low > 1e297, high) == (True, math.inf)

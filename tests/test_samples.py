@@ -352,25 +352,46 @@ def test_the_sum_of_all_changes_is_made_part_by_part(drawn, rows, storage):
     np.testing.assert_array_equal(total, delta.sum(axis=0))
 
 
-@examples(60)
+@examples(100)
 @given(runs(), STORAGES)
 def test_base_units_are_exact_where_they_are_whole_and_fit(drawn, storage):
-    """Multiplied values stay uint64 while all of them fit, else they are floats; counts and the unknown stay raw."""
+    """Multiplied values stay whole while all of them fit, else they are floats; counts and the unknown stay raw.
+
+    Instant values are signed.
+    """
     stat, scale, values, _, _ = drawn
     x = run_with(drawn, storage)
     si, raw = x.si("x"), x["x"]
+    whole = np.uint64
+    true = values.ravel().tolist()
+    if stat.type == kf.StatType.INSTANT and stat.base != 7:
+        whole = np.int64
+        true = [value - 2**64 if value >= 2**63 else value for value in true]
     assert si.shape == raw.shape
     if stat.is_histogram or scale == 1:
         assert si.size == 0 or np.shares_memory(si, raw)
-        assert si.tolist() == raw.tolist()
+        assert (si.dtype, si.ravel().tolist()) == (whole, true)
         return
-    true = [value * scale for value in values.ravel().tolist()]
-    if scale > 1 and max(true, default=0) < 1 << 64:
-        assert si.dtype == np.uint64
-        assert si.ravel().tolist() == true
+    true = [value * scale for value in true]
+    limits = np.iinfo(whole)
+    if scale > 1 and all(limits.min <= value <= limits.max for value in true):
+        assert (si.dtype, si.ravel().tolist()) == (whole, true)
     else:
         assert si.dtype == np.float64
         np.testing.assert_allclose(si.ravel(), np.array([float(number) for number in true]), rtol=4e-16, atol=0)
+
+
+@pytest.mark.parametrize("exponent", [-32768, -1000, -9, -1, 0, 1, 3, 19, 20, 63, 64, 400, 32767])
+@pytest.mark.parametrize("base", [kf.StatBase.POW2, kf.StatBase.POW10, 5])
+@pytest.mark.parametrize("type_", [kf.StatType.CUMULATIVE, kf.StatType.INSTANT, kf.StatType.PEAK, 9])
+def test_a_number_and_an_array_have_the_same_base_units(type_, base, exponent):
+    """snapshot(si=True) and Samples.si say the same of every value, scale and type, and neither is a huge integer."""
+    stat = kf.Stat("x", type_, kf.StatUnit.NONE, base, exponent, 1, -1)
+    for raw in (0, 1, 3, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1):
+        (si,) = run_of(group_of([stat], [0], {"x": [[raw]]})).si("x").ravel()
+        number = stat.to_base_units(raw)
+        assert abs(number) < 2**128 or isinstance(number, float)
+        assert float(number) == pytest.approx(float(si), rel=4e-16, abs=1e-250)
 
 
 @pytest.mark.parametrize(("base", "exponent"), [(kf.StatBase.POW2, 10), (kf.StatBase.POW10, 3), (kf.StatBase.POW2, 63)])

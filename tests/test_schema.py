@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 from dataclasses import FrozenInstanceError, replace
+from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -35,6 +37,13 @@ def made_of(*stats, **options):
         (kf.StatBase.POW10, -9, 1_000_000_001, 1.000000001),
         (kf.StatBase.POW2, -10, 1, 1 / 1024),
         (kf.StatBase.POW10, -400, 1, 0.0),
+        (kf.StatBase.POW10, 19, 2**64 - 1, (2**64 - 1) * 10**19),
+        (kf.StatBase.POW2, 63, 2**64 - 1, (2**64 - 1) << 63),
+        (kf.StatBase.POW10, 20, 3, 3e20),
+        (kf.StatBase.POW2, 64, 3, 3.0 * 2**64),
+        (kf.StatBase.POW10, 32767, 0, 0.0),
+        (kf.StatBase.POW10, 32767, 2**64 - 1, float((2**64 - 1) * 10**270)),
+        (kf.StatBase.POW2, -32768, 2**64 - 1, 0.0),
         (7, -9, 5, 5),  # no such base
     ],
 )
@@ -44,6 +53,43 @@ def test_scaling_is_exact_while_it_is_an_integer_and_else_the_nearest_float(base
     assert stat.to_base_units(raw) == expected
     assert type(stat.to_base_units(raw)) is type(expected)
     assert stat.scale == stat.to_base_units(1)
+
+
+@pytest.mark.parametrize("raw", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+def test_an_instant_value_below_0_is_signed_in_base_units(raw):
+    """KVM's counters of pages are signed inside; a value that only grows, and every raw value, is not."""
+    signed = raw - 2**64 if raw >= 2**63 else raw
+    image = made_of(replace(PLAIN, type=kf.StatType.INSTANT), replace(PLAIN, name="m", offset=8))
+    image.values[:] = raw
+    assert image.snapshot() == {"n": raw, "m": raw}
+    assert image.snapshot(si=True) == {"n": signed, "m": raw}
+
+
+@pytest.mark.parametrize("exponent", [32767, -32768, 5000])
+def test_scales_that_no_kernel_has_take_no_time(exponent):
+    """Thousands of such numbers are scaled by powers that are bounded, not by integers of 13 kB each."""
+    scaled = []
+
+    class Radix(int):
+        def __pow__(self, exponent, modulo=None):
+            scaled.append(exponent)
+            return int(self) ** exponent
+
+    with mock.patch.object(kf.StatBase, "radix", Radix(10)):
+        stat = replace(PLAIN, exponent=exponent)
+        stat.to_base_units(2**64 - 1)
+        stat.scale_array(np.ones(1, np.uint64))
+    assert max(scaled) <= 2000
+
+
+def test_edges_of_a_scale_that_no_kernel_has_take_no_time():
+    """Of 65534 edges divided by 10^32768 only those that a float holds are divided."""
+    edges = replace(PLAIN, type=kf.StatType.LOG_HIST, size=65535, exponent=-19000).bucket_edges()
+    first, last = np.flatnonzero(edges)[0], np.flatnonzero(np.isinf(edges))[0]
+    assert 1000 < last - first < 2200
+    assert edges[first + 100] == float(Fraction(2 ** (int(first) + 99), 10**19000))
+    assert (edges[:first] == 0).all()
+    assert np.isinf(edges[last:]).all()
 
 
 def test_snapshot_in_si_scales_numbers_and_leaves_booleans_and_counts():

@@ -183,7 +183,9 @@ class Histogram:
     def _mean_at(self, values: npt.NDArray[np.float64]) -> Any:
         """Return the mean, if all in a bucket had its value; an empty one may have any, also inf."""
         counts = self.counts.astype(np.float64)
-        return self._per_count(np.multiply(counts, values, out=np.zeros_like(counts), where=counts > 0).sum(axis=-1))
+        with np.errstate(over="ignore"):  # a scale that no kernel has makes it inf
+            sums = np.multiply(counts, values, out=np.zeros_like(counts), where=counts > 0).sum(axis=-1)
+        return self._per_count(sums)
 
     @property
     def total(self) -> Any:
