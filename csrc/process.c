@@ -20,9 +20,9 @@ int kvmstats_getfd(int pidfd, int fd)
     return got < 0 ? -errno : (int)got;
 }
 
-int kvmstats_same_file(int pid, int fd, int other)
+int kvmstats_same_file(int pid, int fd, int other_pid, int other_fd)
 {
-    long order = syscall(SYS_kcmp, pid, pid, KCMP_FILE, fd, other);
+    long order = syscall(SYS_kcmp, pid, other_pid, KCMP_FILE, fd, other_fd);
 
     return order < 0 ? -errno : order == 0;
 }

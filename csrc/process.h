@@ -16,12 +16,13 @@
 int kvmstats_getfd(int pidfd, int fd);
 
 /*
- * kcmp(2): whether two fds of a process refer to the same open file description (dup, try_clone).
+ * kcmp(2): whether an fd of one process and one of another, or of the same, refer to one open file description (dup,
+ * pidfd_getfd).
  *
  * Returns 1 or 0, or -errno: -EPERM if not permitted (PTRACE_MODE_READ_REALCREDS), -ENOSYS in kernels without
  * CONFIG_KCMP. Allocates nothing. Any thread.
  */
-int kvmstats_same_file(int pid, int fd, int other);
+int kvmstats_same_file(int pid, int fd, int other_pid, int other_fd);
 
 /* ---- cdef: end ---- */
 

@@ -256,13 +256,13 @@ def test_the_core_tells_what_the_kernel_says():
         assert lib.kvmstats_getfd(pidfd, 999) == -errno.EBADF
         copy = lib.kvmstats_getfd(pidfd, one.fileno())
         assert not os.get_inheritable(copy)
-        same = lib.kvmstats_same_file(os.getpid(), one.fileno(), copy)
-        apart = lib.kvmstats_same_file(os.getpid(), one.fileno(), two.fileno())
+        same = lib.kvmstats_same_file(os.getpid(), one.fileno(), os.getpid(), copy)
+        apart = lib.kvmstats_same_file(os.getpid(), one.fileno(), os.getpid(), two.fileno())
         os.close(copy), os.close(pidfd)
     if same == -errno.ENOSYS:
         pytest.skip("this kernel has no kcmp")
     assert (same, apart) == (1, 0)
-    assert lib.kvmstats_same_file(os.getpid(), 998, 999) == -errno.EBADF
+    assert lib.kvmstats_same_file(os.getpid(), 998, os.getpid(), 999) == -errno.EBADF
 
 
 # ---- refusals: the table

@@ -160,14 +160,19 @@ def find_known(file: StatsFile, known: Sequence[StatsFile]) -> StatsFile | None:
     """Return the file among those borrowed before; by its id, if the kernel has no kcmp(2)."""
     for one in known:
         if one.id == file.id and not one.closed:
-            answer = lib.kvmstats_same_file(os.getpid(), file.fileno(), one.fileno())
+            answer = _compare(file, one)
             if answer == 1 or answer < 0:
                 return one
     return None
 
 
 def _is_duplicate(file: StatsFile, other: StatsFile) -> bool:
-    return bool(lib.kvmstats_same_file(os.getpid(), file.fileno(), other.fileno()) == 1)
+    return _compare(file, other) == 1
+
+
+def _compare(file: StatsFile, other: StatsFile) -> int:
+    own = os.getpid()
+    return int(lib.kvmstats_same_file(own, file.fileno(), own, other.fileno()))
 
 
 def _is_in_step(file: StatsFile, other: StatsFile) -> bool:

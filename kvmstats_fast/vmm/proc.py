@@ -215,7 +215,7 @@ class Process(Closing):
         for file in files:
             alike = groups.setdefault((file.kind, file.vcpu_id, file.is_stats), [])
             for group in alike:
-                if self._own and lib.kvmstats_same_file(self._tid, group[0].fd, file.fd) == 1:
+                if self._own and lib.kvmstats_same_file(self._tid, group[0].fd, self._tid, file.fd) == 1:
                     group.append(file)
                     break
             else:

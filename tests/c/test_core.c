@@ -1320,12 +1320,12 @@ static void test_read_errors(void)
 static void test_process(void)
 {
     int fd = open("/dev/null", O_RDONLY), copy = dup(fd), other = open("/dev/null", O_RDONLY);
-    int same = kvmstats_same_file(getpid(), fd, copy);
+    int same = kvmstats_same_file(getpid(), fd, getpid(), copy);
 
     if (same != -ENOSYS && same != -EPERM) {
         CHECK(same == 1);
-        CHECK(kvmstats_same_file(getpid(), fd, other) == 0);
-        CHECK(kvmstats_same_file(getpid(), fd, -1) == -EBADF);
+        CHECK(kvmstats_same_file(getpid(), fd, getpid(), other) == 0);
+        CHECK(kvmstats_same_file(getpid(), fd, getpid(), -1) == -EBADF);
     }
     int got = kvmstats_getfd(-1, fd);
     CHECK(got == -EBADF || got == -ENOSYS || got == -EPERM);
