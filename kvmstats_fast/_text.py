@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ def display_width(text: str) -> int:
     """Return how many cells of a terminal the text takes: two for a wide character, none for a combining one."""
     if text.isascii():
         return len(text)
+    import unicodedata  # noqa: PLC0415 - its table, for names that have more than ASCII
+
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text

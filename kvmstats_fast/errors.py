@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +126,8 @@ def truncated(source: str, offset: int, limit: int) -> FormatError:
 
 def unknown_stat(name: str, known: Iterable[str], where: str) -> KeyError:
     """Return the error for a name or glob that fits no statistic in `where`; `known` are those there are."""
+    from difflib import get_close_matches  # noqa: PLC0415 - for this message alone
+
     names = list(dict.fromkeys(known))
     near = get_close_matches(name, names, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"none of the {len(names)} names there is similar"

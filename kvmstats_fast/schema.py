@@ -6,7 +6,6 @@ once per kernel and kind of file, and hands out the same `Schema` object for eve
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 import threading
@@ -224,6 +223,8 @@ class Schema(Mapping[str, Stat]):
     @property
     def fingerprint(self) -> str:
         """128 bits in hexadecimal over header and descriptors: equal for equal schemas, on every machine."""
+        import hashlib  # noqa: PLC0415 - loads OpenSSL, for this method alone
+
         return hashlib.blake2b(self.encoding.prefix + bytes([self.encoding.repaired]), digest_size=16).hexdigest()
 
     def select(self, *patterns: str) -> tuple[Stat, ...]:
