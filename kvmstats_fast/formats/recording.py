@@ -33,7 +33,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 def _warn(text: str) -> None:
     """Warn at the line that called into the package."""
-    level, frame = 1, sys._getframe()
+    level, frame = 1, sys._getframe()  # noqa: SLF001 - public in spite of its name
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, RecordingWarning, level)
