@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from holder import Holder
 
 from kvmstats_fast.testing import KvmUnavailableError, TinyGuest, exit_counter
 
@@ -66,3 +67,9 @@ def guest(resources):
 def stats(guest, resources):
     """Its stats files: VM, vCPU 0, vCPU 1."""
     return [resources.enter_context(file) for file in guest.open_stats()]
+
+
+@pytest.fixture
+def holder(resources):
+    """A VMM with two vCPUs, in another process, that holds all its stats files."""
+    return resources.enter_context(Holder())

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import open_fds, stats_fds
+from holder import Holder
 from qemu import HOLDS_VCPUS, Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
@@ -24,56 +25,6 @@ from kvmstats_fast.vmm import borrow as borrowing
 from kvmstats_fast.vmm import machine as machine_module
 from kvmstats_fast.vmm import proc as proc_module
 from kvmstats_fast.vmm.watch import WATCHER
-
-#: A VMM that holds its stats files: says when it is ready, then does as it is told.
-HOLDER = """
-import os, sys
-spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
-from kvmstats_fast.testing import TinyGuest
-guest = TinyGuest(int(sys.argv[1]))
-files = guest.open_stats() if sys.argv[2] == "all" else guest.open_stats()[1:] if sys.argv[2] == "vcpus" else []
-print("ready", flush=True)
-for line in sys.stdin:
-    command, *rest = line.split()
-    if command == "run":
-        guest.run(int(rest[0]), int(rest[1]))
-    elif command == "close":
-        files.pop().close()
-    elif command == "open":
-        files += guest.open_stats()
-    elif command == "low":
-        for fd in spare:
-            os.close(fd)
-        files += guest.open_stats()
-    print("done", flush=True)
-"""
-
-
-class Holder:
-    """A small VMM in a process of its own."""
-
-    def __init__(self, resources, vcpus=2, hold="all"):
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", HOLDER, str(vcpus), hold],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.pid = self.process.pid
-        resources.callback(self.end)
-        assert self.process.stdout.readline() == "ready\n"
-
-    def do(self, *words):
-        """Have it do something, and wait for that."""
-        print(*words, file=self.process.stdin, flush=True)
-        assert self.process.stdout.readline() == "done\n"
-
-    def end(self):
-        """Kill it."""
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
 
 
 class NoKcmp:
@@ -85,12 +36,6 @@ class NoKcmp:
     def kvmstats_same_file(*_):
         """Say so."""
         return -errno.ENOSYS
-
-
-@pytest.fixture
-def holder(resources):
-    """A VMM with two vCPUs that holds all its stats files."""
-    return Holder(resources)
 
 
 # ---- what is had
@@ -109,7 +54,7 @@ def test_what_a_vmm_holds_is_borrowed_and_counts_its_exits(holder):
         assert machine.explain() == ""
         counter = "exits"
         before = [file.snapshot()[counter] for file in machine.vcpus]
-        holder.do("run", 500, 1)
+        holder.do("guest.run(500, 1)")
         change = [file.snapshot()[counter] - b for file, b in zip(machine.vcpus, before, strict=True)]
         assert change[0] == 0
         assert machine.vcpus[1].snapshot()["exits"] >= 500
@@ -119,13 +64,13 @@ def test_what_a_vmm_holds_is_borrowed_and_counts_its_exits(holder):
     with pytest.raises(ValueError, match="attach to it again"):
         machine.alive  # noqa: B018 - it is a property
     assert open_fds() == fds
-    holder.do("run", 1, 0)
+    holder.do("guest.run(1, 0)")
 
 
 @pytest.mark.real_vm
 def test_what_could_not_be_had_is_none_and_explained(resources):
     """A VMM that holds only its vCPUs' files, as QEMU 8.1 does: `vm` is None, and what would get it is said."""
-    holder = Holder(resources, hold="vcpus")
+    holder = resources.enter_context(Holder(hold="vcpus"))
     with kf.attach(holder.pid) as machine:
         assert machine.vm is None
         assert [file.vcpu_id for file in machine.vcpus] == [0, 1]
@@ -139,7 +84,7 @@ def test_what_could_not_be_had_is_none_and_explained(resources):
 @pytest.mark.real_vm
 def test_a_vmm_that_holds_nothing_is_refused_with_the_ways_there_are(resources):
     """So is a process without a VM, one that is not there, and this one's own pid is no special case."""
-    holder = Holder(resources, hold="nothing")
+    holder = resources.enter_context(Holder(hold="nothing"))
     fds = open_fds()
     with pytest.raises(
         kf.AttachError, match=r"holds no stats files.*launch\(\).*QEMU 8\.1.*send_files.*inherited_files.*inject=True"
@@ -157,18 +102,18 @@ def test_a_vmm_that_holds_nothing_is_refused_with_the_ways_there_are(resources):
 @pytest.mark.real_vm
 def test_refresh_adds_what_is_new_and_closes_what_the_vmm_closed(resources):
     """A file opened since is added, one closed since is closed here too; the others stay the same objects."""
-    holder = Holder(resources, hold="vcpus")
+    holder = resources.enter_context(Holder(hold="vcpus"))
     with kf.attach(holder.pid) as machine:
         first, last = machine.vcpus
         assert machine.refresh() is False
         assert machine.vcpus == (first, last)
-        holder.do("close")
+        holder.do("files.pop().close()")
         assert machine.refresh() is True
         assert machine.vcpus == (first,)
         assert "vCPU 1's" in machine.explain()
         with pytest.raises(kf.AttachError, match="has closed this stats file"):
             last.read()
-        holder.do("open")
+        holder.do("files += guest.open_stats()")
         assert machine.refresh() is True
         assert machine.vm is not None
         assert [file.vcpu_id for file in machine.vcpus] == [0, 1]
@@ -186,7 +131,7 @@ def test_refresh_keeps_its_files_when_the_vmm_opens_them_once_more(holder, monke
     with kf.attach(holder.pid) as machine:
         files = machine.files
         assert len(files) == 3
-        holder.do("low")
+        holder.do("any(map(os.close, spare)); files += guest.open_stats()")
         assert machine.refresh() is False
         assert machine.files == files
         assert not any(file.closed for file in files)
@@ -199,7 +144,7 @@ def test_refresh_keeps_its_files_when_the_vmm_opens_them_once_more(holder, monke
 def test_files_are_closed_soon_after_the_vmm_is_gone(resources):
     """Within 100 ms, whether anybody looks or not; what is asked then says what happened. Tried up to three times."""
     for attempt in range(3):
-        holder = Holder(resources)
+        holder = resources.enter_context(Holder())
         others = len(stats_fds())
         machine = kf.attach(holder.pid)
         assert len(stats_fds()) == others + 3
@@ -244,16 +189,16 @@ def test_a_strict_run_raises_when_the_vmm_goes(holder):
 @pytest.mark.real_vm
 def test_the_other_vm_goes_on_without_a_gap_when_one_is_killed(resources):
     """A Sampler at 1 kHz over two VMs: kill -9 of one leaves the other's columns and every tick as they were."""
-    one, other = Holder(resources), Holder(resources)
+    one, other = resources.enter_context(Holder()), resources.enter_context(Holder())
     with kf.attach(one.pid) as first, kf.attach(other.pid) as second:
         sampler = kf.Sampler([first, second], "exits")
         killed = []
 
         def kill():
-            other.do("run", 300, 0)
+            other.do("guest.run(300, 0)")
             one.process.kill()
             killed.append(time.monotonic_ns())
-            other.do("run", 700, 0)
+            other.do("guest.run(700, 0)")
 
         timer = threading.Timer(0.2, kill)
         timer.start()
@@ -305,7 +250,7 @@ def test_a_forked_child_leaves_the_parents_watch_alone(holder):
 @pytest.mark.real_vm
 def test_many_machines_that_come_and_go_leave_nothing(resources):
     """Fifty times attached and closed, a kill among them: no fd, and one thread."""
-    holder = Holder(resources)
+    holder = resources.enter_context(Holder())
     with kf.attach(holder.pid):
         pass
     fds, threads = open_fds(), threading.active_count()
@@ -349,7 +294,7 @@ def test_the_files_alone_keep_the_watch(holder):
 @pytest.mark.real_vm
 def test_files_are_closed_when_no_other_may_be_opened(resources):
     """A VMM that exits while this process has as many files open as it may; the watch goes on to the next."""
-    holders = [Holder(resources) for _ in range(2)]
+    holders = [resources.enter_context(Holder()) for _ in range(2)]
     machines = [resources.enter_context(kf.attach(holder.pid)) for holder in holders]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(fd.name) for fd in Path("/proc/self/fd").iterdir())
@@ -414,7 +359,7 @@ def test_a_machine_that_is_closed_while_it_is_refreshed_stays_closed(holder, mon
 @pytest.mark.real_vm
 def test_the_watch_does_not_mix_up_reused_numbers(resources):
     """A machine whose pidfd has the number of one whose VMM has just exited lives on."""
-    one, other = Holder(resources, 1), Holder(resources, 1)
+    one, other = resources.enter_context(Holder(1)), resources.enter_context(Holder(1))
     first, second = kf.attach(one.pid), resources.enter_context(kf.attach(other.pid))
     number = first._watched.process.fileno()
     with WATCHER.lock:

@@ -15,6 +15,7 @@ from itertools import product
 import numpy as np
 import pytest
 from helpers import CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, NOBODY, exit_status, forked, open_fds
+from holder import Holder
 
 import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import lib
@@ -34,49 +35,6 @@ def borrow(pid):
 #: The same, for a child.
 BORROW = "from kvmstats_fast.vmm import borrow as borrow_module\n" + inspect.getsource(borrow)
 
-#: A VMM: what it does before it waits is inserted; each line of its stdin is run.
-HOLDER = """
-import ctypes, os, sys
-from kvmstats_fast.testing import TinyGuest
-guest = TinyGuest(2)
-files = guest.open_stats()
-{before}
-print(*(file.fileno() for file in files), flush=True)
-for line in sys.stdin:
-    exec(line)
-    print("done", flush=True)
-"""
-
-
-class Holder:
-    """A process with a VM, two vCPUs and their stats files."""
-
-    def __init__(self, before=""):
-        command = [sys.executable, "-W", "ignore", "-c", HOLDER.format(before=before)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.pid = self.process.pid
-        self.fds = [int(word) for word in self.process.stdout.readline().split()]
-
-    def do(self, line):
-        """Have it run a line of Python."""
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
-
-    def end(self):
-        """End it."""
-        self.process.kill()
-        self.process.communicate()
-
-
-@contextmanager
-def holder(before=""):
-    process = Holder(before)
-    try:
-        yield process
-    finally:
-        process.end()
-
 
 @contextmanager
 def borrowed(pid):
@@ -88,7 +46,7 @@ def borrowed(pid):
 def test_borrowed_files_give_the_values_of_the_vm_as_it_runs():
     """VM first, then vCPUs; each exit that the other process makes is seen, and close-on-exec is set."""
     counter = exit_counter()
-    with holder() as other, borrowed(other.pid) as files:
+    with Holder() as other, borrowed(other.pid) as files:
         assert [(file.kind, file.vcpu_id) for file in files] == [("vm", None), ("vcpu", 0), ("vcpu", 1)]
         assert files[0].id == f"kvm-{other.pid}"
         assert not any(os.get_inheritable(file.fileno()) for file in files)
@@ -104,7 +62,7 @@ def test_borrowed_files_give_the_values_of_the_vm_as_it_runs():
 @pytest.mark.real_vm
 def test_duplicates_of_a_file_are_borrowed_once():
     """A dup, and a file that was opened a second time for the same vCPU; also while the vCPU ran in between."""
-    with holder("os.dup(files[1].fileno()); again = guest.open_stats()") as other:
+    with Holder(before="os.dup(files[1].fileno()); again = guest.open_stats()") as other:
         for _ in range(2):
             with borrowed(other.pid) as files:
                 assert [file.vcpu_id for file in files] == [None, 0, 1]
@@ -114,7 +72,7 @@ def test_duplicates_of_a_file_are_borrowed_once():
 @pytest.mark.real_vm
 def test_vms_of_one_process_are_not_taken_for_one_another():
     """Two VMs have the same ids; their files are all borrowed, but for real duplicates."""
-    with holder("second = TinyGuest(2); more = second.open_stats(); os.dup(more[0].fileno())") as other:
+    with Holder(before="second = TinyGuest(2); more = second.open_stats(); os.dup(more[0].fileno())") as other:
         with borrowed(other.pid) as files:
             assert [file.vcpu_id for file in files] == [None, None, 0, 0, 1, 1]
             assert files[0].id == files[1].id
@@ -127,7 +85,7 @@ def test_vms_of_one_process_are_not_taken_for_one_another():
 @pytest.mark.real_vm
 def test_a_process_without_stats_files_gives_none():
     """Nothing to borrow is no error: a VM whose stats files nobody opened, and a process with no VM."""
-    with holder("for file in files: file.close()\nfiles = []") as other:
+    with Holder(before="for file in files: file.close()\nfiles = []") as other:
         assert borrow(other.pid) == []
     assert borrow(os.getpid()) == []
 
@@ -168,7 +126,7 @@ def test_a_process_that_is_not_there_is_gone(monkeypatch):
 def test_a_pid_that_became_another_process_is_not_taken_for_it(monkeypatch, before):
     """What /proc shows of a pid that was handed out anew is not used: the first process is known to have ended."""
     gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    with holder(before) as other:
+    with Holder(before=before) as other:
         look = proc_module.Process.kvm_files
 
         def handed_out_anew(process):
@@ -186,7 +144,7 @@ def test_a_pid_that_became_another_process_is_not_taken_for_it(monkeypatch, befo
 @pytest.mark.real_vm
 def test_a_process_that_ends_while_it_is_borrowed_from_is_gone(monkeypatch):
     """The end is noticed at the first fd that cannot be taken, and what was taken already is closed."""
-    with holder() as other:
+    with Holder() as other:
         take = borrow_module._take
         taken = []
 
@@ -207,7 +165,7 @@ def test_a_process_that_ends_while_it_is_borrowed_from_is_gone(monkeypatch):
 @pytest.mark.parametrize("then", ["", "; os.dup2(0, {fd})"], ids=["closed", "another file by now"])
 def test_an_fd_that_is_closed_meanwhile_is_left_out(monkeypatch, then):
     """The other files are had, and a file that took its number is not touched."""
-    with holder() as other:
+    with Holder() as other:
         look = proc_module.Process.kvm_files
         fd = other.fds[1]
 

@@ -1,0 +1,50 @@
+"""A small VMM in a process of its own, which holds its stats files."""
+
+import subprocess
+import sys
+
+#: Each line of its stdin is run; `guest`, `files` and `spare`, fds below those of the VM, are there.
+_PROGRAM = """
+import ctypes, os, sys
+spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+from kvmstats_fast.testing import TinyGuest
+guest = TinyGuest(int(sys.argv[1]))
+files = guest.open_stats() if sys.argv[2] == "all" else guest.open_stats()[1:] if sys.argv[2] == "vcpus" else []
+exec(sys.argv[3])
+print(*(file.fileno() for file in files), flush=True)
+for line in sys.stdin:
+    exec(line)
+    print("done", flush=True)
+"""
+
+
+class Holder:
+    """A process with a VM and its vCPUs; in a ``with`` block, or until `end`.
+
+    hold: which stats files it opens: "all", "vcpus" or "nothing". before: what it runs before it is ready. fds: their
+    numbers in it.
+    """
+
+    def __init__(self, vcpus=2, hold="all", before=""):
+        command = [sys.executable, "-W", "ignore", "-c", _PROGRAM, str(vcpus), hold, before]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self.process.pid
+        self.fds = [int(word) for word in self.process.stdout.readline().split()]
+
+    def do(self, line):
+        """Have it run a line of Python, and wait for that."""
+        print(line, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+    def end(self):
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()
