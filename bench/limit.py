@@ -1,6 +1,7 @@
-"""The limit: a bare C loop of pread over the same fds, compiled for the occasion and run in this process.
-`lost_ticks` and `overslept_ticks` are the limits of a schedule: what a loop that does nothing but read the clock, or
-sleep from tick to tick, would miss on this machine.
+"""The limit: a bare C loop of pread over the same fds, compiled on the spot and run in this process.
+
+`lost_ticks` and `overslept_ticks` are the limits of a schedule: the ticks that a loop misses on this machine which only
+reads the clock, or only sleeps from tick to tick.
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ static long long now_ns(void)
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/* Ticks that passed while somebody else had the processor: gaps between two readings of the clock, in intervals. */
+/* Returns the ticks that passed while another thread had the processor: gaps between clock readings, in intervals. */
 static long lost_ticks(long interval, long long duration)
 {
     long lost = 0;
@@ -33,7 +34,7 @@ static long lost_ticks(long interval, long long duration)
     return lost;
 }
 
-/* Ticks that a thread slept through which does nothing else, with the least timer slack. */
+/* Returns the ticks that a thread slept through which only sleeps, with the least timer slack. */
 static long overslept_ticks(long interval, long long duration)
 {
     long missed = 0;

@@ -1,4 +1,4 @@
-"""What people do without this package, written as well as plain Python allows."""
+"""What one does without this package, written as well as plain Python allows."""
 
 import fcntl
 import os

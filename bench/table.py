@@ -1,4 +1,4 @@
-"""Interleaved rounds, and the table they make: this machine's speed drifts, so only neighbours compare."""
+"""Interleaved rounds and the table of their medians: a machine's speed drifts, so only neighbours compare."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ROWS = []
 
 
 def per_call(call, loops):
-    """Nanoseconds of one call, over a loop of them."""
+    """Return the nanoseconds of one call, averaged over a loop."""
     start = time.perf_counter_ns()
     for _ in range(loops):
         call()
@@ -20,7 +20,7 @@ def per_call(call, loops):
 
 
 def nothing():
-    """An empty call: what the loop itself costs."""
+    """Do nothing: what the loop itself costs."""
 
 
 def compare(benchmark, title, contenders, loops=2000):
@@ -45,8 +45,8 @@ def compare(benchmark, title, contenders, loops=2000):
 def compare_timers(benchmark, title, timers, *, before=nothing, rounds=ROUNDS):
     """Run the timers in turn, `rounds` times, and keep their medians and their ratios to the first.
 
-    timers: {label: (timer, target)}. A timer gives nanoseconds. target: ("at least" or "at most", ratio), or None. The
-    ratio is the median over the rounds of what stood side by side in a round, with its quartiles.
+    timers: {label: (timer, target)}. A timer returns nanoseconds. target: ("at least" or "at most", ratio), or None. A
+    ratio is taken within each round; the table has the median and the quartiles over all rounds.
     """
     times = {label: [] for label in timers}
     for _ in range(rounds):
@@ -68,12 +68,12 @@ def compare_timers(benchmark, title, timers, *, before=nothing, rounds=ROUNDS):
 
 
 def add(title, label, ns, *, ratio=None, quartiles=None, verdict=""):  # noqa: PLR0913 - the columns of the table
-    """Keep a row of the table."""
+    """Add a row to the table."""
     ROWS.append({"group": title, "what": label, "ns": ns, "ratio": ratio, "quartiles": quartiles, "verdict": verdict})
 
 
 def machine():
-    """Where and when this is."""
+    """Return the date, the machine and the versions."""
     names = (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines())
     cpu = next((name for name in names if "CPU" in name or "Processor" in name), platform.machine())
     python = f"CPython {platform.python_version()}"
@@ -81,7 +81,7 @@ def machine():
 
 
 def lines():
-    """Give the table, line by line: every row, those that lose too."""
+    """Yield the table line by line: every row, those that lose too."""
     yield machine()
     yield "medians of interleaved rounds, an empty loop's cost taken off; ratio to the first row of a group [quartiles]"
     title = None

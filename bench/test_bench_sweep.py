@@ -2,17 +2,13 @@
 
 import contextlib
 import itertools
-import json
 import os
 import resource
-import shutil
-import socket
-import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from qemu import needs_qemu, plain_qemu
 from rivals import PythonStatsFile
 from table import add, compare_timers, nothing, per_call
 
@@ -176,68 +172,24 @@ def test_quality_of_the_schedule(benchmark, limit, files):
     benchmark.pedantic(lambda: sampler.run(0, count=100), rounds=3, iterations=1)
 
 
-class Qmp:
-    """A QEMU with live vCPUs, and its own way to its statistics."""
-
-    def __init__(self, folder, vcpus):
-        path = str(folder / "qmp")
-        self.process = subprocess.Popen(
-            [
-                *("qemu-system-x86_64", "-accel", "kvm", "-smp", str(vcpus), "-m", "64", "-nodefaults"),
-                *("-display", "none", "-qmp", f"unix:{path},server=on,wait=off"),
-            ],
-            stderr=subprocess.PIPE,
-        )
-        deadline = time.monotonic() + 20
-        self.socket = socket.socket(socket.AF_UNIX)
-        while True:
-            try:
-                self.socket.connect(path)
-                break
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-        self.replies = self.socket.makefile("r")
-        self.replies.readline()
-        self.ask("qmp_capabilities")
-
-    def ask(self, command, **arguments):
-        self.socket.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
-        while True:
-            reply = json.loads(self.replies.readline())
-            if "event" not in reply:
-                return reply["return"]
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.replies.close()
-        self.socket.close()
-        self.process.stderr.close()
-
-
+@needs_qemu
 @pytest.mark.benchmark(group="rivals")
 def test_against_qemu_query_stats(benchmark, files, tmp_path):
     """query-stats over QMP on a live QEMU with 4 vCPUs, per vCPU, beside a sweep of as many files."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("there is no qemu-system-x86_64 (Debian: qemu-system-x86)")
     vcpus = 4
-    qmp = Qmp(tmp_path, vcpus)
-    try:
-        found = qmp.ask("query-stats", target="vcpu")
+    with contextlib.ExitStack() as stack:
+        _, monitor = plain_qemu(tmp_path, stack, vcpus=vcpus)
+        found = monitor("query-stats", target="vcpu")
         assert len([entry for entry in found if entry["provider"] == "kvm"]) == vcpus
         sampler = kf.Sampler(files[:vcpus])
         timers = {
             "Sampler.sweep()": (lambda: per_call(sampler.sweep, 500) / vcpus, None),
             "QEMU query-stats over QMP": (
-                lambda: per_call(lambda: qmp.ask("query-stats", target="vcpu"), 10) / vcpus,
+                lambda: per_call(lambda: monitor("query-stats", target="vcpu"), 10) / vcpus,
                 ("at least", 1000),
             ),
         }
         compare_timers(benchmark, "all statistics of a vCPU, ns per vCPU", timers, rounds=ROUNDS)
-    finally:
-        qmp.close()
     benchmark.pedantic(sampler.sweep, rounds=ROUNDS, iterations=100)
 
 
