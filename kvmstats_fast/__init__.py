@@ -29,12 +29,13 @@ if TYPE_CHECKING:
         RecordingWarning,
         VmGoneError,
     )
+    from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.formats.csv import to_csv
     from kvmstats_fast.formats.parquet import to_parquet
     from kvmstats_fast.formats.recorder import Recorder
     from kvmstats_fast.formats.recording import Recording
     from kvmstats_fast.image import StatsImage, parse, to_merged
-    from kvmstats_fast.samples import FileInfo, SampleError, Samples
+    from kvmstats_fast.samples import SampleError, Samples
     from kvmstats_fast.sampling.measure import measure
     from kvmstats_fast.sampling.sampler import Sampler
     from kvmstats_fast.sampling.stream import Stream
@@ -106,12 +107,13 @@ _ROOMS = {
         "RecordingWarning",
         "VmGoneError",
     ),
+    "file_info": ("FileInfo",),
     "formats.csv": ("to_csv",),
     "formats.parquet": ("to_parquet",),
     "formats.recorder": ("Recorder",),
     "formats.recording": ("Recording",),
     "image": ("StatsImage", "parse", "to_merged"),
-    "samples": ("FileInfo", "SampleError", "Samples"),
+    "samples": ("SampleError", "Samples"),
     "sampling.measure": ("measure",),
     "sampling.sampler": ("Sampler",),
     "sampling.stream": ("Stream",),

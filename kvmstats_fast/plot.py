@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.formats import need
-from kvmstats_fast.formats.frames import labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,13 +59,21 @@ def _unit(samples: Samples, name: str) -> str:
     return f"{unit}/s" if unit else "1/s"
 
 
-def _whose(samples: Samples, name: str) -> list[str]:
-    columns = samples.columns(name)
-    return [f"{columns[0].kind} {label}" for label in labels(columns)]
+def _bands(samples: Samples, name: str) -> dict[str, list[int]]:
+    """Return the columns that share a band, by what the band is called: those of a VM, or all if there are many VMs."""
+    files = samples.columns(name)
+    by_vm: dict[str, list[int]] = {}
+    for column, info in enumerate(files):
+        by_vm.setdefault(info.vm, []).append(column)
+    if len(by_vm) > _LINES:
+        return {f"{len(by_vm)} VMs": list(range(len(files)))}
+    return by_vm
 
 
 def rates(samples: Samples, names: str | Iterable[str], ax: Any = None) -> Any:
-    """Draw rates over time, a line for each file; of more than 10 files their median and what lies between all.
+    """Draw rates over time, a line for each file: ``web/0`` is vCPU 0 of the VM web.
+
+    More than 10 files become a median for each VM, and a band from the least to the most; more than 10 VMs one for all.
 
     Parameters
     ----------
@@ -95,15 +102,19 @@ def rates(samples: Samples, names: str | Iterable[str], ax: Any = None) -> Any:
     for name, (edges, rate) in drawn.items():
         prefix = f"{name}, " if len(names) > 1 else ""
         if rate.shape[1] <= _LINES:
-            for values, whose in zip(rate.T, _whose(samples, name), strict=True):
-                ax.stairs(values, edges, label=prefix + whose, baseline=None)
+            for values, info in zip(rate.T, samples.columns(name), strict=True):
+                ax.stairs(values, edges, label=f"{prefix}{info}", baseline=None)
             continue
-        known = ~np.isnan(rate).all(axis=1)
-        spread = np.full((3, len(rate)), np.nan)
-        spread[:, known] = np.nanquantile(rate[known], (0, 0.5, 1), axis=1)
-        low, middle, high = spread
-        line = ax.stairs(middle, edges, label=f"{prefix}median of {rate.shape[1]}", baseline=None)
-        ax.stairs(high, edges, baseline=low, fill=True, alpha=0.25, color=line.get_edgecolor(), label="least to most")
+        for whose, columns in _bands(samples, name).items():
+            part = rate[:, columns]
+            known = ~np.isnan(part).all(axis=1)
+            spread = np.full((3, len(part)), np.nan)
+            spread[:, known] = np.nanquantile(part[known], (0, 0.5, 1), axis=1)
+            low, middle, high = spread
+            label = f"{prefix}{whose}: median of {len(columns)}"
+            color = ax.stairs(middle, edges, label=label, baseline=None).get_edgecolor()
+            label = f"{prefix}{whose}: least to most"
+            ax.stairs(high, edges, baseline=low, fill=True, alpha=0.25, color=color, label=label)
     ax.set(xlabel="time since start (s)", ylabel=f"{names[0] if len(names) == 1 else 'rate'} ({units.pop()})")
     ax.margins(x=0)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
@@ -157,7 +168,7 @@ def _si(value: float, unit: str) -> str:
 
 
 def heatmap(samples: Samples, name: str, ax: Any = None) -> Any:
-    """Draw the rate of a statistic as colours: time from left to right, a row for each file.
+    """Draw the rate of a statistic as colours: time from left to right, a row for each file, ``web/0``.
 
     Parameters
     ----------
@@ -181,7 +192,7 @@ def heatmap(samples: Samples, name: str, ax: Any = None) -> Any:
     least = np.fmin.reduce(rate, axis=None, initial=0)  # below 0 where a value fell
     mesh = ax.pcolormesh(edges, files, np.ma.masked_invalid(rate.T), shading="flat", rasterized=True, vmin=least)
     step = -(-rate.shape[1] // 24)
-    whose = _whose(samples, name)
+    whose = [str(info) for info in samples.columns(name)]
     ax.set_yticks(range(0, len(whose), step), whose[::step])
     ax.invert_yaxis()
     ax.set_xlabel("time since start (s)")

@@ -22,35 +22,11 @@ if TYPE_CHECKING:
     from kvmstats_fast.analysis.figures import Figures
     from kvmstats_fast.analysis.halt_poll import HaltPollAdvice
     from kvmstats_fast.analysis.histogram import Histogram
+    from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.groups import Group
     from kvmstats_fast.stat import Stat
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """Whose statistics a column of `Samples` holds.
-
-    Attributes
-    ----------
-    id : str
-        The id string of the file: a label, not a key.
-    kind : str
-        ``"vm"`` or ``"vcpu"``.
-    vcpu_id : int or None
-        None for a VM.
-    pid : int or None
-        Process id of the VMM, for files of a `VirtualMachine`.
-    name : str
-        Name of the guest; empty if it is not known.
-    """
-
-    id: str
-    kind: str
-    vcpu_id: int | None
-    pid: int | None = None
-    name: str = ""
 
 
 class SampleError(NamedTuple):
@@ -132,6 +108,11 @@ class Samples:
     def names(self) -> tuple[str, ...]:
         """Names of the statistics that were sampled, each once."""
         return tuple(dict.fromkeys(name for group in self.groups for name in group.places))
+
+    @property
+    def vms(self) -> tuple[str, ...]:
+        """Labels of the VMs (`FileInfo.vm`), each once, in the order of `files`."""
+        return tuple(dict.fromkeys(info.vm for info in self.files))
 
     @property
     def wall_time(self) -> npt.NDArray[np.int64]:

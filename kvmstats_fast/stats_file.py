@@ -14,7 +14,7 @@ from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._resource import Closing, Fd, HasFileno, describe_fd, fd_of
 from kvmstats_fast._text import printable
 from kvmstats_fast.abi import Layout, ioctl_number
-from kvmstats_fast.handle import Handle, read_refused, refused
+from kvmstats_fast.handle import Handle, Owner, read_refused, refused
 from kvmstats_fast.schema import CACHE, Header, Schema, Value, kind_of, read_header, schema_of
 
 if TYPE_CHECKING:
@@ -163,7 +163,9 @@ class StatsFile(Closing):
             stats_fd = Fd(fcntl.ioctl, fd, number)
         except OSError as error:
             raise refused(error.errno or 0, call, fd, _OPEN_HINTS) from None
-        return cls(stats_fd)
+        file = cls(stats_fd)
+        file.handle.owner = Owner(os.getpid())  # the kernel opens the files of the caller's own VMs only
+        return file
 
     @classmethod
     def from_bytes(cls, data: Buffer) -> Self:

@@ -183,7 +183,8 @@ def run_of(*groups, times=None, failed=()):
     for group in groups:
         for index in group.columns.tolist():
             vcpu = group.kind == "vcpu"
-            files[index] = kf.FileInfo(f"kvm-1/vcpu-{index}" if vcpu else "kvm-1", group.kind, index if vcpu else None)
+            file_id = f"kvm-1/vcpu-{index}" if vcpu else "kvm-1"
+            files[index] = kf.FileInfo(file_id, group.kind, index if vcpu else None, 1, "web", "web", "here")
     time = np.array(range(0, sweeps * 10**9, 10**9) if times is None else times, np.int64)
     clock = (time, np.ones(sweeps, np.int64), np.arange(sweeps, dtype=np.uint64))
     errors = tuple(kf.SampleError(file, sweep, OSError(9, "gone")) for file, sweep in failed)

@@ -30,12 +30,13 @@ def schema_of(stats, kind="vcpu", **options):
 def samples(groups, sweeps, *, seed=0, errors=(), **about):
     """Samples of `groups`, [(kind, schema, number of files)], every value at random over the whole of uint64."""
     rng = np.random.default_rng(seed)
+    about = {"interval": 0.001, "wall_offset": 1790000000 * 10**9, "host": "härd", "kernel": "6.18 x86_64"} | about
     files, made = [], []
     for kind, schema, number in groups:
         columns = np.arange(len(files), len(files) + number)
-        files += [
-            kf.FileInfo(f"kvm-{7 + i // 2}/{kind}-{i}", kind, i if kind == "vcpu" else None) for i in columns.tolist()
-        ]
+        for i in columns.tolist():
+            vcpu_id = i if kind == "vcpu" else None
+            files.append(kf.FileInfo(f"kvm-{7 + i // 2}/{kind}-{i}", kind, vcpu_id, 7, "web", "web", about["host"]))
         values = rng.integers(0, 2**64, (sweeps, number, schema.num_values), np.uint64)
         places = {stat.name: (stat, stat.offset // 8) for stat in schema.stats}
         made.append(Block(schema, kind, places, columns, values))
@@ -45,7 +46,6 @@ def samples(groups, sweeps, *, seed=0, errors=(), **about):
                 group.values[error.sweep :, group.columns.tolist().index(error.file)] = 0
     time = 10**12 + np.cumsum(rng.integers(1, 10**7, sweeps)).astype(np.int64)
     tick = np.cumsum(rng.integers(1, 3, sweeps)).astype(np.uint64)
-    about = {"interval": 0.001, "wall_offset": 1790000000 * 10**9, "host": "härd", "kernel": "6.18 x86_64"} | about
     clock = (time, rng.integers(0, 10**6, sweeps), tick)
     return kf.Samples(tuple(made), tuple(files), *clock, errors=tuple(errors), **about)
 

@@ -349,25 +349,39 @@ def test_exponents_that_no_float_reaches_break_no_figures():
 def test_the_table_has_a_line_for_each_figure():
     """min, mean and max of the known values, units, and whose they are."""
     x = run_of(group_of(counters("exits"), range(3), {"exits": [[0, 0, 0], [1, 2, 0], [3, 6, 0]]}), failed=[(2, 1)])
-    assert [line.split() for line in str(x.figures()).splitlines()] == [
-        ["min", "mean", "max"],
-        ["exits/s", "1.5", "2.25", "3", "1/s", "of", "3", "files:", "exits"],
-        ["exits_imbalance", *["0.3333"] * 3, "over", "all:", "max", "/", "mean", "-", "1", "of", "exits/s"],
-    ]
+    head, exits, imbalance = (line.split() for line in str(x.figures()).splitlines())
+    assert head == ["min", "mean", "max"]
+    assert exits == ["exits/s", "1.5", "2.25", "3", "1/s", "of", "3", "files:", "exits"]
+    assert imbalance[:7] == ["exits_imbalance", *["0.3333"] * 3, "of", "1", "VM:"]
+    assert " ".join(imbalance[7:]) == "max / mean - 1 of exits/s in a VM"
+
+
+def test_imbalance_is_of_each_vm():
+    """Over its own vCPUs: a busy VM beside an idle one is not uneven, and the figure says whose each value is."""
+    exits = {"exits": [[0, 0, 0, 0, 0], [10, 1000, 30, 1000, 0]]}
+    x = run_of(group_of(counters("exits"), range(5), exits), failed=[(4, 0)])
+    x.files = tuple(replace(info, vm=vm) for info, vm in zip(x.files, ("web", "db", "web", "db", "gone"), strict=True))
+    figures = x.figures()
+    assert figures["exits_imbalance"].vms == ("web", "db", "gone")
+    np.testing.assert_allclose(figures["exits_imbalance"].values, [0.5, 0, math.nan])
+    assert figures["exits/s"].vms == ("web", "db", "web", "db", "gone")
+    assert "of 3 VMs: max / mean - 1" in str(figures)
 
 
 def test_a_run_of_a_sampler_has_figures_too(resources):
     """Files of two kernels and a VM, read by the C core, one of which is closed meanwhile."""
-    new, old = resources.enter_context(SyntheticStats()), resources.enter_context(SyntheticStats(layout="v2"))
+    new, newer = (resources.enter_context(SyntheticStats(vcpu_id=vcpu_id)) for vcpu_id in (0, 1))
+    old = resources.enter_context(SyntheticStats(layout="v2", vcpu_id=2))
     vm = resources.enter_context(SyntheticStats(kind="vm"))
-    files = [resources.enter_context(made.open()) for made in (old, vm, new, new)]
+    files = [resources.enter_context(made.open()) for made in (old, vm, new, newer)]
     sampler = kf.Sampler(files)
     parts = []
     for _ in range(3):
         parts.append(sampler.run(0, count=1))
-        new.add("exits", 30)
         old.add("exits", 10)
-        new.add("halt_wait_ns", 1000)
+        for one in (new, newer):
+            one.add("exits", 30)
+            one.add("halt_wait_ns", 1000)
         vm.set("pages_4k", 512)
         vm.set("pages_2m", 3)
         files[3].close()

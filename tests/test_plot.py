@@ -1,5 +1,7 @@
 """Plots: what is drawn is what was sampled, and the axes say in what unit."""
 
+from dataclasses import replace
+
 import made
 import matplotlib as mpl
 import numpy as np
@@ -40,7 +42,7 @@ def test_rates_are_lines_in_base_units():
     """A line for each vCPU, seconds on one axis and the unit per second on the other."""
     ax = plot.rates(run(11, 2), "exits")
     labels = [label for label, _, _ in drawn(ax)]
-    assert labels == ["vcpu 0", "vcpu 1"] == [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["web/0", "web/1"] == [text.get_text() for text in ax.get_legend().get_texts()]
     for i, (_, values, edges) in enumerate(drawn(ax)):
         assert values.tolist() == pytest.approx([10_000 * (i + 1)] * 10)
         assert edges.tolist() == pytest.approx(np.arange(11) / 1000)
@@ -65,10 +67,37 @@ def test_many_files_become_a_median_and_a_band():
     """Nobody can tell forty lines apart."""
     ax = plot.rates(run(5, 40), "exits")
     (label, middle, _), (band, high, _) = drawn(ax)
-    assert (label, band) == ("median of 40", "least to most")
+    assert (label, band) == ("web: median of 40", "web: least to most")
     assert middle.tolist() == pytest.approx([10_000 * 20.5] * 4)
     assert high.tolist() == pytest.approx([10_000 * 40] * 4)
     assert np.asarray(ax.patches[1].get_data().baseline).tolist() == pytest.approx([10_000] * 4)
+
+
+@pytest.mark.parametrize("files", [2, 9, 12])
+def test_plots_tell_vms_apart(files):
+    """Each line, band and row is of one VM and says of which; no band is over vCPUs of two."""
+    x = run(5, files)
+    x.files = tuple(replace(info, vm="web" if i % 2 else "db", vcpu_id=i // 2) for i, info in enumerate(x.files))
+    names = [f"{'web' if i % 2 else 'db'}/{i // 2}" for i in range(files)]
+    assert [text.get_text() for text in plot.heatmap(x, "exits").get_yticklabels()] == names
+    lines = drawn(plot.rates(x, "exits"))
+    if files <= 10:
+        assert [label for label, _, _ in lines] == names
+        return
+    (db, middle, _), _, (web, _, _), (band, high, _) = lines
+    assert (db, web, band) == ("db: median of 6", "web: median of 6", "web: least to most")
+    assert middle.tolist() == pytest.approx([10_000 * 6] * 4)  # of 1, 3, ..., 11
+    assert high.tolist() == pytest.approx([10_000 * 12] * 4)
+
+
+def test_more_vms_than_anybody_can_tell_apart_share_a_band():
+    """The legend says how many they are."""
+    x = run(5, 12)
+    x.files = tuple(replace(info, vm=f"vm {i}") for i, info in enumerate(x.files))
+    assert [label for label, _, _ in drawn(plot.rates(x, "exits"))] == [
+        "12 VMs: median of 12",
+        "12 VMs: least to most",
+    ]
 
 
 def test_where_a_file_had_failed_nothing_is_drawn():
@@ -114,7 +143,7 @@ def test_a_heat_map_has_a_row_for_each_vcpu():
     ax = plot.heatmap(run(4, 3), "exits")
     mesh = ax.collections[0]
     assert mesh.get_array().reshape(3, 3).tolist() == [pytest.approx([10_000 * (i + 1)] * 3) for i in range(3)]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["vcpu 0", "vcpu 1", "vcpu 2"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["web/0", "web/1", "web/2"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]
     assert ax.figure.axes[1].get_ylabel() == "exits (1/s)"
     assert len(plot.heatmap(run(4, 300), "exits").get_yticklabels()) <= 24
@@ -140,7 +169,7 @@ def test_an_axes_that_is_given_is_drawn_into():
 def test_several_statistics_of_one_unit_share_a_plot():
     """Of different units they are refused, and so are histograms, nothing at all, and less than two sweeps."""
     ax = plot.rates(run(4, 1), ["exits", "io_exits"])
-    assert [label for label, _, _ in drawn(ax)] == ["exits, vcpu 0", "io_exits, vcpu 0"]
+    assert [label for label, _, _ in drawn(ax)] == ["exits, web/0", "io_exits, web/0"]
     assert ax.get_ylabel() == "rate (1/s)"
     with pytest.raises(ValueError, match="different units, 1/s, s/s"):
         plot.rates(run(4, 1), ["exits", "halt_wait_ns"])

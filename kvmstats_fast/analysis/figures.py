@@ -7,7 +7,7 @@ it is counted: ``virt/kvm/kvm_main.c`` (halts), ``arch/x86/kvm/mmu`` (page fault
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,8 @@ from kvmstats_fast.analysis.whole_run import WholeRun
 
 if TYPE_CHECKING:
     from kvmstats_fast.analysis.whole_run import Values
-    from kvmstats_fast.samples import FileInfo, Samples
+    from kvmstats_fast.file_info import FileInfo
+    from kvmstats_fast.samples import Samples
 
 #: Counters of exits by kind: ``io_exits``, ``exit_instruction``, ``wfi_exit_stat``, ``mmio_exit_user``.
 _EXIT_KIND = re.compile(r"(?:.+_)?exits?(?:_.+)?")
@@ -37,15 +38,17 @@ class Figure:
     ----------
     name : str
     values : numpy.ndarray
-        float64, shape ``(n,)``: one for each of `files`. NaN where it is not defined: a ratio to nothing, a run of one
-        sweep, a file that failed at once, a count that reads below 0. For a figure over all files `files` is empty and
-        the shape ``(1,)``.
+        float64, shape ``(n,)``: one for each of `files`, or of `vms` if the figure is over the vCPUs of a VM. NaN where
+        it is not defined: a ratio to nothing, a run of one sweep, a file that failed at once, a count that reads below
+        0.
     units : str
         ``"1/s"``, or empty for a fraction.
     files : tuple of FileInfo
-        The files that have every statistic of the formula.
+        The files that have every statistic of the formula; empty if the figure is over the vCPUs of a VM.
     formula : str
         How it follows from the statistics.
+    vms : tuple of str
+        The VM of each value: a label, as in `FileInfo`.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Figure:
     units: str
     files: tuple[FileInfo, ...]
     formula: str
+    vms: tuple[str, ...] = ()
 
 
 class Figures(Mapping[str, Figure]):
@@ -78,9 +82,13 @@ class Figures(Mapping[str, Figure]):
             known = figure.values[~np.isnan(figure.values)]
             numbers = (known.min(), known.mean(), known.max()) if known.size else (np.nan,) * 3
             cells = [format_number(number, ".4g") for number in numbers]
-            whose = f"of {len(figure.files)} files" if figure.files else "over all"
+            whose = f"of {_count(figure.files, 'file') if figure.files else _count(figure.vms, 'VM')}"
             rows.append((figure.name, *cells, figure.units, f"{whose}: {figure.formula}"))
         return format_table(rows, "<>>>><")
+
+
+def _count(things: Sized, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def _ratio(a: Values, b: Values) -> Values:
@@ -93,7 +101,8 @@ def _figure(  # noqa: PLR0913, PLR0917 - what a figure is made of
 ) -> Figure:
     """Return a figure of the files that have all its parts, which may be none."""
     kept = run.files_having(parts)
-    return Figure(name, values[kept], units, tuple(run.files[i] for i in kept), formula)
+    files = tuple(run.files[i] for i in kept)
+    return Figure(name, values[kept], units, files, formula, tuple(info.vm for info in files))
 
 
 def figures(samples: Samples) -> Figures:
@@ -112,10 +121,14 @@ def _exits(vcpu: WholeRun) -> Iterator[Figure]:
 
 
 def _imbalance(name: str, figure: Figure) -> Figure:
-    values = figure.values[~np.isnan(figure.values)]
-    mean = values.mean() if values.size else 0.0
-    imbalance = [values.max() / mean - 1 if mean > 0 else np.nan] if figure.files else []
-    return Figure(f"{name}_imbalance", np.array(imbalance, np.float64), "", (), f"max / mean - 1 of {figure.name}")
+    """Return how uneven a figure is over the vCPUs of each VM."""
+    by_vm: dict[str, list[float]] = {vm: [] for vm in figure.vms}
+    for vm, value in zip(figure.vms, figure.values.tolist(), strict=True):
+        if not np.isnan(value):
+            by_vm[vm].append(value)
+    imbalance = [max(known) / mean - 1 if (mean := np.mean(known or 0)) > 0 else np.nan for known in by_vm.values()]
+    formula = f"max / mean - 1 of {figure.name} in a VM"
+    return Figure(f"{name}_imbalance", np.array(imbalance, np.float64), "", (), formula, tuple(by_vm))
 
 
 def _halts(vcpu: WholeRun) -> Iterator[Figure]:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvmstats_fast.samples import FileInfo, Samples
+    from kvmstats_fast.file_info import FileInfo
+    from kvmstats_fast.samples import Samples
     from kvmstats_fast.stat import Stat
 
 _NS = np.dtype("datetime64[ns]")

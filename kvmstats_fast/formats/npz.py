@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.file_info import FileInfo, identify
 from kvmstats_fast.formats._put import put_directory, put_file
 from kvmstats_fast.formats.batches import check_clock
 from kvmstats_fast.formats.errors import check_errors, describe, restore
@@ -23,7 +24,7 @@ from kvmstats_fast.formats.metadata import INT64, Check, listed, mapping, read_j
 from kvmstats_fast.formats.origin import BATCH_FIELDS, FORMAT, HOST, INTERVAL, KERNEL, KIND, check_files, check_format
 from kvmstats_fast.formats.stream_file import open_regular
 from kvmstats_fast.groups import Columns
-from kvmstats_fast.samples import FileInfo, Samples
+from kvmstats_fast.samples import Samples
 from kvmstats_fast.schema import schema_of
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class _Npz:
         check_clock(about, time, str(self._path))
         return Samples(
             self._read_groups(about, len(time)),
-            tuple(FileInfo(*info) for info in about["files"]),
+            identify([FileInfo(*info) for info in about["files"]], about["host"]),
             time,
             sweep_ns,
             tick,
@@ -163,11 +164,12 @@ class _Npz:
         """Return what the file says of itself, checked."""
         raw = self._array("about", np.uint8).tobytes()
         source = str(self._path)
-        written = read_json(raw, "about", source, mapping({"format": whole(0, INT64[1]), "files": check_files}))
-        check_format(written["format"], source)
-        checks = _PLAIN | {"groups": _GROUPS, "errors": check_errors(len(written["files"]))}
+        written = read_json(raw, "about", source, mapping({"format": whole(0, INT64[1])}))["format"]
+        check_format(written, source)
+        files = read_json(raw, "about", source, mapping({"files": check_files(written)}))["files"]
+        checks = _PLAIN | {"groups": _GROUPS, "errors": check_errors(len(files))}
         about: dict[str, Any] = {}
-        if written["format"] == 1:
+        if written == 1:
             about["wall_steps"] = []
             del checks["wall_steps"]
         about |= read_json(raw, "about", source, mapping(checks))

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.file_info import FileInfo, identify
 from kvmstats_fast.formats.limits import MOST_FILES
 from kvmstats_fast.formats.metadata import (
     INT32,
@@ -27,7 +28,6 @@ from kvmstats_fast.formats.metadata import (
     text,
     whole,
 )
-from kvmstats_fast.samples import FileInfo
 from kvmstats_fast.schema import schema_of
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from kvmstats_fast.samples import Samples
     from kvmstats_fast.schema import Schema
 
-#: Version of the file format, which docs/recording.md describes. Format 1 had one `wall_offset` for all batches.
+#: Version of the file format, which docs/recording.md describes. Format 1 had one `wall_offset` for all batches, and
+#: lacked `vm` and `host` of files.
 FORMAT = 2
 
 KIND = choice("vm", "vcpu")
@@ -46,18 +47,25 @@ KERNEL = text(255)
 INTERVAL = number(0, 1e12)
 #: A Parquet file that was made of Samples, not of a recording, has no id.
 _ID = pattern("([0-9a-f]{32})?", "32 hexadecimal digits")
-_FILES = listed(row(text(), KIND, optional(whole(0, 2**32 - 1)), optional(whole(0, INT32[1])), text()))
+#: Fields of FileInfo.
+_FILE = (text(), KIND, optional(whole(0, 2**32 - 1)), optional(whole(0, INT32[1])), text(), text(), HOST)
+_FIELDS_OF_FORMAT_1 = 5
 _COLUMNS = listed(whole(0, MOST_FILES - 1), least=1)
 
 
-def check_files(value: Any) -> None:
-    """Accept the fields of FileInfo, file by file."""
-    _FILES(value)
-    for index, (_, kind, vcpu_id, *_) in enumerate(value):
-        if (kind == "vcpu") != (vcpu_id is not None):
-            wrong = Wrong(vcpu_id, "the id of a vCPU, and null for a VM")
-            wrong.where = f"[{index}][2]"
-            raise wrong
+def check_files(written: int) -> Check:
+    """Accept the fields of FileInfo, file by file, as the format `written` has them."""
+    rows = listed(row(*(_FILE[:_FIELDS_OF_FORMAT_1] if written == 1 else _FILE)))
+
+    def check(value: Any) -> None:
+        rows(value)
+        for index, (_, kind, vcpu_id, *_) in enumerate(value):
+            if (kind == "vcpu") != (vcpu_id is not None):
+                wrong = Wrong(vcpu_id, "the id of a vCPU, and null for a VM")
+                wrong.where = f"[{index}][2]"
+                raise wrong
+
+    return check
 
 
 def check_columns(value: Any) -> None:
@@ -84,7 +92,7 @@ _CHECKS: dict[str, Check] = {
     "kernel": KERNEL,
     "interval": INTERVAL,
     "wall_offset": whole(*INT64),
-    "files": check_files,
+    "files": check_files(FORMAT),
     "columns": check_columns,
     "kind": KIND,
 }
@@ -161,8 +169,9 @@ class Origin:
             raise KvmStatsError(f"{source}: not a recording of kvmstats_fast: its metadata has no kvmstats.format")
         written = read_field(metadata, "format", whole(0, INT32[1]), source)
         check_format(written, source)
-        found = {name: read_field(metadata, name, check, source) for name, check in _CHECKS.items()}
-        files = tuple(FileInfo(*info) for info in found.pop("files"))
+        checks = _CHECKS | {"files": check_files(written)}
+        found = {name: read_field(metadata, name, check, source) for name, check in checks.items()}
+        files = identify([FileInfo(*info) for info in found.pop("files")], found["host"])
         columns = tuple(found.pop("columns"))
         if columns[-1] >= len(files) or any(files[index].kind != found["kind"] for index in columns):
             raise KvmStatsError(

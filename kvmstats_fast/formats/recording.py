@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.formats.origin import Origin
     from kvmstats_fast.groups import Columns
-    from kvmstats_fast.samples import FileInfo
 
 _PACKAGE = str(Path(__file__).parents[1])
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Self
 
-    from kvmstats_fast.stats_file import StatsFile
+    from kvmstats_fast.sampling.plan import StatsFiles
 
 
 class _Changes(Mapping[str, "npt.NDArray[Any]"]):
@@ -73,9 +73,7 @@ class measure:  # noqa: N801 - used as a function is
     >>> m.delta["exits"]                        # doctest: +SKIP
     """
 
-    def __init__(
-        self, files: Iterable[StatsFile | Iterable[StatsFile]], stats: str | Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, files: StatsFiles, stats: str | Iterable[str] | None = None) -> None:
         self._live = LiveRow(Plan(files, stats, threads=1))
         self._readings: list[Samples] = []
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -14,8 +15,9 @@ from kvmstats_fast._arguments import article, check_integer, check_names
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import unknown_stat
+from kvmstats_fast.file_info import FileInfo, identify
 from kvmstats_fast.groups import Block
-from kvmstats_fast.samples import FileInfo, SampleError, Samples
+from kvmstats_fast.samples import SampleError, Samples
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.schema import Schema
     from kvmstats_fast.stat import Stat
+
+    #: What can be sampled: files, or lists of them, such as a VirtualMachine; or these by labels of the caller's.
+    StatsFiles: TypeAlias = (
+        Iterable[StatsFile | Iterable[StatsFile]] | Mapping[str, StatsFile | Iterable[StatsFile | Iterable[StatsFile]]]
+    )
 
 #: Bytes that a sweep takes besides its values: its time, how long it took, its tick.
 _CLOCK_BYTES = 24
@@ -90,19 +97,19 @@ class Plan:
         As `Sampler`.
     """
 
-    def __init__(
-        self, files: Iterable[StatsFile | Iterable[StatsFile]], stats: str | Iterable[str] | None, threads: int
-    ) -> None:
-        opened = _check_files(files)
+    def __init__(self, files: StatsFiles, stats: str | Iterable[str] | None, threads: int) -> None:
+        by_vm = _check_files(files)
+        opened = [file for some in by_vm.values() for file in some]
         self.threads = check_integer("threads", threads, 1, lib.KVMSTATS_MAX_THREADS)
         selections = _select(dict.fromkeys(file.schema for file in opened), stats)
         self._files = [file for file in opened if selections[file.schema].places]
         if not self._files:
             raise ValueError("there is nothing to sample: no files, or none with statistics")
-        self.files = tuple(
-            FileInfo(file.id, file.kind, file.vcpu_id, file.handle.owner.pid, file.handle.owner.name)
-            for file in self._files
-        )
+        machine = os.uname()
+        self.host, self.kernel = machine.nodename, f"{machine.release} {machine.machine}"
+        # Of all that were given, so that what is chosen of them does not change their labels.
+        infos = identify([_describe(file, vm) for vm, some in by_vm.items() for file in some], self.host)
+        self.files = tuple(info for file, info in zip(opened, infos, strict=True) if selections[file.schema].places)
         members: dict[tuple[Schema, str], list[int]] = {}
         for index, file in enumerate(self._files):
             members.setdefault((file.schema, file.kind), []).append(index)
@@ -130,8 +137,6 @@ class Plan:
             struct.position = source.position + selection.first * source.value_size
             struct.count, struct.width = selection.count, selection.width
             struct.gather = self._gathers[file.schema]
-        machine = os.uname()
-        self.host, self.kernel = machine.nodename, f"{machine.release} {machine.machine}"
 
     def copy_structs(self) -> Any:
         """Return a ``struct kvmstats_file[]`` of the files, none of which has failed or has rows yet."""
@@ -224,19 +229,50 @@ class LiveRow(Rows):
             raise self.find_errors(0, 1)[0].error
 
 
-def _check_files(files: Iterable[StatsFile | Iterable[StatsFile]]) -> list[StatsFile]:
-    """Return the files of a list, and of the lists in it; all are open StatsFiles."""
+def _check_files(files: StatsFiles) -> dict[str, list[StatsFile]]:
+    """Return the files by the caller's label of their VM, ``""`` if there is none; all are open StatsFiles."""
+    if not isinstance(files, Mapping):
+        return {"": _flatten("files", files)}
+    by_vm: dict[str, list[StatsFile]] = {}
+    for vm, some in files.items():
+        _check_label(vm)
+        name = f"files[{vm!r}]"
+        if vm in by_vm:
+            raise ValueError(f"{name} is there twice; each VM must have a label of its own")
+        by_vm[vm] = _flatten(name, [some] if isinstance(some, StatsFile) else some)
+        for (kind, vcpu_id), count in Counter((file.kind, file.vcpu_id) for file in by_vm[vm]).items():
+            if count > 1:
+                what = "files of a VM" if kind == "vm" else f"files of vCPU {vcpu_id}"
+                raise ValueError(f"{name} has {count} {what}; a label joins the files of one VM: give each VM its own")
+    return by_vm
+
+
+def _check_label(vm: object) -> None:
+    """Raise unless this can be a label in every table and file."""
+    if not isinstance(vm, str):
+        raise TypeError(f"files has {article(vm)} as the label of a VM; it must be a str")
+    if not vm or any("\ud800" <= character <= "\udfff" for character in vm):
+        raise ValueError(f"files has {vm!r} as the label of a VM; it must be text, and not empty")
+
+
+def _flatten(name: str, files: Iterable[StatsFile | Iterable[StatsFile]]) -> list[StatsFile]:
+    """Return the files of a list, and of the lists in it."""
     wanted = "it must be StatsFiles, or lists of them"
     if isinstance(files, StatsFile) or not isinstance(files, Iterable):
-        raise TypeError(f"files is {article(files)}; {wanted}")
+        raise TypeError(f"{name} is {article(files)}; {wanted}")
     chosen: list[StatsFile] = []
     for one in files:
         chosen.extend([one] if isinstance(one, StatsFile) or not isinstance(one, Iterable) else one)
     for file in chosen:
         if not isinstance(file, StatsFile):
-            raise TypeError(f"files has {article(file)}; {wanted}")
+            raise TypeError(f"{name} has {article(file)}; {wanted}")
         file.handle.check_open()
     return chosen
+
+
+def _describe(file: StatsFile, vm: str) -> FileInfo:
+    owner = file.handle.owner
+    return FileInfo(file.id, file.kind, file.vcpu_id, owner.pid, owner.name, vm)
 
 
 def _select(schemas: Iterable[Schema], stats: str | Iterable[str] | None) -> dict[Schema, _Selection]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvmstats_fast.samples import SampleError
-    from kvmstats_fast.stats_file import StatsFile
+    from kvmstats_fast.sampling.plan import StatsFiles
 
 _sweep = lib.kvmstats_sweep  # the hot call: looking it up in lib would cost a tenth of it
 #: Chunks of room for a run whose end is not known.
@@ -34,9 +34,10 @@ class Sampler(Unique):
 
     Parameters
     ----------
-    files : iterable of StatsFile
+    files : iterable of StatsFile, or mapping
         Of VMs and vCPUs, of any schemas; or of iterables of those, such as a `VirtualMachine`. They must stay open
-        while they are sampled: a file that is closed has failed.
+        while they are sampled: a file that is closed has failed. A mapping gives VMs labels of the caller's:
+        ``{"web": files, "db": machine}``; without one `FileInfo.vm` is what else is known of them.
     stats : str or iterable of str, optional
         Names or globs (``"halt_*"``): only these are read and kept. Default: everything. A file that has none of them
         is left out.
@@ -53,7 +54,8 @@ class Sampler(Unique):
     KeyError
         If a name or glob fits no statistic of any file.
     TypeError, ValueError
-        If `files` is not an iterable of open StatsFiles or has none, or `threads` is out of range.
+        If `files` is not an iterable of open StatsFiles or has none, a label is no text or its files are not those of
+        one VM, or `threads` is out of range.
 
     Notes
     -----
@@ -63,7 +65,7 @@ class Sampler(Unique):
 
     def __init__(
         self,
-        files: Iterable[StatsFile | Iterable[StatsFile]],
+        files: StatsFiles,
         stats: str | Iterable[str] | None = None,
         threads: int = 1,
     ) -> None:

@@ -1,0 +1,101 @@
+"""FileInfo: whose statistics a stats file has; and the labels that join the files of one VM."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """Whose statistics a column holds. As text it is ``web/0``, vCPU 0 of the VM web, or ``web``, that VM's own file.
+
+    Attributes
+    ----------
+    id : str
+        The id string of the file, ``kvm-PID`` or ``kvm-TID/vcpu-N``. It is not a key: two VMs of one process may have
+        the same, and the vCPUs of one VM name the threads that made them.
+    kind : {"vm", "vcpu"}
+    vcpu_id : int or None
+        None for the file of a VM.
+    pid : int or None
+        Of the VMM, where it is known: for files of a `VirtualMachine`, and for those of this process' own VMs.
+    name : str
+        Of the guest, as the VMM's command line has it; empty where it is not known.
+    vm : str
+        A label that joins the files of one VM, and that no other VM sampled with it has. In this order:
+
+        - what the caller called it: ``Sampler({"web": files, "db": more})``;
+        - the guest's name, followed by the pid where two VMs share it: ``"web (pid 123)"``;
+        - ``"pid 123"``, where there is no name;
+        - the thread in the id, ``"kvm-123"``, where the VMM is not known either: files that were handed over,
+          captures. It joins the files that one thread made, as small VMMs do; those of QEMU's vCPUs it leaves apart.
+
+        A VM has one file of its own and one of each vCPU. Where a process or a thread has several, nothing says which
+        belongs to which VM, and each file has a label of its own, with its place among the files that were given:
+        ``"pid 123 (file 4)"``. Labels of the caller's tell such VMs apart.
+    host : str
+        Name of the host on which it was read.
+    """
+
+    id: str
+    kind: str
+    vcpu_id: int | None
+    pid: int | None = None
+    name: str = ""
+    vm: str = ""
+    host: str = ""
+
+    def __str__(self) -> str:
+        vm = self.vm or self.id
+        return vm if self.vcpu_id is None else f"{vm}/{self.vcpu_id}"
+
+
+def identify(files: Sequence[FileInfo], host: str) -> tuple[FileInfo, ...]:
+    """Return files with `vm` and `host`, where they have none yet; `FileInfo` has the rule."""
+    owners: dict[Hashable, list[int]] = {}
+    for index, info in enumerate(files):
+        owners.setdefault(_owner(info) or index, []).append(index)
+    vms: list[list[int]] = []
+    for indices in owners.values():
+        if _may_be_one_vm([files[index] for index in indices]):
+            vms.append(indices)
+        else:
+            vms.extend([index] for index in indices)
+    firsts = [files[indices[0]] for indices in vms]
+    pids = Counter(info.pid for info in firsts)
+    labels, endings = [], []
+    for (index, *_), info in zip(vms, firsts, strict=True):
+        labels.append(_describe(info) or f"file {index}")
+        by_pid = info.pid is not None and pids[info.pid] == 1
+        endings.append("" if info.vm else f" (pid {info.pid})" if by_pid else f" (file {index})")
+    # No two endings are the same, so each turn leaves at least one label less to change.
+    while shared := {label for label, count in Counter(labels).items() if count > 1}:
+        labels = [label + ending if label in shared else label for label, ending in zip(labels, endings, strict=True)]
+    found = {index: label for indices, label in zip(vms, labels, strict=True) for index in indices}
+    return tuple(replace(info, vm=found[index], host=info.host or host) for index, info in enumerate(files))
+
+
+def _owner(info: FileInfo) -> Hashable:
+    """Return what the files of a VM have in common; None if nothing is known."""
+    if info.vm:
+        return ("vm", info.vm)
+    return ("pid", info.pid) if info.pid is not None else _describe(info) or None
+
+
+def _describe(info: FileInfo) -> str:
+    """Return the label of a VM, which need not be the only one of that label; empty if nothing is known."""
+    if info.vm:
+        return info.vm
+    known = info.name or (f"pid {info.pid}" if info.pid is not None else "")
+    text = known or (info.id if info.kind == "vm" else info.id.rpartition("/")[0])
+    return text.encode("utf-8", "backslashreplace").decode()  # no table or file takes surrogates
+
+
+def _may_be_one_vm(files: Sequence[FileInfo]) -> bool:
+    """Whether no two files are of the same thing; those whose label was given are."""
+    return bool(files[0].vm) or len({(info.kind, info.vcpu_id) for info in files}) == len(files)
