@@ -16,7 +16,7 @@ LAYERS = (
     ("_kvmstats", "_resource", "_arguments", "_text"),
     ("abi", "errors"),
     ("stat", "schema", "image"),
-    ("groups", "handle", "stats_file"),
+    ("file_info", "groups", "handle", "stats_file"),
     ("changes", "joining", "samples", "vmm"),
     ("sampling", "analysis", "formats"),
     ("plot",),
