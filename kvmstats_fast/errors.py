@@ -58,7 +58,7 @@ class AttachError(KvmStatsError, OSError):
 
 
 class VmGoneError(AttachError):
-    """The process has ended, or never was (``errno`` is ESRCH)."""
+    """The process has ended or never was (``errno`` is ESRCH), or runs on without its VM (ENODEV)."""
 
 
 class HandOverError(KvmStatsError):

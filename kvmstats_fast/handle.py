@@ -59,6 +59,8 @@ class Owner:
         Of the VMM.
     name : str
         Of the guest; empty if not known.
+    fd : int or None
+        Its number in the VMM from which it was borrowed.
     machine : object
         The VirtualMachine that the file belongs to, kept so that its VMM is watched while one of its files is used.
     """
@@ -66,6 +68,7 @@ class Owner:
     pid: int | None = None
     name: str = ""
     machine: object = None
+    fd: int | None = None
 
 
 class Handle:

@@ -123,12 +123,21 @@ def test_qemu_of_libvirt(proc):
 
 
 def test_stats_files_that_are_held_are_listed_with_their_fds(proc):
-    """Kind, vCPU and fd number of each, in the order of the fds; a monitor that has nothing else is listed too."""
+    """Kind, vCPU and fd number of each, in the order of the fds."""
     proc.add(7, ["firecracker"], vm_links(1, "kvm-vcpu-stats:0", "kvm-vm-stats", "kvm-vcpu-stats:0"))
-    proc.add(8, ["monitor"], ["anon_inode:kvm-vcpu-stats:12", "anon_inode:[kvm-vm-stats]"])
-    one, two = kf.find_vms(proc.root)
+    (one,) = kf.find_vms(proc.root)
     assert one.held == (HeldFile("vcpu", 0, 5), HeldFile("vm", None, 6), HeldFile("vcpu", 0, 7))
-    assert (two.vms, two.vcpus, two.held) == (0, (), (HeldFile("vcpu", 12, 0), HeldFile("vm", None, 1)))
+
+
+@pytest.mark.parametrize("own", ["anon_inode:kvm-vm", "anon_inode:[kvm-vcpu:12]"])
+def test_a_process_with_stats_files_alone_is_a_borrower(proc, own):
+    """A monitor is not listed; a VMM that has closed its VM's fd, or has no vCPU yet, is."""
+    held = ["anon_inode:kvm-vcpu-stats:12", "anon_inode:[kvm-vm-stats]"]
+    proc.add(8, ["monitor"], held)
+    assert kf.find_vms(proc.root) == []
+    proc.add(9, ["vmm"], [*held, own])
+    (two,) = kf.find_vms(proc.root)
+    assert (two.pid, two.held) == (9, (HeldFile("vcpu", 12, 0), HeldFile("vm", None, 1)))
 
 
 def test_many_vcpus_are_in_the_order_of_their_ids(proc):

@@ -122,7 +122,7 @@ def borrow(process: Process, files: Sequence[KvmFile], *, known: Sequence[StatsF
 
 
 def _take(process: Process, file: KvmFile) -> StatsFile | None:
-    """Duplicate a stats file; None if it was closed meanwhile."""
+    """Return a duplicate of a stats file that a held process has open; None if it was closed meanwhile."""
     try:
         copy = process.take(file.fd)
     except OSError as error:
@@ -135,7 +135,7 @@ def _take(process: Process, file: KvmFile) -> StatsFile | None:
         copy.close()
         return None
     stats = StatsFile(copy)
-    stats.handle.owner = Owner(process.pid)
+    stats.handle.owner = Owner(process.pid, fd=file.fd)
     return stats
 
 

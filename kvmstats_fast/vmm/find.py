@@ -33,7 +33,7 @@ class HeldFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class VmProcess:
-    """A process that has files of KVM open, or may have.
+    """A process that has a VM or vCPUs open, or may have.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class VmProcess:
 
 
 def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
-    """Find the processes that have VMs, vCPUs or their stats files open.
+    """Find the processes that have VMs or vCPUs open.
 
     Parameters
     ----------
@@ -85,7 +85,8 @@ def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
     Returns
     -------
     list of VmProcess
-        By pid. Threads are no processes of their own; a process that ends meanwhile is left out.
+        By pid. Left out are processes that end meanwhile, and those that have stats files but neither a VM nor a vCPU
+        open: monitors, which have them from a VMM.
 
     Raises
     ------
@@ -116,7 +117,8 @@ def scan(proc: str | os.PathLike[str]) -> tuple[list[VmProcess], int]:
         process = Process(pid, root, own=own)
         with suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError):  # it has ended, or is none
             try:
-                if files := process.kvm_files():
+                files = process.kvm_files()
+                if has_vm(files):
                     found.append(describe(process, files))
             except PermissionError:  # perhaps by now only: it has changed its user, or guards itself
                 if (one := _describe_hidden(process)) is not None:
@@ -172,6 +174,11 @@ def describe(process: Process, files: list[KvmFile]) -> VmProcess:
         attachable=not why_not,
         why_not=why_not,
     )
+
+
+def has_vm(files: list[KvmFile]) -> bool:
+    """Return whether a VM or vCPU is among a process' files, not just stats files, which may be another's."""
+    return any(not file.is_stats for file in files)
 
 
 def vcpus_of(process: Process, files: list[KvmFile]) -> tuple[int, ...]:

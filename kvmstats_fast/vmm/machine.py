@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvmstats_fast._resource import Closing
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.handle import Owner
 from kvmstats_fast.vmm import hold
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
-from kvmstats_fast.vmm.find import VmProcess, describe, vcpus_of
+from kvmstats_fast.vmm.find import VmProcess, describe, has_vm, vcpus_of
+from kvmstats_fast.vmm.mark import Marks
 from kvmstats_fast.vmm.refusal import refused
 from kvmstats_fast.vmm.watch import WATCHER, Watched
 from kvmstats_fast.vmm.ways import advise
@@ -60,28 +60,28 @@ class VirtualMachine(Closing):
 
     def __init__(
         self,
-        held: Process,
+        watched: Watched,
         about: VmProcess,
-        files: list[StatsFile],
         how: Literal["borrow", "inject", "launch"],
         trouble: Sequence[str],
     ) -> None:
         self._about = about
         self._trouble = trouble
         self._closed = False
-        self._watched = Watched(held, about.vmm)
+        self._watched = watched
         self.pid, self.vmm, self.name, self.how = about.pid, about.vmm, about.name, how
         self.process: subprocess.Popen[Any] | None = None
-        self._set(files)
-        WATCHER.add(self._watched)
+        self._set(watched.files)
+        WATCHER.add(watched)
 
-    def _set(self, files: list[StatsFile]) -> None:
-        self.files = self._watched.files = tuple(files)
+    def _set(self, files: Sequence[StatsFile]) -> None:
+        self.files = tuple(files)
         machines = [file for file in files if file.kind == "vm"]
         self.vm = machines[0] if len(machines) == 1 else None
         self.vcpus = tuple(file for file in files if file.kind == "vcpu")
         for file in files:
-            file.handle.owner = Owner(self.pid, self.name, self)
+            owner = file.handle.owner
+            owner.pid, owner.name, owner.machine = self.pid, self.name, self
 
     @property
     def alive(self) -> bool:
@@ -112,6 +112,7 @@ class VirtualMachine(Closing):
         with ExitStack() as found, WATCHER.lock:
             kept, fresh = [], []
             listed = list_files(process)
+            marks = _mark(process, listed)
             for file in borrow(process, listed, known=self.files):
                 found.callback(file.close)
                 same = find_known(file, self.files)
@@ -130,7 +131,8 @@ class VirtualMachine(Closing):
                 )
                 file.close()
                 file.handle.owner.machine = None
-            self._set(sorted([*kept, *fresh], key=by_vcpu))
+            self._watched.watch(sorted([*kept, *fresh], key=by_vcpu), marks)
+            self._set(self._watched.files)
             self._about = about
         return bool(fresh or stale)
 
@@ -139,6 +141,7 @@ class VirtualMachine(Closing):
         if self._watched.gone is not None:
             return str(self._watched.gone)
         lines = list(self._trouble)
+        lines += {str(file.handle.lost): None for file in self.files if file.handle.lost is not None}
         machines = sum(file.kind == "vm" for file in self.files)
         have = {file.vcpu_id for file in self.files}
         vms = (self._about.vms or 0) - machines
@@ -242,17 +245,25 @@ def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMa
 def _open(process: Process, how: Literal["borrow", "inject", "launch"], trouble: Sequence[str]) -> VirtualMachine:
     """Borrow what a VMM holds; the VirtualMachine then owns `process`."""
     listed = list_files(process)
+    marks = _mark(process, listed)  # before anything is borrowed, so that a VM made in between is noticed
     with ExitStack() as opened:
-        files = borrow(process, listed)
+        files = borrow(process, listed) if has_vm(listed) else []
         for file in files:
             opened.callback(file.close)
         about = _describe(process, listed)
         process.check_alive()  # so all of that was about the process that is held
         if not files:
             raise _nothing(about, listed, trouble)
-        machine = VirtualMachine(process, about, files, how, trouble)
+        machine = VirtualMachine(Watched(process, about.vmm, files, marks), about, how, trouble)
         opened.pop_all()
     return machine
+
+
+def _mark(process: Process, listed: list[KvmFile]) -> Marks | None:
+    try:
+        return Marks(process, listed)
+    except OSError:  # to be told by borrow, which asks for more
+        return None
 
 
 def _describe(process: Process, listed: list[KvmFile]) -> VmProcess:
@@ -268,6 +279,12 @@ def _nothing(about: VmProcess, listed: list[KvmFile], trouble: Sequence[str]) ->
     if not listed:
         return AttachError(
             errno.ENOENT, f"process {pid} has no VM: none of its files is one of KVM. `kvmstats list` shows who has one"
+        )
+    if not has_vm(listed):
+        return AttachError(
+            errno.ENOENT,
+            f"{printable(about.vmm)} (process {pid}) has no VM: it has stats files open, but neither a VM nor a vCPU. "
+            "So they come from another process, as those of a monitor do: attach to that; `kvmstats list` shows it",
         )
     if trouble:
         return AttachError(errno.ENODATA, f"no stats file of process {pid} could be opened: " + "; ".join(trouble))

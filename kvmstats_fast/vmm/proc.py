@@ -286,6 +286,10 @@ class Process(Closing):
         """Return a file below its folder, as ``maps``; of a thread that has files and memory."""
         return _contents(self._path(name))
 
+    def file_info(self, fd: int) -> bytes:
+        """Return what the kernel says of an fd: position, flags, locks."""
+        return self.read(f"fdinfo/{fd}")
+
     def open_memory(self) -> Fd:
         """Open its memory for reading."""
         return Fd(os.open, self._path("mem"), os.O_RDONLY | os.O_CLOEXEC)

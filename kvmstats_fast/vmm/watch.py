@@ -1,4 +1,4 @@
-"""The watch over VMMs: when one exits, the files that were borrowed from it are let go of at once."""
+"""The watch over VMMs: what was borrowed is let go of when its VM or the VMM is gone."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ import errno
 import os
 import select
 import threading
+import time
 from _thread import start_new_thread
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import VmGoneError
 from kvmstats_fast.handle import null_fd
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvmstats_fast.stats_file import StatsFile
+    from kvmstats_fast.vmm.mark import Marks
     from kvmstats_fast.vmm.proc import Process
+
+_PERIOD = 1.0  # s between looks at the files of a VMM that runs
 
 
 class Watched:
     """A VMM that is watched, and what was borrowed from it.
+
+    A VM may go before its process does: cloud-hypervisor makes a new one at each reboot, and a VMM may execute itself
+    anew. `look` notices that by the marks on its VMs.
 
     Parameters
     ----------
@@ -29,26 +39,33 @@ class Watched:
         The VMM, held; from now on it is closed by this object.
     vmm : str
         Its program.
+    files : iterable of StatsFile
+        What to let go of.
+    marks : Marks or None
+        Of its VMs; None if they cannot be marked.
 
     Attributes
     ----------
     files : tuple of StatsFile
-        What to let go of when it exits.
     gone : VmGoneError or None
-        That it has exited.
+        That the VMM has exited.
     """
 
-    def __init__(self, process: Process, vmm: str) -> None:
+    def __init__(self, process: Process, vmm: str, files: Iterable[StatsFile], marks: Marks | None) -> None:
         self.process = process
-        self.vmm = vmm
-        self.files: tuple[StatsFile, ...] = ()
+        self.who = f"process {process.pid} ({printable(vmm)})"
+        self.files = tuple(files)
         self.gone: VmGoneError | None = None
+        self._marks = marks
+
+    def watch(self, files: Iterable[StatsFile], marks: Marks | None) -> None:
+        """Watch these files from now on."""
+        self.files = tuple(files)
+        self._marks = marks
 
     def exited(self) -> VmGoneError:
-        """Return the error that says so."""
-        return VmGoneError(
-            errno.ESRCH, f"process {self.process.pid} ({printable(self.vmm)}) has exited, and its VM with it"
-        )
+        """Return the error that says that the VMM has exited."""
+        return VmGoneError(errno.ESRCH, f"{self.who} has exited, and its VM with it")
 
     def end(self) -> None:
         """Let go of the files: the VMM has exited."""
@@ -64,9 +81,28 @@ class Watched:
     # For when nobody has it any more: its files say themselves that they were not closed.
     __del__ = close
 
+    # ---- whether the VM is still there
+
+    def look(self) -> None:
+        """Let go of the files of a VM that is gone while the VMM runs."""
+        if self._marks is None or not self._marks.forget_lost():
+            return
+        text = f"the VM of {self.who} is gone, and the process runs on: refresh() takes up the VM that it has now"
+        for file in self.files:
+            if self._marks.vms == 0 or self._has_closed(file):
+                file.handle.revoke(VmGoneError(errno.ENODEV, text))
+
+    def _has_closed(self, file: StatsFile) -> bool:
+        """Return whether the VMM has closed the fd that was borrowed: so does one that destroys one of its VMs."""
+        fd = file.handle.owner.fd
+        if fd is None or file.closed:
+            return False
+        same = lib.kvmstats_same_file(os.getpid(), file.handle.source.fd, self.process.tid, fd)
+        return same in (0, -errno.EBADF)
+
 
 class Watcher:
-    """One thread that waits for all VMMs to exit.
+    """One thread that waits for all VMMs to exit, and looks at their files now and then.
 
     Its lock is that of all machines: one that is ended, closed or refreshed is so by one thread. It is reentrant,
     because a signal handler may close what is just being closed.
@@ -111,19 +147,34 @@ class Watcher:
                 epoll.unregister(process)
 
     def _work(self, epoll: select.epoll) -> None:
+        due = time.monotonic() + _PERIOD
         while True:
-            for pidfd, _ in epoll.poll():
-                with self.lock:
-                    watched = self._watched.get(pidfd)
-                    if watched is not None and not (watched.process.is_held and watched.process.fileno() == pidfd):
-                        watched = None  # closed, and its number may be another's
-                    if watched is not None and not watched.process.ended:
-                        continue  # another one, which has got the number meanwhile
-                    with suppress(OSError):
-                        epoll.unregister(pidfd)
-                    if watched is not None:
-                        watched.end()
-                watched = None
+            for pidfd, _ in epoll.poll(max(0.0, due - time.monotonic())):
+                self._end(epoll, pidfd)
+            if time.monotonic() >= due:
+                self._look()
+                due = time.monotonic() + _PERIOD
+
+    def _end(self, epoll: select.epoll, pidfd: int) -> None:
+        """Let go of the files of a VMM that has exited."""
+        with self.lock:
+            watched = self._watched.get(pidfd)
+            if watched is not None and not (watched.process.is_held and watched.process.fileno() == pidfd):
+                watched = None  # closed, and its number may be another's
+            if watched is not None and not watched.process.ended:
+                return  # another one, which has got the number meanwhile
+            with suppress(OSError):
+                epoll.unregister(pidfd)
+            if watched is not None:
+                watched.end()
+
+    def _look(self) -> None:
+        """Look at each VMM that runs."""
+        for pidfd in list(self._watched):
+            with self.lock:
+                watched = self._watched.get(pidfd)
+                if watched is not None and watched.process.is_held:
+                    watched.look()
 
 
 WATCHER = Watcher()

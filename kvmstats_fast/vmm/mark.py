@@ -1,0 +1,108 @@
+"""Marks on the VMs of another process, which tell whether they are still there.
+
+A VMM may destroy its VM and make another one, with the same ids and fds, without ending; what was borrowed then reads
+the same numbers for ever. Names and numbers do not tell, and whoever held the VM's own file open would keep the VM.
+So the VM is marked: by an advisory lock of one byte (``F_OFD_SETLK``, fcntl(2)) at an offset chosen at random. Such a
+lock belongs to the open file, can be seen through every file of the same inode, which is one for all files of KVM, and
+vanishes with the last fd of the file, in whatever process. It keeps nothing open, and nobody waits for it. A file is
+marked once in its life: whoever comes later finds the mark in ``/proc/PID/fdinfo``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import struct
+from functools import cache
+from typing import TYPE_CHECKING
+
+from kvmstats_fast._resource import Fd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmstats_fast.vmm.proc import KvmFile, Process
+
+_FLOCK = struct.Struct("hhqqi4x" if struct.calcsize("P") == 8 else "hhqqi")  # struct flock: type, whence, start, length
+_FIRST = 1 << 62  # no file of KVM is that long
+_LOCK = re.compile(rb"lock:\t\d+: OFDLCK +ADVISORY +READ -1 \S+ (\d+) \1")  # fs/locks.c: lock_get_status
+
+
+class Marks:
+    """The marks on the VMs that a process has open.
+
+    Each VM has one on its own file and one on its first vCPU, and is there as long as one of them is: a VMM may close
+    its VM's file and go on with the vCPUs.
+
+    Parameters
+    ----------
+    process : Process
+        Held.
+    files : list of KvmFile
+        What it has open.
+
+    Raises
+    ------
+    OSError
+        If the kernel or a security module forbids a mark, or the process has ended.
+
+    Attributes
+    ----------
+    vms : int
+        How many VMs there are, as far as is known.
+    """
+
+    def __init__(self, process: Process, files: list[KvmFile]) -> None:
+        first = min((file.vcpu_id for file in files if file.vcpu_id is not None and not file.is_stats), default=None)
+        own = [file for file in files if not file.is_stats]
+        self._by_kind = [
+            marks
+            for marks in (
+                _mark(process, (file for file in own if file.kind == "vcpu" and file.vcpu_id == first)),
+                _mark(process, (file for file in own if file.kind == "vm")),
+            )
+            if marks
+        ]
+        self.vms = max(map(len, self._by_kind), default=0)
+
+    def forget_lost(self) -> int:
+        """Return how many VMs have gone since the last call."""
+        gone = []
+        for marks in self._by_kind:
+            gone.append({mark for mark in marks if not _is_there(mark)})
+            if not gone[-1]:
+                return 0
+        for marks, lost in zip(self._by_kind, gone, strict=True):
+            marks.difference_update(lost)
+        number = min(map(len, gone), default=0)
+        self.vms -= number
+        return number
+
+
+@cache
+def _probe() -> Fd:
+    """Return an fd of the inode that KVM's files have, too (``fs/anon_inodes.c``)."""
+    return Fd(os.eventfd, 0)
+
+
+def _mark(process: Process, files: Iterable[KvmFile]) -> set[int]:
+    """Return the marks of these files, set now if they have none; duplicates of a file have one."""
+    marks = set()
+    for file in files:
+        found = _LOCK.findall(process.file_info(file.fd))
+        mark = next((int(start) for start in found if int(start) >= _FIRST), 0)
+        if not mark and (copy := process.take(file.fd)) is not None:
+            mark = _FIRST | int.from_bytes(os.urandom(7), "little")
+            with copy:
+                fcntl.fcntl(copy, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, mark, 1, 0))
+        if mark and _is_there(mark):
+            marks.add(mark)
+    return marks
+
+
+def _is_there(mark: int) -> bool:
+    """Return whether a lock stands in the way of one that would be at this place."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, mark, 1, 0)
+    kind: int = _FLOCK.unpack(fcntl.fcntl(_probe(), fcntl.F_OFD_GETLK, asked))[0]
+    return kind != fcntl.F_UNLCK

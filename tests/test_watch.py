@@ -1,0 +1,280 @@
+"""A VM may go while its VMM runs on: its files are let go of soon, and those of other VMs are not."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from helpers import open_fds, stats_fds
+from qemu import until
+
+import kvmstats_fast as kf
+from kvmstats_fast.vmm import mark, watch
+from kvmstats_fast.vmm.borrow import hold_process
+from kvmstats_fast.vmm.inject import open_missing
+
+#: A VMM that runs each line of its stdin.
+VMM = """
+import os, sys
+from kvmstats_fast.testing import TinyGuest
+def boot(vcpus=1):
+    guest = TinyGuest(vcpus)
+    return guest, guest.open_stats()
+def stop(guest, files):
+    for file in files:
+        file.close()
+    guest.close()
+print("ready", flush=True)
+for line in sys.stdin:
+    exec(line)
+    print("done", flush=True)
+"""
+
+pytestmark = pytest.mark.real_vm
+
+
+class Vmm:
+    """A VMM in a process of its own."""
+
+    def __init__(self, resources):
+        self.process = resources.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", VMM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        )
+        resources.callback(self.process.kill)
+        self.pid = self.process.pid
+        assert self.process.stdout.readline() == "ready\n"
+
+    def do(self, line):
+        """Have it run a line of Python."""
+        print(line, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+
+@pytest.fixture
+def vmm(resources):
+    """A VMM that has no VM yet."""
+    return Vmm(resources)
+
+
+def look(machine):
+    """Have the watch look now."""
+    with watch.WATCHER.lock:
+        machine._watched.look()
+    return [file.closed for file in machine.files]
+
+
+# ---- it is gone
+
+
+def test_a_vm_that_is_made_anew_in_the_same_process_is_noticed(vmm):
+    """By the watch alone: its files are let go of, say what to do, and refresh takes up the new VM."""
+    vmm.do("guest, files = boot(2)")
+    with kf.attach(vmm.pid) as machine:
+        vmm.do("guest.run(1000)")
+        old = machine.files
+        fds = len(stats_fds())
+        vmm.do("stop(guest, files); guest, files = boot(2)")
+        assert until(lambda: all(file.closed for file in old), 30)
+        assert len(stats_fds()) == fds - 3
+        for file in old:
+            with pytest.raises(kf.VmGoneError, match=rf"the VM of process {vmm.pid} .* is gone.*refresh") as caught:
+                file.read()
+            assert caught.value.errno == errno.ENODEV
+        assert machine.alive
+        assert "is gone" in machine.explain()
+        assert machine.refresh()
+        assert [file.vcpu_id for file in machine.files] == [None, 0, 1]
+        with kf.measure(machine, "exits") as measured:
+            vmm.do("guest.run(500)")
+        assert measured.delta["exits"].sum() >= 500
+        assert machine.explain() == ""
+    assert watch._PERIOD <= 1
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "stop(guest, files); guest, files = boot()",
+        "stop(guest, files)",
+        "stop(guest, files); guest = TinyGuest(1)",
+        "spare = os.dup(0); stop(guest, files); os.close(spare); guest, files = boot()",
+        "stop(guest, files); files = [os.open(os.devnull, os.O_RDONLY) for _ in range(20)]",
+        "os.execv(sys.executable, [sys.executable, '-c', VMM])",
+        "os.execv(sys.executable, [sys.executable, '-c', VMM.replace('print', 'guest, files = boot(); print', 1)])",
+    ],
+    ids=["new", "none", "new, without stats files", "new, at other fds", "other files", "executed", "executed, new"],
+)
+@pytest.mark.parametrize("ran", [1000, 0])
+def test_a_vm_that_is_gone_is_told_whatever_comes_after_it(vmm, then, ran):
+    """Nothing, another VM at the same or other fds, other files at the same fds, another program."""
+    vmm.do(f"VMM = {VMM!r}")
+    vmm.do("guest, files = boot()")
+    with kf.attach(vmm.pid) as machine:
+        if ran:
+            vmm.do(f"guest.run({ran})")
+        assert look(machine) == [False] * 2
+        if "execv" in then:
+            print(then, file=vmm.process.stdin, flush=True)
+            assert vmm.process.stdout.readline() == "ready\n"
+        else:
+            vmm.do(then)
+        assert look(machine) == [True] * 2
+        with pytest.raises(kf.VmGoneError, match="runs on"):
+            machine.files[0].read()
+        machine.refresh()
+        assert [file.kind for file in machine.files] == (["vm", "vcpu"] if "boot" in then else [])
+
+
+def test_a_run_goes_on_with_the_files_of_other_vms(vmm, resources):
+    """Those of the VM that was made anew end with VmGoneError; no tick of the others is lost."""
+    other = Vmm(resources)
+    for one in (vmm, other):
+        one.do("guest, files = boot()")
+    with kf.attach(vmm.pid) as first, kf.attach(other.pid) as second:
+        timer = threading.Timer(0.2, vmm.do, ("stop(guest, files); guest, files = boot(); guest.run(5)",))
+        timer.start()
+        x = kf.Sampler([first, second], "exits").run(0.001, duration=4)
+        timer.join()
+        assert {(type(error.error), x.files[error.file].pid) for error in x.errors} == {(kf.VmGoneError, vmm.pid)}
+        assert len(x) + x.missed == 4000
+        assert not any(file.closed for file in second)
+
+
+def test_the_files_of_another_vm_of_the_process_stay(vmm):
+    """Two VMs with the same ids in one process, of which one is made anew, then goes for good."""
+    vmm.do("one, its = boot(); other, more = boot(); one.run(100); other.run(300)")
+    with kf.attach(vmm.pid) as machine:
+        assert len(machine.files) == 4
+        before = [file.snapshot()["exits"] for file in machine.vcpus]
+        stays, goes = (machine.vcpus[i] for i in sorted((0, 1), key=lambda i: before[i]))
+        vmm.do("stop(other, more); other, more = boot(); other.run(7)")
+        closed = look(machine)
+        assert (sum(closed), goes.closed, stays.closed) == (2, True, False)
+        vmm.do("one.run(11)")
+        assert stays.snapshot()["exits"] >= 111
+        machine.refresh()
+        assert sorted(file.snapshot()["exits"] // 10 for file in machine.vcpus) == [0, 11]
+        vmm.do("stop(other, more)")
+        assert sum(look(machine)) == 2
+        assert not stays.closed
+
+
+@pytest.mark.parametrize("ran", [1000, 0])
+def test_a_vm_whose_files_were_injected_is_noticed_too(vmm, ran):
+    """They stay open in the VMM for ever, so nothing but the mark tells that their VM is another one by now."""
+    vmm.do("guest = TinyGuest(1); thread = None")
+    with hold_process(vmm.pid) as process:
+        open_missing(process, timeout=2)
+    with kf.attach(vmm.pid) as machine:
+        assert [file.kind for file in machine] == ["vm"]
+        vmm.do(f"guest.run({ran})" if ran else "pass")
+        vmm.do("guest.close(); guest = TinyGuest(1)")
+        assert look(machine) == [True]
+
+
+# ---- it is not
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "[file.close() for file in files]",
+        "[file.close() for file in files]; files = guest.open_stats()",
+        "more = guest.open_stats()",
+        "copies = [os.dup(file.fileno()) for file in files]; [file.close() for file in files]",
+        "os.close(guest.vm_fd); guest.vm_fd = -1",
+    ],
+    ids=["closes its stats files", "opens them anew", "opens them twice", "has duplicates", "closes the VM's fd"],
+)
+@pytest.mark.parametrize("ran", [1000, 0])
+def test_a_vmm_that_only_tidies_up_keeps_its_vm(vmm, then, ran):
+    """As long as VM and vCPUs are there, or a stats file that keeps in step, the files stay and count."""
+    vmm.do("guest, files = boot()")
+    with kf.attach(vmm.pid) as machine:
+        vmm.do(f"guest.run({ran})" if ran else "pass")
+        vmm.do(then)
+        for _ in range(3):
+            assert look(machine) == [False] * 2
+            before = machine.vcpus[0].snapshot()["exits"]
+            vmm.do("guest.run(10)")
+            assert machine.vcpus[0].snapshot()["exits"] >= before + 10
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EPERM, errno.EACCES, errno.EINVAL])
+def test_a_kernel_that_lets_no_vm_be_marked_closes_no_file(vmm, monkeypatch, number):
+    """Where a mark is refused nothing is known, and nothing is let go of; attach works as ever."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    vmm.do("guest, files = boot()")
+    with monkeypatch.context() as patch:
+        patch.setattr(mark.fcntl, "fcntl", refuse)
+        machine = kf.attach(vmm.pid)
+    with machine:
+        vmm.do("stop(guest, files); guest, files = boot()")
+        assert look(machine) == [False] * 2
+        assert machine.refresh()
+        vmm.do("stop(guest, files); guest, files = boot()")
+        assert look(machine) == [True] * 2
+
+
+def test_a_vm_is_marked_once_in_its_life(vmm):
+    """However many monitors come and go; the marks do not add up in the VMM."""
+    vmm.do("guest, files = boot(3)")
+
+    def locks():
+        infos = Path(f"/proc/{vmm.pid}/fdinfo").iterdir()
+        return [line for info in infos for line in info.read_text().splitlines() if line.startswith("lock:")]
+
+    assert locks() == []
+    for _ in range(3):
+        with kf.attach(vmm.pid) as machine, kf.attach(vmm.pid):
+            machine.refresh()
+        assert len(locks()) == 2
+    vmm.do("stop(guest, files)")
+    assert locks() == []
+
+
+def test_looking_leaves_nothing_and_touches_no_file_of_the_user(vmm):
+    """No fd, and the array that a file reads into is the one that its owner gave it."""
+    vmm.do("guest, files = boot(); guest.run(9)")
+    with kf.attach(vmm.pid) as machine:
+        out = machine.vcpus[0].read()
+        machine.vcpus[0].read_into(out)
+        fds = open_fds()
+        vmm.do("[file.close() for file in files]; files = guest.open_stats()")
+        kept = out.copy()
+        vmm.do("guest.run(1)")
+        for _ in range(10):
+            look(machine)
+        assert open_fds() == fds
+        assert (out == kept).all()
+
+
+# ---- borrowers
+
+
+def test_a_borrower_is_no_vmm(vmm):
+    """A monitor is not listed, not even by itself, and attaching to it is refused with the reason."""
+    vmm.do("guest, files = boot()")
+    monitor = (
+        "import sys, kvmstats_fast as kf\nmachine = kf.attach(int(sys.argv[1]))\nprint('ready', flush=True)\ninput()\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", monitor, str(vmm.pid)]
+    with kf.attach(vmm.pid), subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"ready\n"
+            listed = {process.pid for process in kf.find_vms()}
+            assert vmm.pid in listed
+            assert not listed & {other.pid, os.getpid()}
+            for pid in (other.pid, os.getpid()):
+                with pytest.raises(kf.AttachError, match=rf"process {pid}\) has no VM: .* neither a VM nor a vCPU"):
+                    kf.attach(pid)
+        finally:
+            other.kill()
