@@ -12,13 +12,13 @@ from kvmstats_fast.testing import KvmUnavailableError, TinyGuest, exit_counter
 
 
 def pytest_configure():
-    """Have Ctrl-C, which tests send themselves, also where a shell in the background has it ignored."""
+    """Handle SIGINT, which tests send to themselves, even where a shell has it ignored in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item):
-    """A test of a real VM skips, with the reason, where no VM can be made."""
+    """Skip a test of a real VM, with the reason, where no VM can be made."""
     if item.get_closest_marker("real_vm"):
         try:
             exit_counter()
@@ -27,7 +27,7 @@ def pytest_runtest_setup(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how many tests of a real VM ran."""
+    """Print how many tests of a real VM ran."""
 
     def count(*outcomes):
         return sum(
@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def resources():
-    """An ExitStack that is closed when the test is over."""
+    """An ExitStack that is closed at the end of the test."""
     with ExitStack() as stack:
         yield stack
 

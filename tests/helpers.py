@@ -1,4 +1,4 @@
-"""What several test files need."""
+"""Helpers of several test files."""
 
 import ctypes
 import os
@@ -21,12 +21,12 @@ DERANDOMIZE = bool(os.environ.get("CI"))
 
 
 def examples(count):
-    """So many examples, without a deadline; in CI always the same ones."""
+    """Hypothesis settings for this many examples, without a deadline; in CI always the same ones."""
     return settings(max_examples=count, deadline=None, derandomize=DERANDOMIZE)
 
 
 def open_fds():
-    """How many fds this process has open."""
+    """The number of fds that this process has open."""
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -34,7 +34,7 @@ NOBODY = 65534
 
 
 def stats_fds(pid="self"):
-    """Which fds of a process are stats files."""
+    """The fds of a process that are stats files."""
     found = set()
     for one in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # the one that lists them
@@ -59,7 +59,7 @@ CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE = 1 << 2, 1 << 19
 
 
 def become(uid, capabilities):
-    """Be another user, who has these capabilities and no others."""
+    """Change to another user with these capabilities and no others."""
     libc = ctypes.CDLL(None, use_errno=True)
     keep_capabilities = 8
     assert libc.prctl(keep_capabilities, 1, 0, 0, 0) == 0
