@@ -17,7 +17,7 @@ def warm(vcpu_fd):
 
 
 def cold(vcpu_fd):
-    schema_module.CACHE._entries = ()
+    schema_module.CACHE.clear()
     kf.StatsFile.open(vcpu_fd).close()
 
 
@@ -75,7 +75,7 @@ def test_cold_parse_in_c(benchmark, stats_fd):
         lib.kvmstats_read_descriptors(data, size, header, descs, fault)
 
     def objects():
-        schema_module.CACHE._entries = ()
+        schema_module.CACHE.clear()
         schema_module.schema_of(blob, "")
 
     title = f"parse of header and {header.num_desc} descriptors, no system call"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -344,44 +344,72 @@ def kind_of(file_id: str) -> tuple[Literal["vm", "vcpu"], int | None]:
     return ("vcpu", int(match[1])) if match else ("vm", None)
 
 
-#: Bytes of header and table; those of today's kernels are below 5000.
-_LARGEST_KEPT = 1 << 20
+class _Entry:
+    """A schema in the cache: when it was used last, and roughly how many bytes it keeps."""
+
+    __slots__ = ("cost", "schema", "used")
+
+    def __init__(self, schema: Schema, used: int) -> None:
+        self.schema = schema
+        self.used = used
+        # A Stat with its name, its place in `unpack` and its field in `dtype` take 700 bytes; the table is kept twice.
+        self.cost = 700 * len(schema) + 2 * len(schema.encoding.prefix)
 
 
-class _Cache:
-    """The schemas seen last, most recent first. Reading takes no lock: the tuple is only ever replaced."""
+class SchemaCache:
+    """The schemas that were used last, one object for each kind of file.
 
-    def __init__(self, capacity: int) -> None:
+    It takes no lock: a thread that held one would not be there in a forked child, and a signal handler would wait for
+    the code that it interrupted. Each step is one operation of a dict, which is atomic; to be iterated over it is
+    copied.
+
+    Parameters
+    ----------
+    capacity : int
+        Schemas that are kept.
+    size : int
+        Bytes that they may keep together. One that is larger by itself is not kept.
+    """
+
+    def __init__(self, capacity: int, size: int) -> None:
         self._capacity = capacity
-        self._entries: tuple[Schema, ...] = ()
-        self._lock = threading.Lock()
+        self._size = size
+        self._entries: dict[bytes, _Entry] = {}
+        self._uses = count()
 
     def find(self, blob: bytes) -> Schema | None:
-        """Return the schema of a file that starts with `blob`, if one is known."""
-        for index, schema in enumerate(self._entries):
-            if schema.encoding.fits(blob):
-                if index:
-                    self._put_first(schema)
-                return schema
+        """Return the schema of a file that starts with `blob`, if it is known."""
+        for entry in self._entries.copy().values():
+            if entry.schema.encoding.fits(blob):
+                entry.used = next(self._uses)
+                return entry.schema
         return None
 
     def add(self, schema: Schema) -> Schema:
-        """Return the one object that stands for `schema` from now on: itself, or the equal one that was first.
+        """Return the one object that stands for `schema` from now on: itself, or an equal one that was there first."""
+        entry = _Entry(schema, next(self._uses))
+        if entry.cost > self._size:
+            return schema
+        first = self._entries.setdefault(schema.encoding.prefix, entry)
+        first.used = entry.used
+        self._evict()
+        return first.schema
 
-        A table beyond all measure is not kept: whoever reads strange files must not run out of memory.
-        """
-        return self._put_first(schema) if len(schema.encoding.prefix) <= _LARGEST_KEPT else schema
+    def _evict(self) -> None:
+        room = self._size
+        last_used = sorted(self._entries.copy().items(), key=lambda item: -item[1].used)
+        for number, (prefix, entry) in enumerate(last_used):
+            room -= entry.cost
+            if room < 0 or number >= self._capacity:
+                self._entries.pop(prefix, None)
 
-    def _put_first(self, schema: Schema) -> Schema:
-        with self._lock:
-            first = next((entry for entry in self._entries if entry == schema), schema)
-            others = (entry for entry in self._entries if entry is not first)
-            self._entries = (first, *others)[: self._capacity]
-        return first
+    def clear(self) -> None:
+        """Forget all schemas."""
+        self._entries.clear()
 
 
-#: More kinds of files than one process meets: two per kernel, and recordings of other machines.
-CACHE = _Cache(capacity=64)
+#: More kinds of files than one process meets: two per kernel, with at most 98 statistics, and those of recordings.
+CACHE = SchemaCache(capacity=64, size=8 << 20)
 
 # The C struct's fields as numpy sees them, so that all descriptors become Python numbers in one call.
 _DESC_CTYPE = ffi.typeof("struct kvmstats_desc")

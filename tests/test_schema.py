@@ -1,17 +1,21 @@
 """Descriptors become statistics, scaled exactly, found by name, and shared."""
 
+import gc
+import itertools
 import pickle
+import signal
 import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 from dataclasses import FrozenInstanceError, replace
 from fractions import Fraction
 from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import DATA
+from helpers import DATA, exit_status, forked
 
 import kvmstats_fast as kf
 from kvmstats_fast import schema as schema_module
@@ -345,15 +349,104 @@ def test_schemas_are_equal_if_their_descriptors_are_and_survive_pickling():
         assert pickle.loads(pickle.dumps(schema)) is schema
 
 
-def test_the_cache_is_bounded_and_keeps_what_is_used(monkeypatch):
-    """Of many kinds of files only the last ones are kept, and one that is asked for again and again stays."""
-    cache = schema_module._Cache(capacity=4)
+@pytest.fixture
+def cache(monkeypatch):
+    """An empty cache of at most four schemas and 100 kB."""
+    cache = schema_module.SchemaCache(capacity=4, size=100_000)
     monkeypatch.setattr(schema_module, "CACHE", cache)
+    return cache
+
+
+def image_of(number, stats=1, name_size=48):
+    """The bytes of a merged file of one kind in many: so many statistics, with names of so many bytes."""
+    head = struct.pack("=6I", 0, name_size, stats, 24, 24 + name_size, 24 + name_size + stats * (16 + name_size))
+    table = b"".join(
+        struct.pack(f"=IhHII{name_size}s", 0, 0, 1, 8 * i, number, f"n{i}".encode().rjust(name_size - 1, b"n"))
+        for i in range(stats)
+    )
+    return head + b"kvm-1".ljust(name_size, b"\0") + table + bytes(8 * stats)
+
+
+def test_the_cache_is_bounded_and_keeps_what_is_used(cache):
+    """Of many kinds of files only the last ones are kept, and one that is asked for again and again stays."""
     kept = kf.parse(REAL).schema
-    for i in range(20):
-        made_of(replace(PLAIN, name=f"n{i}"))
+    for number in range(20):
+        kf.parse(image_of(number))
         assert kf.parse(REAL).schema is kept
-    assert len(cache._entries) == 4
+    assert sum(cache.find(image_of(number)) is not None for number in range(20)) == 3
+
+
+@pytest.mark.parametrize(("stats", "name_size"), [(1, 8), (60, 48), (130, 16), (4, 4096), (200, 8), (600, 48)])
+def test_the_cache_is_bounded_by_what_it_keeps(cache, stats, name_size):
+    """However large the tables and names of strange files are, no more memory than was set stays in use for them."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in range(30):
+            image = kf.parse(image_of(number, stats, name_size))
+            image.snapshot()
+            assert image.schema.dtype.itemsize == 8 * stats
+        del image
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 100_000 + 20_000
+    finally:
+        tracemalloc.stop()
+    assert kf.parse(REAL).schema is kf.parse(REAL).schema
+    cache.clear()
+    assert cache.find(REAL) is None
+
+
+def meanwhile_forked(parse):
+    """Parse in a child that is forked now, and is killed if it hangs."""
+
+    def work():
+        signal.alarm(20)
+        parse()
+
+    assert exit_status(forked(work)) == 0
+
+
+def meanwhile_threaded(parse):
+    """Parse in another thread, while this one waits."""
+    thread = threading.Thread(target=parse, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("meanwhile", [lambda parse: parse(), meanwhile_forked, meanwhile_threaded])
+def test_a_file_can_be_parsed_at_any_step_of_parsing_another(meanwhile):
+    """In a signal handler, in a forked child and in another thread: no step holds a lock that these wait for."""
+
+    def work():
+        signal.alarm(60)  # the child that hangs is killed
+        number, steps = itertools.count(), itertools.count()
+
+        def others():
+            for data in (image_of(next(number)), REAL):
+                assert kf.parse(data).schema is kf.parse(data).schema
+
+        def trace(frame, event, _):
+            if not isinstance(frame.f_locals.get("self"), type(schema_module.CACHE)):
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and next(steps) % stride == 0:
+                sys.settrace(None)
+                meanwhile(others)
+                sys.settrace(trace)
+            return trace
+
+        stride = 1 if meanwhile.__name__ == "<lambda>" else 5
+        sys._getframe().f_trace_opcodes = True
+        kf.parse(REAL)
+        sys.settrace(trace)
+        for _ in range(3):
+            kf.parse(REAL)
+            kf.parse(image_of(-next(number) & 0xFFFFFFFF))
+        sys.settrace(None)
+        assert next(steps) > 100
+
+    assert exit_status(forked(work)) == 0
 
 
 def test_files_with_different_ids_share_a_schema_in_every_layout():
@@ -423,15 +516,13 @@ def test_a_schema_cannot_be_changed():
     assert len(kf.parse(REAL).schema.stats) == 45
 
 
-def test_a_table_beyond_measure_is_not_kept(monkeypatch):
+def test_a_table_beyond_measure_is_not_kept(cache):
     """A schema that takes much memory is parsed each time; what is kept stays small."""
-    cache = schema_module._Cache(capacity=4)
-    monkeypatch.setattr(schema_module, "CACHE", cache)
     header = struct.pack("=6I", 0, 4096, 300, 24, 4120, 4120 + 300 * 4112)
     table = b"".join(struct.pack("=IhHII4096s", 0, 0, 1, 8 * i, 0, b"n%d" % i) for i in range(300))
     data = header + bytes(4096) + table + bytes(2400)
     assert kf.parse(data).schema == kf.parse(data).schema
-    assert cache._entries == ()
+    assert cache.find(data) is None
 
 
 def test_a_statistic_of_several_values_that_is_no_histogram_is_a_row():
