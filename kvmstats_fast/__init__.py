@@ -7,6 +7,8 @@
 A name is imported when it is first used, so that ``import kvmstats_fast`` costs next to nothing.
 """
 
+import os
+from _thread import RLock
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -127,12 +129,18 @@ _ROOMS = {
 }
 
 if not TYPE_CHECKING:  # to a type checker, __getattr__ would make every name a good one
+    # A child that is forked while another thread imports would wait for the module's lock for ever: a fork waits first.
+    _importing = RLock()
+    os.register_at_fork(
+        before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release
+    )
 
     def __getattr__(name: str) -> object:
         """Import a public name from its room, and keep it."""
         for room, names in _ROOMS.items():
             if name in names:
-                globals()[name] = value = getattr(import_module(f"{__name__}.{room}"), name)
+                with _importing:
+                    globals()[name] = value = getattr(import_module(f"{__name__}.{room}"), name)
                 return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

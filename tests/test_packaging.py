@@ -97,6 +97,25 @@ def test_the_import_of_the_package_loads_neither_numpy_nor_the_core():
     assert "numpy" in loaded_by("import kvmstats_fast; kvmstats_fast.StatsFile")
 
 
+def test_a_child_forked_while_a_name_is_imported_can_use_it():
+    """The fork waits until another thread has imported what it uses for the first time."""
+    code = (
+        "import os, signal, sys, threading, time, kvmstats_fast as kf\n"
+        "started = threading.Event()\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'kvmstats_fast.image': started.set(); time.sleep(0.2)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "thread = threading.Thread(target=lambda: kf.parse)\n"
+        "thread.start()\n"
+        "started.wait()\n"
+        "pid = os.fork()\n"
+        "if not pid: signal.alarm(20); kf.parse; os._exit(7)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 7
+
+
 def test_no_kernel_header_is_needed_to_build():
     """The C sources include nothing of linux/ or asm/."""
     sources = sorted((ROOT / "csrc").glob("*.[ch]"))
