@@ -88,7 +88,10 @@ def test_kvmstats_run_outlives_a_refusal(monkeypatch, capsys, tmp_path):
     assert not path.exists()
     assert main(["run", "--json", str(path), "--", sys.executable, "-c", ""]) == 0
     assert path.read_text() == ""
+    assert path.stat().st_mode & 0o777 == 0o600  # it shows what the guest did
     assert "made no VM" in capsys.readouterr().err
+    assert main(["run", "--json", str(path), "--", sys.executable, "-c", "print('ran')"]) == 1
+    assert "exists" in capsys.readouterr().err
 
 
 @pytest.mark.real_vm

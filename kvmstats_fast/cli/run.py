@@ -17,6 +17,7 @@ import numpy as np
 
 from kvmstats_fast.cli._stats_table import print_stats
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
+from kvmstats_fast.formats._put import PRIVATE, open_new
 from kvmstats_fast.vmm import hold
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
 
@@ -122,8 +123,8 @@ def _start(command: list[str]) -> subprocess.Popen[Any]:
 
 @contextmanager
 def _new(path: Path) -> Iterator[TextIO]:
-    """Open a new file, which is removed again if anything is raised."""
-    with path.open("x", encoding="utf-8") as file:
+    """Open a new file, which is the user's alone, and is removed again if anything is raised."""
+    with open(open_new(path, PRIVATE), "w", encoding="utf-8") as file:  # noqa: PTH123 - of an fd
         try:
             yield file
         except BaseException:
