@@ -57,6 +57,8 @@ class FileInfo:
 
 def identify(files: Sequence[FileInfo], host: str) -> tuple[FileInfo, ...]:
     """Return files with `vm` and `host`, where they have none yet; `FileInfo` has the rule."""
+    if all(info.vm and info.host for info in files):
+        return tuple(files)
     owners: dict[Hashable, list[int]] = {}
     for index, info in enumerate(files):
         owners.setdefault(_owner(info) or index, []).append(index)

@@ -435,11 +435,13 @@ class Samples:
         Returns
         -------
         pyarrow.Table
-            Columns ``time`` (the wall clock, timestamp[ns, UTC]), ``tick``, ``sweep_ns``, ``file`` (the index in
-            `files`), ``id``, ``vcpu_id``, and one of raw uint64 for each statistic, a histogram's a fixed size list;
-            none has nulls. What a descriptor says is in its field's metadata. Rows of files that had failed are not
-            there. A statistic with the name of one of ours, or ``vm``, ``vcpu`` or ``bucket``, is called ``stat.NAME``,
-            here and in the other conversions.
+            Columns ``host``, ``vm`` (the label, see `FileInfo`), ``pid`` (null where it is not known) and ``vcpu`` (-1
+            for the file of a VM): together with ``time`` (the wall clock, timestamp[ns, UTC]) they tell rows apart.
+            Then ``tick``, ``sweep_ns``, ``file`` (the index in `files`), ``id``, for vCPUs ``vcpu_id`` (what version
+            0.1 called ``vcpu``), and one of raw uint64 for each statistic, a histogram's a fixed size list. Only
+            ``pid`` has nulls. What a descriptor says is in its field's metadata. Rows of files that had failed are not
+            there. A statistic with the name of one of ours, or ``bucket`` or ``date``, is called ``stat.NAME``, here
+            and in the other conversions.
 
         Raises
         ------
@@ -467,10 +469,10 @@ class Samples:
         Returns
         -------
         pandas.DataFrame
-            Indexed by ``time`` (the wall clock, UTC) and ``vcpu`` (or ``vm``): the vCPU id, or where those are not
-            unique the file's id string, or its index. A histogram has a column for each bucket,
-            ``halt_wait_hist[3]``. ``attrs["units"]`` maps columns to units. Rows of files that had failed are not in
-            it.
+            Indexed by ``time`` (the wall clock, UTC), ``host``, ``vm`` and ``vcpu``, with ``pid`` as a nullable column,
+            all as in `to_arrow`: ``frame["exits"].unstack(["vm", "vcpu"])`` has a column for each vCPU. A histogram has
+            a column for each bucket, ``halt_wait_hist[3]``. ``attrs["units"]`` maps columns to units. Rows of files
+            that had failed are not in it.
 
         Raises
         ------
@@ -492,9 +494,12 @@ class Samples:
         Returns
         -------
         xarray.Dataset
-            Dimensions ``time`` (the wall clock, UTC, datetime64[ns]), ``vcpu`` and ``vm`` (labelled as in `to_pandas`),
-            and for histograms ``bucket``, the buckets' lower edges in base units (``bucket2`` ... where histograms have
-            other edges). Each variable has the attribute ``units``.
+            Dimensions ``time`` (the wall clock, UTC, datetime64[ns]); ``vcpu`` for files of vCPUs and ``vm`` for those
+            of VMs; and for histograms ``bucket``, the buckets' lower edges in base units (``bucket2`` ... where
+            histograms have other edges). Each variable has the attribute ``units``.
+            Along ``vcpu`` or ``vm`` lie the coordinates ``host``, ``vm``, ``pid`` and ``vcpu``, as in `to_arrow`, but
+            with -1 for a pid that is not known: ``data.exits.groupby("vm")``, ``data.exits.sel(vcpu=0)``, which is vCPU
+            0 of each VM. In a Dataset of both kinds each has the dimension's name in front: ``vcpu_vm``, ``vm_host``.
             Files that failed are listed in the attribute ``errors``; their values mean nothing from there on, as in
             ``samples[name]``.
 

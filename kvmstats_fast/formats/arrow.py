@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmstats_fast.file_info import identify
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.errors import describe
-from kvmstats_fast.formats.origin import BATCH_FIELDS, Origin
+from kvmstats_fast.formats.origin import BATCH_FIELDS, FORMAT, Origin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -26,41 +27,50 @@ if TYPE_CHECKING:
     from kvmstats_fast.samples import SampleError, Samples
     from kvmstats_fast.stat import Stat
 
-#: Columns in front of the statistics; vcpu_id in files of vCPUs only.
-OWN = ("time", "tick", "sweep_ns", "file", "id", "vcpu_id")
+#: Columns that say whose a row is.
+WHOSE = ("host", "vm", "pid", "vcpu")
+#: Columns in front of the statistics; vcpu_id in files of vCPUs only. Those of format 1 start at `time`.
+OWN = (*WHOSE, "time", "tick", "sweep_ns", "file", "id", "vcpu_id")
+#: What the column `vcpu` has for the file of a VM; and `pid`, where integers have no null, for one that is not known.
+NONE = -1
 
-#: Names that no column of a statistic may have: our own, xarray's dimensions, and what Parquet data sets add.
-TAKEN = frozenset((*OWN, "vm", "vcpu", "bucket", "host", "date"))
+#: Names that no column of a statistic may have: our own, xarray's dimension, and what Parquet data sets add.
+TAKEN = frozenset((*OWN, "bucket", "date"))
 
 
 def column_name(name: str) -> str:
     """Return what the column of a statistic is called: text, and no name of our own."""
-    name = _text(name)
+    name = readable(name)
     return f"stat.{name}" if name in TAKEN else name
 
 
-def _text(name: str) -> str:
-    """Return a name as text; bytes of it that were no UTF-8 become U+FFFD."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def readable(text: str) -> str:
+    """Return a name or id as UTF-8 can encode it: bytes that were none are escaped."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _word(code: IntEnum | int) -> str:
     return code.name.lower() if isinstance(code, IntEnum) else str(code)
 
 
-def own_fields(kind: str) -> list[Any]:
-    """Return the fields of the columns in front of the statistics."""
+def own_fields(kind: str, written: int = FORMAT) -> list[Any]:
+    """Return the fields of the columns in front of the statistics, in the format `written`."""
     pa = need("pyarrow", "arrow")
+    text = pa.dictionary(pa.int32(), pa.string())
     types = (
+        text,
+        text,
+        pa.int64(),
+        pa.int64(),
         pa.timestamp("ns", "UTC"),
         pa.uint64(),
         pa.int64(),
         pa.int32(),
-        pa.dictionary(pa.int32(), pa.string()),
+        text,
         pa.int64(),
     )
-    fields = [pa.field(name, of_type, nullable=False) for name, of_type in zip(OWN, types, strict=True)]
-    return fields if kind == "vcpu" else fields[:-1]
+    fields = [pa.field(name, of_type, nullable=name == "pid") for name, of_type in zip(OWN, types, strict=True)]
+    return fields[len(WHOSE) if written == 1 else 0 : None if kind == "vcpu" else -1]
 
 
 def stat_field(stat: Stat, place: int) -> Any:
@@ -111,6 +121,18 @@ def find_live(
     return live
 
 
+def whose(samples: Samples, columns: npt.NDArray[np.intp]) -> dict[str, Any]:
+    """Return what the columns WHOSE have for the files at the indices `columns`: lists of str, and int64 (n,)."""
+    files = identify(samples.files, samples.host)
+    infos = [files[index] for index in columns.tolist()]
+    return {
+        "host": [readable(info.host) for info in infos],
+        "vm": [readable(info.vm) for info in infos],
+        "pid": np.array([NONE if info.pid is None else info.pid for info in infos], np.int64),
+        "vcpu": np.array([NONE if info.vcpu_id is None else info.vcpu_id for info in infos], np.int64),
+    }
+
+
 def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str, str]]:
     """Return a group's record batch and its own metadata."""
     pa = need("pyarrow", "arrow")
@@ -126,18 +148,25 @@ def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str
     def own(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return rows(np.broadcast_to(values, shape))
 
-    infos = [samples.files[index] for index in columns.tolist()]
-    ids: dict[str, int] = {}
-    places = np.array([ids.setdefault(_text(info.id), len(ids)) for info in infos], np.int32)
+    def text(texts: Iterable[str]) -> Any:
+        codes: dict[str, int] = {}
+        places = np.array([codes.setdefault(readable(one), len(codes)) for one in texts], np.int32)
+        return pa.DictionaryArray.from_arrays(_from_numpy(pa.int32(), own(places)), _strings(list(codes)))
+
+    about = whose(samples, columns)
     arrays = [
+        text(about["host"]),
+        text(about["vm"]),
+        _from_numpy(pa.int64(), own(about["pid"]), nulls=own(about["pid"] == NONE)),
+        _from_numpy(pa.int64(), own(about["vcpu"])),
         _from_numpy(pa.timestamp("ns", "UTC"), own(samples.wall_time[:, None])),
         _from_numpy(pa.uint64(), own(samples.tick[:, None])),
         _from_numpy(pa.int64(), own(samples.sweep_ns[:, None])),
         _from_numpy(pa.int32(), own(columns.astype(np.int32))),
-        pa.DictionaryArray.from_arrays(_from_numpy(pa.int32(), own(places)), _strings(list(ids))),
+        text(samples.files[index].id for index in columns.tolist()),
     ]
     if group.kind == "vcpu":
-        arrays.append(_from_numpy(pa.int64(), own(np.array([info.vcpu_id for info in infos], np.int64))))
+        arrays.append(arrays[OWN.index("vcpu")])
     for array, field in zip(group.contiguous(), list(schema)[len(arrays) :], strict=True):
         values = _from_numpy(pa.uint64(), rows(array).reshape(-1))
         arrays.append(pa.FixedSizeListArray.from_arrays(values, type=field.type) if array.ndim == 3 else values)
@@ -154,10 +183,11 @@ def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str
     return pa.record_batch(arrays, schema=schema), metadata
 
 
-def _from_numpy(kind: Any, values: npt.NDArray[Any]) -> Any:
+def _from_numpy(kind: Any, values: npt.NDArray[Any], *, nulls: npt.NDArray[np.bool_] | None = None) -> Any:
     """Return an Arrow array that is this memory (pyarrow.array would import pandas)."""
     pa = need("pyarrow", "arrow")
-    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+    valid = None if nulls is None or not nulls.any() else pa.py_buffer(np.packbits(~nulls, bitorder="little"))
+    return pa.Array.from_buffers(kind, len(values), [valid, pa.py_buffer(values)])
 
 
 def _strings(texts: list[str]) -> Any:
@@ -185,3 +215,13 @@ def table(samples: Samples, recording: str = "") -> Any:
     origin = Origin.of(samples, group, recording=recording, part=0)
     batch, _ = to_batch(samples, group, arrow_schema(origin, list(group.places)))
     return pa.Table.from_batches([batch])
+
+
+def decode_dictionaries(table: Any) -> Any:
+    """Return a table whose texts are plain strings."""
+    pa = need("pyarrow", "arrow")
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            plain = table.column(place).cast(pa.string())
+            table = table.set_column(place, field.with_type(pa.string()), plain)
+    return table

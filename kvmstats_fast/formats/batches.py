@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def stats_of(schema: Any, origin: Origin, source: str) -> list[Stat]:
     """Return the statistics of a file's columns; KvmStatsError unless the columns are what their metadata says."""
-    own = own_fields(origin.kind)
+    own = own_fields(origin.kind, origin.format)
     found: dict[int, Stat] = {}
     if len(schema) < len(own):
         raise KvmStatsError(f"{source}: column {own[len(schema)].name!r} is missing")
@@ -150,7 +150,9 @@ def to_samples(batch: Any, stats: Sequence[Stat], happened: dict[str, Any], orig
         If the rows are not those that `happened` speaks of.
     """
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        if column.null_count or (hasattr(field.type, "list_size") and column.flatten().null_count):
+        if (column.null_count and field.name != "pid") or (
+            hasattr(field.type, "list_size") and column.flatten().null_count
+        ):
             raise KvmStatsError(f"{source}: column {field.name!r} has nulls")
     sweeps, columns = happened["sweeps"], np.array(origin.columns, np.intp)
     rowless = dict(zip(("tick", "time", "sweep_ns"), happened["rowless"], strict=True))

@@ -75,6 +75,7 @@ def _flatten(table: Any) -> Any:
     """Return a table without lists or dictionaries."""
     pa, pc = need("pyarrow", "arrow"), need("pyarrow.compute", "arrow")
     columns: dict[str, Any] = {}
+    table = arrow.decode_dictionaries(table)
     for field, column in zip(table.schema, table.columns, strict=True):
         if pa.types.is_fixed_size_list(field.type):
             values = arrow.as_numpy(column.combine_chunks())
@@ -84,5 +85,5 @@ def _flatten(table: Any) -> Any:
             text = column.cast(pa.timestamp("ns")).cast(pa.string())
             columns[field.name] = pc.binary_join_element_wise(text, "Z", "")
         else:
-            columns[field.name] = column.cast(pa.string()) if pa.types.is_dictionary(field.type) else column
+            columns[field.name] = column
     return pa.table(columns)

@@ -74,8 +74,8 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
 
     Notes
     -----
-    The columns are those of `Samples.to_arrow`, and ``host``. That is in the files, not in the names of directories,
-    because readers guess types from these: ``host=007`` would be the number 7. In each file rows are sorted by file
+    The columns are those of `Samples.to_arrow`. The host is one of them, and not in the names of directories, because
+    readers guess types from these: ``host=007`` would be the number 7. In each file rows are sorted by file
     then time, statistics are compressed with zstd and encoded without a dictionary: neighbours differ little.
     Histograms are lists. Values are raw, and what their descriptors say is in the metadata of the fields. Each file is
     there as a whole or not at all.
@@ -120,7 +120,7 @@ class _Parquet:
     def add(self, samples: Samples) -> None:
         """Take samples of one kind and kernel."""
         host = self._host or samples.host or "unknown"
-        samples = replace(samples, host=host)
+        samples = replace(samples, host=host, files=tuple(replace(info, host=host) for info in samples.files))
         fingerprint = samples.groups[0].schema.fingerprint[:8]
         for date, part in _cut_by_date(samples):
             self._dates.add(date)
@@ -145,13 +145,7 @@ class _Parquet:
         number = self._numbers[where] = self._numbers.get(where, -1) + 1
         name = f"{_quote(host)}-{self._name}-{fingerprint}-{number:05}.parquet"
         path = self._root / kind / f"date={date}" / name
-        # Ids as plain text: a dictionary is for the reader's memory, not for the file.
-        place = table.schema.get_field_index("id")
-        field = table.schema.field(place).with_type(self._pa.string())
-        table = table.set_column(place, field, table.column(place).cast(self._pa.string()))
-        text = self._pa.scalar(host.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        field = self._pa.field("host", self._pa.string(), nullable=False)
-        table = table.append_column(field, self._pa.repeat(text, len(table)))
+        table = arrow.decode_dictionaries(table)  # which are for the reader's memory, not for the file
         split = [column.path for column in self._columns(table) if column.physical_type == "INT64"]
         make_directories(path.parent, self._mode)
         try:
