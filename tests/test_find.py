@@ -94,6 +94,30 @@ def vm_links(vcpus, *extra, form="anon_inode:{}"):
         (["lkvm", "run", "--name", "g", "-n", "mode=user", "-k", "bzImage"], "lkvm", "g"),
         (["/opt/lkvm-static", "run", "-n", "mode=none"], "lkvm-static", ""),
         (["/usr/bin/python3", "-m", "vmm", "--name", "x", "--id", "y", "-name", "z"], "python3", ""),
+        (["/usr/bin/stratovirt", "-machine", "microvm", "-name", "sv"], "stratovirt", "sv"),
+        (["/nix/store/x/bin/.qemu-system-x86_64-wrapped", "-name", "n"], "qemu-system-x86_64", "n"),
+        (["/nix/store/x/bin/.qemu-system-x86-wrapped", "-name", "guest=n"], "qemu-system-x86", "n"),
+        (["/nix/store/x/bin/.qemu-kvm-wrapped_", "-name", "n"], "qemu-kvm", "n"),
+        (["/nix/store/x/bin/.cloud-hypervisor-wrapped"], "cloud-hypervisor", ""),
+        (["/opt/.hidden", "-name", "n"], ".hidden", ""),
+        (["/opt/.helper-wrapped", "-name", "n"], "helper", ""),
+        (["/lib64/ld-linux-x86-64.so.2", "/opt/q/qemu-system-x86_64", "-name", "l"], "qemu-system-x86_64", "l"),
+        (
+            [
+                "/lib64/ld-linux-x86-64.so.2",
+                "--library-path",
+                "/opt/lib",
+                "--inhibit-cache",
+                "firecracker",
+                "--id",
+                "f",
+            ],
+            "firecracker",
+            "f",
+        ),
+        (["/lib/ld-musl-x86_64.so.1", "--argv0", "x", "--", "/bin/lkvm", "run", "--name", "m"], "lkvm", "m"),
+        (["/lib/ld-linux-aarch64.so.1", "--preload=a.so", "/usr/bin/qemu-kvm", "-name", "a"], "qemu-kvm", "a"),
+        (["/lib64/ld-linux-x86-64.so.2", "--version"], "ld-linux-x86-64.so.2", ""),
     ],
 )
 def test_vmms_and_the_names_of_their_guests(proc, arguments, vmm, name):
@@ -212,16 +236,20 @@ def test_a_process_whose_files_may_not_be_seen_is_listed_if_its_name_is_a_vmms(p
         proc.add(5, [], [], comm="kworker/0:1"),
         proc.add(6, [], [], comm="qemu-system-x86"),
         proc.add(7, ["firecracker"], vm_links(2)),
+        proc.add(8, ["/lib64/ld-linux-x86-64.so.2", "/opt/qemu-kvm", "-name", "linked"], vm_links(2)),
+        proc.add(9, ["/nix/store/x/.crosvm-wrapped", "--name=nix"], vm_links(2), comm=".crosvm-wrapped"),
     ]
     for folder in hidden:
         (folder / "fd").chmod(0o700)
-    (hidden[-1] / "cmdline").chmod(0)
+    (proc.root / "7" / "cmdline").chmod(0)
 
     def work():
         found, unseen = scan(proc.root)
         assert [(process.pid, process.vmm, process.name) for process in found] == [
             (1, "qemu-system-x86_64", "hers"),
             (2, "cloud-hyperviso", ""),
+            (8, "qemu-kvm", "linked"),
+            (9, "crosvm", "nix"),
         ]
         for process in found:
             assert (process.vms, process.vcpus, process.held, process.attachable) == (None, None, None, False)
@@ -229,7 +257,7 @@ def test_a_process_whose_files_may_not_be_seen_is_listed_if_its_name_is_a_vmms(p
         assert unseen == 3
 
     assert exit_status(forked(work, NOBODY)) == 0
-    assert len(kf.find_vms(proc.root)) == 4
+    assert len(kf.find_vms(proc.root)) == 6
 
 
 def test_a_process_that_guards_itself_meanwhile_is_no_error(monkeypatch, proc):

@@ -90,7 +90,7 @@ def vmm_of(pid, seconds=30):
 
 def ask(vmm, tid, fds, *, in_run=False, **more):
     """Attempt until the thread is met in a call."""
-    return until(lambda: (a := vmm.attempt(tid, fds, in_run=in_run, **more)).result not in inject._PASSING and a)
+    return until(lambda: (a := vmm.attempt(tid, fds, in_run=in_run, **more)).result not in inject._TRANSIENT and a)
 
 
 # ---- QEMU

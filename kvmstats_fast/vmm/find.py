@@ -43,7 +43,7 @@ class VmProcess:
         command line or ``comm`` calls it.
     name : str
         Name of the guest, where the command line tells it: QEMU ``-name``, Firecracker ``--id``, crosvm and kvmtool
-        ``--name``. Otherwise empty; cloud-hypervisor has no such option. Nothing makes it unique.
+        ``--name``, StratoVirt ``-name``. Otherwise empty; cloud-hypervisor has no such option. Nothing makes it unique.
     uid : int
         Its real user.
     vms : int or None
@@ -95,12 +95,11 @@ def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
 
     Notes
     -----
-    The files of a process are shown to its own user, if it is dumpable, and as a rule to root
-    (``PTRACE_MODE_READ_FSCREDS``, ``fs/proc/base.c``). Of any other only the names are known: if one of them is that of
-    a known VMM (QEMU, Firecracker, cloud-hypervisor, crosvm, kvmtool), the process is listed with None for what is not
-    known; if not, it is not listed. So without privilege a VM of another user's unknown VMM is missing, and so is what
-    /proc hides altogether: processes of pid namespaces that are not inside the own one, and with the mount option
-    ``hidepid`` those of other users.
+    A process shows its files to its own user if it is dumpable, and as a rule to root (``PTRACE_MODE_READ_FSCREDS``,
+    ``fs/proc/base.c``). Of any other process only the names are known. If one of them is that of a known VMM (QEMU,
+    Firecracker, cloud-hypervisor, crosvm, kvmtool, StratoVirt), the process is listed with None for what is not known;
+    otherwise it is left out. So without privilege a VM of another user's unknown VMM is missing, and so is what /proc
+    hides altogether: processes outside this pid namespace, and with the mount option ``hidepid`` those of other users.
 
     A VM or vCPU that a process has open several times counts once if the kernel can tell (``kcmp(2)``); otherwise each
     fd counts.
@@ -159,8 +158,11 @@ def describe(process: Process, files: list[KvmFile]) -> VmProcess:
     OSError
         As `Process` has it, if it guards itself by now or ends.
     """
-    arguments = process.arguments()
-    names = [name for name in (process.program(), *_names(process, arguments)) if name]
+    program, arguments = _program_name(process.program()), process.arguments()
+    if _LINKER.fullmatch(program):
+        arguments = _skip_linker(arguments)
+        program = ""
+    names = [name for name in (program, *_names(process, arguments)) if name]
     why_not = _why_not(process)
     return VmProcess(
         pid=process.pid,
@@ -191,6 +193,8 @@ def _describe_hidden(process: Process) -> VmProcess | None:
     """Describe a process that does not show its files, if its names are those of a known VMM."""
     try:
         arguments = process.arguments()
+        if arguments and _LINKER.fullmatch(_program_name(arguments[0])):
+            arguments = _skip_linker(arguments)
         names = _names(process, arguments)
     except PermissionError:  # hidepid
         return None
@@ -234,7 +238,7 @@ def _say_refusal(call: str, pid: int, error: int) -> str:
 
 def _names(process: Process, arguments: list[str]) -> list[str]:
     """Return what it calls itself: the first word of the command line, and comm."""
-    return [*(word.rpartition("/")[2] for word in arguments[:1]), process.comm()]
+    return [_program_name(name) for name in (*arguments[:1], process.comm())]
 
 
 def _uid(process: Process) -> int:
@@ -250,7 +254,8 @@ class _Vmm(NamedTuple):
 
 
 #: Sources: QEMU's qemu-options.hx and util/qemu-option.c; src/firecracker/src/main.rs of Firecracker;
-#: cloud-hypervisor/src/main.rs; src/crosvm/cmdline.rs of crosvm (--name since 2024); builtin-run.c of kvmtool.
+#: cloud-hypervisor/src/main.rs; src/crosvm/cmdline.rs of crosvm (--name since 2024); builtin-run.c of kvmtool;
+#: machine_manager/src/cmdline.rs of StratoVirt.
 _QEMU = _Vmm(re.compile(r"qemu-system-|qemu-kvm|kvm$"), "-name")
 _VMMS = (
     _QEMU,
@@ -258,7 +263,37 @@ _VMMS = (
     _Vmm(re.compile(r"cloud-hyperviso"), ""),
     _Vmm(re.compile(r"crosvm"), "--name"),
     _Vmm(re.compile(r"lkvm$|lkvm-static$|kvmtool$"), "--name"),
+    _Vmm(re.compile(r"stratovirt"), "-name"),
 )
+
+
+#: The dynamic linker, called as a program: its options that take a word (glibc's elf/rtld.c, musl's ldso/dynlink.c).
+_LINKER = re.compile(r"ld-linux.*\.so\.\d|ld-musl-.*\.so\.1|ld(64)?\.so\.\d|ld-\d.*\.so")
+_LINKER_OPTIONS = {
+    f"--{name}"
+    for name in (
+        *("library-path", "preload", "audit", "argv0", "inhibit-rpath"),
+        *("glibc-hwcaps-prepend", "glibc-hwcaps-mask"),
+    )
+}
+
+
+def _program_name(path: str) -> str:
+    """Return the name of a program, without what NixOS' wrappers add: ``.qemu-kvm-wrapped``, cut short in comm."""
+    name = path.rpartition("/")[2]
+    bare = name.removeprefix(".").rstrip("_").removesuffix("-wrapped")
+    return bare if name.startswith(".") and (bare != name[1:] or _known([bare])) else name
+
+
+def _skip_linker(arguments: list[str]) -> list[str]:
+    """Return the command line of the program that the dynamic linker runs."""
+    words = iter(arguments[1:])
+    for word in words:
+        if word in _LINKER_OPTIONS:
+            next(words, None)
+        elif not word.startswith("--"):
+            return [word, *words]
+    return arguments
 
 
 def _known(names: list[str]) -> _Vmm | None:

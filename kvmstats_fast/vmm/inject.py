@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import Layout, ioctl_number
 from kvmstats_fast.errors import AttachError, VmGoneError
+from kvmstats_fast.vmm.hazard import check_hazards
 from kvmstats_fast.vmm.refusal import explain_refusal
 
 if TYPE_CHECKING:
@@ -65,23 +66,24 @@ class Result(IntEnum):
 
 
 _MESSAGES = {
-    Result.DONE: "it made KVM_GET_STATS_FD, but no new stats file is to be seen in /proc/{pid}/fd: has the process as "
-    "many files open as it may (RLIMIT_NOFILE), is the VM another process', or the kernel older than 5.14?",
-    Result.UNSUPPORTED: "only threads of x86-64 can be made to open stats files; let the VMM do it and pass them on",
+    Result.DONE: "it called KVM_GET_STATS_FD, but no new stats file appeared in /proc/{pid}/fd. Possible causes: the "
+    "process has as many files open as it may (RLIMIT_NOFILE); the VM belongs to another process; the kernel is older "
+    "than 5.14",
+    Result.UNSUPPORTED: "only on x86-64 can threads be made to open files: let the VMM open them and hand them over",
     Result.GONE: "it has ended",
     Result.KERNEL_THREAD: "it is a worker of the kernel",
     Result.TRACED: "process {value} traces it (a debugger, strace?): end that first",
     Result.HALTED: "it is stopped by a signal: continue it first (kill -CONT {pid})",
-    Result.SECCOMP: "it has a seccomp filter (mode {value}), which may kill the VMM for a call it does not expect; let "
+    Result.SECCOMP: "it has a seccomp filter (mode {value}), which may kill the VMM for a call it does not expect: let "
     "the VMM open its stats files, or start it without the filter",
     Result.SHADOW_STACK: "it has a shadow stack (CET), which forbids the way back",
     Result.FOREIGN_ABI: "it runs 32-bit or x32 code ({value:#x})",
-    Result.NO_SYSCALL: "it was never met in a system call (last at {value:#x})",
-    Result.OTHER_CALL: "it was never met in KVM_RUN (last in call {value})",
-    Result.CODE: "the code at {value:#x} changed under way",
+    Result.NO_SYSCALL: "it was never found in a system call (last seen at {value:#x})",
+    Result.OTHER_CALL: "it was never found in KVM_RUN (last seen in system call {value})",
+    Result.CODE: "the code at {value:#x} has changed",
     Result.XSTATE: "its extended register state of {value} bytes is not understood",
-    Result.STACK: "below its stack is no memory to write to ({value:#x})",
-    Result.TIMEOUT: "it did not stop in time: it sleeps in the kernel where no signal wakes it",
+    Result.STACK: "there is no writable memory below its stack ({value:#x})",
+    Result.TIMEOUT: "it did not stop in time: it sleeps in the kernel, where no signal wakes it",
     Result.KILLED: "the tracer was killed {when}, which does no harm: try again",
 }
 
@@ -104,10 +106,10 @@ _ERRNO = {
     Result.KILLED: errno.EINTR,
 }
 
-#: The thread may be met in a better moment.
-_PASSING = {Result.NO_SYSCALL, Result.OTHER_CALL}
-#: It says nothing of the VMM: workers of the kernel show the registers of the thread that made them.
-_NOBODY = {Result.GONE, Result.KERNEL_THREAD}
+#: Another moment may be better.
+_TRANSIENT = {Result.NO_SYSCALL, Result.OTHER_CALL}
+#: No reason to report: kernel workers show the registers of the thread that created them.
+_SAYS_NOTHING = {Result.GONE, Result.KERNEL_THREAD}
 
 _C_LIBRARY = re.compile(r"/(?:libc[.-]|ld-musl)[^/]*$")
 _KVM_RUN = 0xAE80
@@ -163,7 +165,7 @@ class _Subject(NamedTuple):
     vcpu_id: int | None
     fds: tuple[int, ...]
 
-    def became(self, **what: Any) -> Injected:
+    def outcome(self, **what: Any) -> Injected:
         return Injected("vm" if self.vcpu_id is None else "vcpu", self.vcpu_id, self.fds[0], **what)
 
     def __str__(self) -> str:
@@ -204,7 +206,8 @@ def open_missing(process: Process, *, timeout: float = 5.0) -> list[Injected]:
     VmGoneError
         If the process ends meanwhile.
     AttachError
-        If it is this process, may not be traced, has no VM, or not the code that this needs; and off x86-64.
+        If it is this process, may not be traced, has no VM, runs code written in Go, is frozen, or has not the code
+        that this needs; and off x86-64.
 
     Notes
     -----
@@ -215,8 +218,8 @@ def open_missing(process: Process, *, timeout: float = 5.0) -> list[Injected]:
 
     A vCPU whose VM is paused is not in ``KVM_RUN``, and nothing shows which thread is its own: it is refused.
 
-    A thread needs room below its stack as for a signal handler, which cannot be seen from outside. C, C++ and Rust have
-    it; do not use this on a VMM written in Go.
+    A thread needs room below its stack as for a signal handler, which cannot be seen from outside; C, C++ and Rust have
+    it. Programs built by Go, which have not, are known by a note or a section of their ELF.
     """
     if timeout <= 0:
         raise ValueError(f"timeout is {timeout}; it must be more than 0 seconds")
@@ -258,13 +261,14 @@ class Injection:
             alike = sum(other.vcpu_id == subject.vcpu_id for other in subjects)
             files = self.process.group(file for file in held if file.vcpu_id == subject.vcpu_id)
             if len(files) >= alike:
-                found[subject] = subject.became(stats_fd=files[0][0].fd if alike == 1 else None)
+                found[subject] = subject.outcome(stats_fd=files[0][0].fd if alike == 1 else None)
         found |= self.open([subject for subject in subjects if subject not in found])
         return [found[subject] for subject in subjects]
 
     def open(self, subjects: list[_Subject]) -> dict[_Subject, Injected]:
         """Open one more stats file for each."""
         if subjects:
+            check_hazards(self.process)
             self.call, self.restorer = self.find_code()
         found = {subject: self.open_vm(subject) for subject in subjects if subject.vcpu_id is None}
         return found | self.open_vcpus([subject for subject in subjects if subject.vcpu_id is not None])
@@ -299,7 +303,7 @@ class Injection:
                 restorer = next((at for at in map(code.find, _RESTORERS) if at >= 0), -1)
                 if call >= 0 and restorer >= 0:
                     return start + call, start + restorer
-        text = f"process {self.process.pid} has no C library for x86-64 mapped: its threads cannot be used"
+        text = f"process {self.process.pid} has no C library for x86-64 mapped, which its threads need for the call"
         raise AttachError(errno.ENOTSUP, text)
 
     # ---- what is done
@@ -323,21 +327,21 @@ class Injection:
             text = _MESSAGES[result].format(pid=pid, value=job.value, when=_STEPS[job.step])
             error = AttachError(_ERRNO[result], f"{where}: {text}")
             attempt = _Attempt(tid, result, job.fd, job.stopped_ns, job.signals, error)
-        if attempt.result != Result.DONE and attempt.result not in _PASSING:
+        if attempt.result != Result.DONE and attempt.result not in _TRANSIENT:
             self.refused[tid] = attempt
         return attempt
 
     def settle(self, subject: _Subject, attempt: _Attempt, before: set[int]) -> Injected:
-        """Wait for the new file of a thread that has been sent to open it."""
+        """Wait for the file that a thread has been sent to open."""
         until = min(self.deadline, time.monotonic() + _PATIENCE)
-        told = {"tid": attempt.tid, "stopped_ns": attempt.stopped_ns, "result": attempt.result}
+        facts = {"tid": attempt.tid, "stopped_ns": attempt.stopped_ns, "result": attempt.result}
         nap = _FIRST_NAP
         while not (new := self.held_now(subject) - before):
             if time.monotonic() >= until:
-                return subject.became(error=_about(subject, attempt), **told)
+                return subject.outcome(error=_explain(subject, attempt), **facts)
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP)
-        return subject.became(stats_fd=min(new), opened=True, **told)
+        return subject.outcome(stats_fd=min(new), opened=True, **facts)
 
     def is_late(self) -> bool:
         """Return whether the time is up."""
@@ -349,7 +353,7 @@ class Injection:
         return {file.fd for file in files if file.is_stats and file.vcpu_id == subject.vcpu_id}
 
     def open_vm(self, subject: _Subject) -> Injected:
-        """Let any thread do it, a VM's ioctl waits for nothing; first those in KVM_RUN, which expect EINTR."""
+        """Have any thread open a VM's file, for its ioctl does not wait; first those in KVM_RUN, which expect EINTR."""
         last = None
         nap = _FIRST_NAP
         while True:
@@ -362,7 +366,7 @@ class Injection:
                 attempt = self.attempt(tid, subject.fds[:1], in_run=False)
                 if attempt.result == Result.DONE:
                     return self.settle(subject, attempt, before)
-                if attempt.result not in _NOBODY:
+                if attempt.result not in _SAYS_NOTHING:
                     last = attempt
             if not able or self.is_late():
                 return self.give_up(subject, last)
@@ -370,7 +374,7 @@ class Injection:
             nap = min(2 * nap, _LONGEST_NAP)
 
     def open_vcpus(self, subjects: list[_Subject]) -> dict[_Subject, Injected]:
-        """Let the thread in a vCPU's KVM_RUN do it. Of one that is running now nothing is known until it is stopped."""
+        """Have the thread in a vCPU's KVM_RUN open its file; where a running thread is shows when it is stopped."""
         found: dict[_Subject, Injected] = {}
         by_fd = {fd: subject for subject in subjects for fd in subject.fds}
         nap = _FIRST_NAP
@@ -383,7 +387,7 @@ class Injection:
                 fd = _runs(words)
                 subject = by_fd.get(-1 if fd is None else fd)
                 if tid in self.refused:
-                    if subject and self.refused[tid].result not in _NOBODY:
+                    if subject and self.refused[tid].result not in _SAYS_NOTHING:
                         found[subject] = self.give_up(subject, self.refused[tid])
                         by_fd = {fd: other for fd, other in by_fd.items() if other is not subject}
                     continue
@@ -399,8 +403,8 @@ class Injection:
                     )
                     by_fd = {fd: other for fd, other in by_fd.items() if other is not subject}
             if not able or self.is_late():
-                telling = [attempt for attempt in self.refused.values() if attempt.result not in _NOBODY]
-                last = telling[-1] if telling else None  # of a thread that may be the one
+                reasons = [attempt for attempt in self.refused.values() if attempt.result not in _SAYS_NOTHING]
+                last = reasons[-1] if reasons else None  # of a thread that may be the one
                 return found | {subject: self.give_up(subject, last) for subject in by_fd.values()}
             time.sleep(nap)
             nap = min(2 * nap, _LONGEST_NAP)
@@ -409,10 +413,10 @@ class Injection:
     def give_up(self, subject: _Subject, attempt: _Attempt | None) -> Injected:
         """Return that no file was opened, and why."""
         if attempt is not None:
-            return subject.became(tid=attempt.tid, result=attempt.result, error=_about(subject, attempt))
-        text = "no thread was met in " + ("a system call" if subject.vcpu_id is None else "its KVM_RUN") + " in time"
-        hint = "" if subject.vcpu_id is None else " (is the VM paused? The file can only be opened while the vCPU runs)"
-        return subject.became(error=AttachError(errno.EAGAIN, f"process {self.process.pid}, {subject}: {text}{hint}"))
+            return subject.outcome(tid=attempt.tid, result=attempt.result, error=_explain(subject, attempt))
+        text = f"no thread was found in {'a system call' if subject.vcpu_id is None else 'its KVM_RUN'} in time"
+        hint = "" if subject.vcpu_id is None else ". Is the VM paused? The file can only be opened while the vCPU runs"
+        return subject.outcome(error=AttachError(errno.EAGAIN, f"process {self.process.pid}, {subject}: {text}{hint}"))
 
 
 def _runs(words: list[str]) -> int | None:
@@ -428,7 +432,7 @@ def _read_code(memory: int, start: int, end: int) -> bytes:
     while len(code) < end - start:
         try:
             piece = os.pread(memory, min(_PIECE, end - start - len(code)), start + len(code))
-        except OSError:  # a page behind the end of its file
+        except OSError:  # a page beyond the end of its file
             break
         if not piece:
             break
@@ -436,7 +440,7 @@ def _read_code(memory: int, start: int, end: int) -> bytes:
     return bytes(code)
 
 
-def _about(subject: _Subject, attempt: _Attempt) -> AttachError | None:
-    """Return the attempt's error, with what it was for."""
+def _explain(subject: _Subject, attempt: _Attempt) -> AttachError | None:
+    """Return the error of the attempt, which says what it was for."""
     error = attempt.error
     return error and AttachError(error.errno, f"the stats file of {subject}: {error.strerror}")

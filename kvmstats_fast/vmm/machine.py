@@ -15,6 +15,7 @@ from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.vmm import hold
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
 from kvmstats_fast.vmm.find import VmProcess, describe, has_vm, vcpus_of
+from kvmstats_fast.vmm.hazard import has_filter
 from kvmstats_fast.vmm.mark import Marks
 from kvmstats_fast.vmm.refusal import refused
 from kvmstats_fast.vmm.watch import WATCHER, Watched
@@ -156,7 +157,7 @@ class VirtualMachine(Closing):
             lines.append(
                 f"{' and '.join(missing)}: {printable(self.vmm)} (process {self.pid}) does not hold "
                 f"{'it' if vms + len(vcpus) == 1 else 'them'}. What helps, the least intrusive first: "
-                + advise(inject=not self._trouble, vcpus=bool(vcpus))
+                + advise(inject=not self._trouble and not has_filter(self._watched.process), vcpus=bool(vcpus))
             )
         if machines > 1:
             lines.append(
@@ -253,7 +254,7 @@ def _open(process: Process, how: Literal["borrow", "inject", "launch"], trouble:
         about = _describe(process, listed)
         process.check_alive()  # so all of that was about the process that is held
         if not files:
-            raise _nothing(about, listed, trouble)
+            raise _nothing(process, about, listed, trouble)
         machine = VirtualMachine(Watched(process, about.vmm, files, marks), about, how, trouble)
         opened.pop_all()
     return machine
@@ -274,8 +275,8 @@ def _describe(process: Process, listed: list[KvmFile]) -> VmProcess:
         raise refused(f"reading {process.folder}", process.pid, error.errno or 0) from None
 
 
-def _nothing(about: VmProcess, listed: list[KvmFile], trouble: Sequence[str]) -> AttachError:
-    pid = about.pid
+def _nothing(process: Process, about: VmProcess, listed: list[KvmFile], trouble: Sequence[str]) -> AttachError:
+    pid = process.pid
     if not listed:
         return AttachError(
             errno.ENOENT, f"process {pid} has no VM: none of its files is one of KVM. `kvmstats list` shows who has one"
@@ -287,11 +288,15 @@ def _nothing(about: VmProcess, listed: list[KvmFile], trouble: Sequence[str]) ->
             "So they come from another process, as those of a monitor do: attach to that; `kvmstats list` shows it",
         )
     if trouble:
-        return AttachError(errno.ENODATA, f"no stats file of process {pid} could be opened: " + "; ".join(trouble))
+        return AttachError(
+            errno.ENODATA,
+            f"no stats file of process {pid} could be opened: {'; '.join(trouble)}. What helps, the least intrusive "
+            f"first: {advise(inject=False)}",
+        )
     return AttachError(
         errno.ENODATA,
         f"{printable(about.vmm)} (process {pid}) holds no stats files, and the kernel opens them only for the process "
-        f"that made the VM. What helps, the least intrusive first: {advise()}",
+        f"that made the VM. What helps, the least intrusive first: {advise(inject=not has_filter(process))}",
     )
 
 

@@ -294,6 +294,10 @@ class Process(Closing):
         """Open its memory for reading."""
         return Fd(os.open, self._path("mem"), os.O_RDONLY | os.O_CLOEXEC)
 
+    def open_program(self) -> Fd:
+        """Open the file that it runs for reading."""
+        return Fd(os.open, self._path("exe"), os.O_RDONLY | os.O_CLOEXEC)
+
     def threads(self) -> list[int]:
         """Return its threads, ascending, kernel threads that work for it included."""
         return sorted(map(int, os.listdir(f"{self.folder}/task")))  # noqa: PTH208 - numbers, not paths
