@@ -6,15 +6,11 @@ import struct
 import sys
 import warnings
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 from hypothesis import settings
 
 import kvmstats_fast as kf
-from kvmstats_fast.groups import Block, Columns
-from kvmstats_fast.testing import SyntheticStats
 
 DATA = Path(__file__).parent / "data"
 DERANDOMIZE = bool(os.environ.get("CI"))
@@ -148,44 +144,3 @@ def independent_read(pread):
 def as_tuples(snapshot):
     """A snapshot in the form of `independent_read`'s values."""
     return {name: tuple(value.tolist()) if hasattr(value, "tolist") else (value,) for name, value in snapshot.items()}
-
-
-@cache
-def schema_of(stats, kind="vcpu"):
-    """The schema of a file with these statistics."""
-    with SyntheticStats(stats=stats, kind=kind) as made:
-        return kf.parse(made.to_bytes()).schema
-
-
-def group_of(stats, columns, values, kind="vcpu", storage="block"):
-    """Files of one kernel, at these places among all files; `values` is (T, n) or (T, n, buckets) by name."""
-    schema = schema_of(tuple(stats), kind)
-    shape = np.shape(next(iter(values.values())))[:2]
-    arrays = [np.zeros((*shape, *stat.shape), np.uint64) for stat in schema.stats]
-    for array, stat in zip(arrays, schema.stats, strict=True):
-        array[...] = np.array(values.get(stat.name, 0), np.uint64)
-    columns = np.array(columns, np.intp)
-    if storage == "columns":
-        places = {stat.name: (stat, index) for index, stat in enumerate(schema.stats)}
-        return Columns(schema, kind, places, columns, tuple(arrays))
-    places = {stat.name: (stat, stat.offset // 8) for stat in schema.stats}
-    block = np.zeros((*shape, schema.num_values), np.uint64)
-    for array, stat in zip(arrays, schema.stats, strict=True):
-        word = stat.offset // 8
-        block[:, :, word : word + stat.size] = array.reshape(*shape, stat.size)
-    return Block(schema, kind, places, columns, block)
-
-
-def run_of(*groups, times=None, failed=()):
-    """The Samples of these groups; `failed` is pairs of a file and the sweep from which it had failed."""
-    sweeps = len(groups[0].view(next(iter(groups[0].places))))
-    files = {}
-    for group in groups:
-        for index in group.columns.tolist():
-            vcpu = group.kind == "vcpu"
-            file_id = f"kvm-1/vcpu-{index}" if vcpu else "kvm-1"
-            files[index] = kf.FileInfo(file_id, group.kind, index if vcpu else None, 1, "web", "web", "here")
-    time = np.array(range(0, sweeps * 10**9, 10**9) if times is None else times, np.int64)
-    clock = (time, np.ones(sweeps, np.int64), np.arange(sweeps, dtype=np.uint64))
-    errors = tuple(kf.SampleError(file, sweep, OSError(9, "gone")) for file, sweep in failed)
-    return kf.Samples(groups, tuple(files[index] for index in sorted(files)), *clock, errors=errors)

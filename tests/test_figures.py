@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import DATA, examples, group_of, run_of
+from helpers import DATA, examples
 from hypothesis import example, given
 from hypothesis import strategies as st
+from made import group_of, run_of
 
 import kvmstats_fast as kf
 from kvmstats_fast.testing import SyntheticStats

@@ -10,9 +10,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import examples, group_of, run_of
+from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from made import group_of, run_of
 
 import kvmstats_fast as kf
 from kvmstats_fast import changes, groups

@@ -9,9 +9,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import examples, group_of, run_of
+from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
+from made import group_of, run_of
 from strategies import valid_files
 
 import kvmstats_fast as kf
@@ -36,10 +37,7 @@ def samples_of(rows, *, times=None, ticks=None, failed=()):
         for t, row in enumerate(rows):
             for file, named in enumerate(row):
                 column[t, file] = named.get(stat.name, 0)
-    x = run_of(group_of(STATS, range(len(rows[0])), values), times=times, failed=failed)
-    if ticks is not None:
-        x.tick = np.array(ticks, np.uint64)
-    return x
+    return run_of(group_of(STATS, range(len(rows[0])), values), times=times, ticks=ticks, failed=failed)
 
 
 def test_values_are_views_of_one_array():
@@ -147,7 +145,7 @@ def test_parts_that_do_not_belong_together_are_refused():
         kf.Samples.concatenate([x, other])
     with pytest.raises(ValueError, match="order of time"):
         kf.Samples.concatenate([x[2:], x[:2]])
-    for what, old, new in (("host", "", "another"), ("kernel", "", "6.1 x86_64"), ("interval", 0.0, 0.5)):
+    for what, old, new in (("host", "here", "another"), ("kernel", "", "6.1 x86_64"), ("interval", 0.0, 0.5)):
         with pytest.raises(ValueError, match=f"differ in their {what}: {old!r} and then {new!r}"):
             kf.Samples.concatenate([x[:2], replace(x[2:], **{what: new})])
     few = run_of(group_of(STATS[:1], [0], {"count": [[1]]}), times=[9 * 10**9])
