@@ -2,8 +2,9 @@
 /* Reading data sections: of one file, and of many in one pass. The contracts are in kvmstats.h and sweep.h. */
 #include "sweep.h"
 
+#include "read.h"
+
 #include <errno.h>
-#include <unistd.h>
 
 /* ---- one file */
 
@@ -13,12 +14,11 @@ static int read_at(int fd, void *to, size_t wanted, uint64_t position, uint64_t 
     size_t done = 0;
 
     for (;;) {
-        ssize_t n = pread(fd, (char *)to + done, wanted - done, (off_t)(position + done));
-        if (n < 0) {
-            if (errno == EINTR)
-                continue;
-            return -errno;
-        }
+        int64_t n = pread_once(fd, (char *)to + done, wanted - done, position + done);
+        if (n == -EINTR)
+            continue;
+        if (n < 0)
+            return (int)n;
         done += (size_t)n;
         if (done == wanted)
             return 0;

@@ -2,14 +2,14 @@
 /*
  * test_run.c - sweeps and runs against their manuals, csrc/sweep.h and csrc/run.h
  *
- * Link with layout.c, sweep.c, run.c, -pthread and -Wl,--wrap=pread,--wrap=pread64. To be built with -fsanitize=thread
- * too: readers, stoppers and the run meet only through kvmstats_ready, kvmstats_release and kvmstats_stop, and files
+ * Link with layout.c, sweep.c, run.c, -pthread, and as intercept.h says. To be built with -fsanitize=thread too: readers, stoppers and the run meet only through kvmstats_ready, kvmstats_release and kvmstats_stop, and files
  * fail by script, not by a close during the run.
  *
  * Value w of file i is i * 1000 + w, unless a test writes another.
  */
 #define _GNU_SOURCE
 #include "clock.h"
+#include "intercept.h"
 #include "run.h"
 
 #include <errno.h>
@@ -62,11 +62,6 @@ static struct script {
 } scripts[MOST_FD];
 static long calls;
 
-ssize_t __real_pread(int fd, void *buffer, size_t count, off_t offset);
-ssize_t __real_pread64(int fd, void *buffer, size_t count, int64_t offset);
-ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset);
-ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset);
-
 /* A file is read by one thread at a time, so its script needs no lock. Returns 0 to read, or what pread returns. */
 static ssize_t by_script(int fd, size_t *count)
 {
@@ -86,14 +81,9 @@ static ssize_t by_script(int fd, size_t *count)
     return -1;
 }
 
-ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset)
+static ssize_t scripted_pread(int fd, void *buffer, size_t count, int64_t offset)
 {
-    return by_script(fd, &count) ? -1 : __real_pread(fd, buffer, count, offset);
-}
-
-ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset)
-{
-    return by_script(fd, &count) ? -1 : __real_pread64(fd, buffer, count, offset);
+    return by_script(fd, &count) ? -1 : real_pread(fd, buffer, count, offset);
 }
 
 static void put_values(int file, uint64_t add)
@@ -601,6 +591,7 @@ static void test_timer_slack(void)
 
 int main(void)
 {
+    start_intercepting();
     make_files();
 
     test_sweep();
