@@ -3,6 +3,7 @@
 #include "run.h"
 
 #include "clock.h"
+#include "read.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -90,8 +91,8 @@ static void *work(void *argument)
         wait_for(&worker->go);
         if (worker->quit)
             return NULL;
-        worker->failed = kvmstats_sweep_part(worker->run->files, worker->begin, worker->end, worker->scratch,
-                                             worker->slot, worker->number);
+        worker->failed =
+            sweep_files(worker->run->files, worker->begin, worker->end, worker->scratch, worker->slot, worker->number);
         sem_post(&worker->done);
     }
 }
@@ -154,8 +155,7 @@ static int sweep_all(struct kvmstats_run *run, struct worker *workers, int n, ui
         workers[i].number = run->taken;
         sem_post(&workers[i].go);
     }
-    int failed =
-        kvmstats_sweep_part(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, run->taken);
+    int failed = sweep_files(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, run->taken);
     for (int i = 1; i < n; ++i) {
         wait_for(&workers[i].done);
         failed += workers[i].failed;
