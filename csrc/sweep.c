@@ -32,6 +32,6 @@ int kvmstats_sweep(struct kvmstats_sweep *sweep)
             sweep->files[i].error = 0;
     int failed = sweep_files(sweep->files, 0, sweep->num_files, sweep->scratch, 0, 0);
     sweep->failed = (uint32_t)failed;
-    kvmstats_unlock(sweep, 1);
+    __atomic_store_n(&sweep->owner, 0, __ATOMIC_RELEASE); /* kvmstats_unlock, by the owner */
     return failed;
 }
