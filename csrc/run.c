@@ -46,12 +46,12 @@ static int is_stopped(const struct kvmstats_run *run)
     return __atomic_load_n(&run->stop, __ATOMIC_RELAXED) != 0;
 }
 
-/* Until `when`, or until stopped. */
-static void wait_until(const struct kvmstats_run *run, int64_t when)
+/* Wait until `when`, or until stopped. Returns the time, which is `now` when it is called. */
+static int64_t wait_until(const struct kvmstats_run *run, int64_t when, int64_t now)
 {
     int64_t spin = run->wait == KVMSTATS_WAIT_SPIN ? INT64_MAX : run->wait == KVMSTATS_WAIT_HYBRID ? run->spin_ns : 0;
 
-    for (int64_t now = now_ns(); now < when && !is_stopped(run); now = now_ns()) {
+    for (; now < when && !is_stopped(run); now = now_ns()) {
         if (when - now > spin) {
             int64_t until = when - spin;
             sleep_until(until - now > LONGEST_SLEEP ? now + LONGEST_SLEEP : until);
@@ -59,6 +59,7 @@ static void wait_until(const struct kvmstats_run *run, int64_t when)
             relax();
         }
     }
+    return now;
 }
 
 /* ---- the threads that share a sweep */
@@ -193,17 +194,17 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
 {
     uint64_t alive = 0, tick = 0, missed = 0, overruns = 0; /* the last two: since the last sweep */
     struct kvmstats_chunk *chunk = NULL;                    /* the one that is being filled, if any */
+    uint64_t first_slot = 0;                                /* of that chunk */
 
     for (uint64_t i = 0; i < run->num_files; ++i)
         alive += run->files[i].error == 0;
-    run->start = now_ns();
+    /* The end of a sweep is also the time from which the next one is waited for, or begins. */
+    int64_t now = run->start = now_ns();
     while (tick < run->ticks && alive && !is_stopped(run)) {
-        int64_t now = now_ns();
         if (run->interval) {
-            wait_until(run, run->start + (int64_t)tick * run->interval);
+            now = wait_until(run, run->start + (int64_t)tick * run->interval, now);
             if (is_stopped(run))
                 break;
-            now = now_ns();
             uint64_t due = (uint64_t)((now - run->start) / run->interval);
             if (due >= run->ticks)
                 due = run->ticks - 1;
@@ -215,7 +216,6 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
         }
         if (run->duration && now - run->start >= run->duration)
             break;
-        uint64_t place = run->head % run->depth;
         if (!chunk) {
             if (is_full(run)) {
                 if (run->interval) {
@@ -224,18 +224,23 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
                     ++tick;
                 } else {
                     sleep_until(now + FULL_RING_SLEEP);
+                    now = now_ns();
                 }
                 continue;
             }
+            uint64_t place = run->head % run->depth;
+            first_slot = place * run->chunk;
             chunk = &run->chunks[place];
             chunk->first = run->taken;
             chunk->used = chunk->missed = chunk->overruns = 0;
         }
-        uint64_t slot = place * run->chunk + chunk->used;
+        uint64_t slot = first_slot + chunk->used;
         int failed = sweep_all(run, workers, n, slot);
-        run->sweep_ns[slot] = now_ns() - now;
+        int64_t end = now_ns();
+        run->sweep_ns[slot] = end - now;
         run->time[slot] = now;
         run->tick[slot] = tick++;
+        now = end;
         ++run->taken;
         alive -= (uint64_t)failed;
         chunk->missed += missed;
@@ -244,6 +249,7 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
         if (++chunk->used == run->chunk) {
             publish(run);
             chunk = NULL;
+            now = now_ns();
         }
         if (failed && run->strict)
             break;
