@@ -68,7 +68,7 @@ struct worker {
     struct kvmstats_run *run;
     uint64_t begin, end; /* its files */
     uint64_t *scratch;
-    uint64_t slot, number; /* of the sweep to take */
+    uint64_t slot, next_slot, number; /* of the sweep to take */
     int failed, quit;
     sem_t go, done;
     pthread_t thread;
@@ -92,8 +92,8 @@ static void *work(void *argument)
         wait_for(&worker->go);
         if (worker->quit)
             return NULL;
-        worker->failed =
-            sweep_files(worker->run->files, worker->begin, worker->end, worker->scratch, worker->slot, worker->number);
+        worker->failed = sweep_files(worker->run->files, worker->begin, worker->end, worker->scratch, worker->slot,
+                                     worker->next_slot, worker->number);
         sem_post(&worker->done);
     }
 }
@@ -151,12 +151,16 @@ static int start_workers(struct kvmstats_run *run, struct worker *workers)
 /* Read every file into a slot. Returns how many failed. */
 static int sweep_all(struct kvmstats_run *run, struct worker *workers, int n, uint64_t slot)
 {
+    uint64_t next_slot = slot + 1 < run->depth * run->chunk ? slot + 1 : 0;
+
     for (int i = 1; i < n; ++i) {
         workers[i].slot = slot;
+        workers[i].next_slot = next_slot;
         workers[i].number = run->taken;
         sem_post(&workers[i].go);
     }
-    int failed = sweep_files(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, run->taken);
+    int failed =
+        sweep_files(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, next_slot, run->taken);
     for (int i = 1; i < n; ++i) {
         wait_for(&workers[i].done);
         failed += workers[i].failed;

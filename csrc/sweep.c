@@ -30,7 +30,7 @@ int kvmstats_sweep(struct kvmstats_sweep *sweep)
     if (sweep->failed)
         for (uint64_t i = 0; i < sweep->num_files; ++i)
             sweep->files[i].error = 0;
-    int failed = sweep_files(sweep->files, 0, sweep->num_files, sweep->scratch, 0, 0);
+    int failed = sweep_files(sweep->files, 0, sweep->num_files, sweep->scratch, 0, 0, 0);
     sweep->failed = (uint32_t)failed;
     __atomic_store_n(&sweep->owner, 0, __ATOMIC_RELEASE); /* kvmstats_unlock, by the owner */
     return failed;
