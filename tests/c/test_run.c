@@ -365,6 +365,32 @@ static void test_sweep(void)
     end_sampler(s);
 }
 
+/* Values of 4 bytes and of the other byte order, all of them or some, and a count that no read can have. */
+static void test_kinds(void)
+{
+    for (uint32_t size = 4; size <= 8; size += 4)
+        for (uint32_t swapped = 0; swapped < 2; ++swapped) {
+            struct sampler *s = new_sampler(2, 1, 1, 1);
+            uint64_t values[WORDS], all[2 * WORDS];
+            snprintf(context, sizeof context, "value_size %u, swapped %u", size, swapped);
+            for (uint64_t i = 0; i < 2; ++i) {
+                const struct kvmstats_file *file = &s->files[i];
+                need(pread(fds[i], values, sizeof values, (off_t)file->position) >= (ssize_t)(8 * file->count),
+                     "pread");
+                kvmstats_copy_values(values, size, swapped, file->count, all);
+                s->sources[i].value_size = size;
+                s->sources[i].swapped = swapped;
+                CHECK(kvmstats_sweep(&s->sweep) == 0);
+                for (uint64_t w = 0; w < file->width; ++w)
+                    CHECK(s->rows[i][w] == all[file->gather ? file->gather[w] : w]);
+            }
+            s->files[0].count = SIZE_MAX / size + 1;
+            CHECK(kvmstats_sweep(&s->sweep) == 1);
+            CHECK(s->files[0].error == EOVERFLOW && row_is_zero(s, 0, 0));
+            end_sampler(s);
+        }
+}
+
 /* As fast as possible: every sweep is taken, in order, with any number of chunks and threads. */
 static void test_interval_0(void)
 {
@@ -595,6 +621,7 @@ int main(void)
     make_files();
 
     test_sweep();
+    test_kinds();
     test_interval_0();
     test_schedule();
     test_overruns();
