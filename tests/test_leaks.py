@@ -112,13 +112,14 @@ CALLS |= {
     "Samples.to_arrow": SAMPLES.to_arrow,
     "Samples.to_pandas": SAMPLES.to_pandas,
     "Samples.to_xarray": SAMPLES.to_xarray,
+    "Samples.to_csv": lambda: SAMPLES.to_csv(ROOM / "x.csv", overwrite=True),
+    "Samples.to_parquet": lambda: SAMPLES.to_parquet(ROOM / "set", overwrite=True),
     "Samples.save": lambda: SAMPLES.save(ROOM / "run", overwrite=True),
-    "Samples.load": kf.Samples.load(ROOM / "load")["exits"].sum,
+    "Samples.load": lambda: kf.Samples.load(ROOM / "load")["exits"].sum(),
 }
 #: These take milliseconds.
-SLOW = {
-    f"Samples.{name}" for name in ("figures", "halt_poll_advice", "to_arrow", "to_pandas", "to_xarray", "save", "load")
-}
+SLOW = {"Samples.figures", "Samples.halt_poll_advice", "Samples.save", "Samples.load"}
+SLOW |= {f"Samples.to_{name}" for name in ("arrow", "pandas", "xarray", "csv", "parquet")}
 
 
 def grown(call, calls):
