@@ -133,9 +133,12 @@ def _removed_unless_whole(made: Path, path: Path, ours: Ours) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        of_made = isinstance(error, OSError) and str(error.filename) == str(made)
+        if of_made and isinstance(error, FileExistsError):  # it is not ours
+            raise
         with suppress(OSError):
             _remove(made, ours)
-        if isinstance(error, OSError) and error.filename is not None and os.fspath(error.filename) == str(made):
+        if isinstance(error, OSError) and of_made:
             error.filename = str(path)
         raise
 
@@ -179,16 +182,17 @@ def _check_place(path: Path, *, overwrite: bool, ours: Ours) -> None:
     """Raise FileExistsError if `path` is taken by what may not be replaced."""
     try:
         is_directory = stat.S_ISDIR(path.lstat().st_mode)
-    except FileNotFoundError:
+        foreign = _find_foreign(path, ours) if overwrite and is_directory else None
+    except (FileNotFoundError, NotADirectoryError):  # nothing is there, or what was there is being replaced
         return
     if not overwrite:
         raise _taken(path)
-    if is_directory and (foreign := _foreign(path, ours)):
+    if foreign is not None:
         what = f"it holds more than a recording ({foreign}), which overwrite=True does not remove: use another path"
         raise FileExistsError(errno.EEXIST, what, str(path))
 
 
-def _foreign(directory: Path, ours: Ours) -> str | None:
+def _find_foreign(directory: Path, ours: Ours) -> str | None:
     """Return the name of something in a directory that is not ours; None if there is nothing."""
     with os.scandir(directory) as entries:
         return next((one.name for one in entries if not (one.is_file(follow_symlinks=False) and ours(one.name))), None)
@@ -211,7 +215,8 @@ def _remove(path: Path, ours: Ours) -> None:
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL)
 
 
-def _rename(old: Path, new: Path, flag: int) -> None:
+def renameat2(old: Path, new: Path, flag: int) -> None:
+    """Rename, with one of the flags of renameat2(2)."""
     code = lib.kvmstats_rename(os.fsencode(old), os.fsencode(new), flag)
     if code:
         raise OSError(-code, os.strerror(-code), str(new))
@@ -220,7 +225,7 @@ def _rename(old: Path, new: Path, flag: int) -> None:
 def _rename_new(made: Path, path: Path) -> None:
     """Rename; FileExistsError if the new name is taken, even by something that appears in that instant."""
     try:
-        _rename(made, path, lib.KVMSTATS_RENAME_NEW)
+        renameat2(made, path, lib.KVMSTATS_RENAME_NEW)
     except OSError as error:
         if error.errno not in _UNKNOWN:
             raise
@@ -230,9 +235,13 @@ def _rename_new(made: Path, path: Path) -> None:
         path.mkdir(0o700)  # a claim on the name; rename(2) puts a directory in the place of an empty one only
         try:
             made.rename(path)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 path.rmdir()
+            if (
+                isinstance(error, OSError) and error.errno == errno.ENOTEMPTY
+            ):  # another has taken the place of the claim
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
             raise
     else:
         os.link(made, path, follow_symlinks=False)
@@ -242,7 +251,7 @@ def _rename_new(made: Path, path: Path) -> None:
 def _displace(made: Path, path: Path) -> list[Path]:
     """Give `made` its name and return where what had it lies now; FileNotFoundError if nothing had it."""
     try:
-        _rename(made, path, lib.KVMSTATS_RENAME_EXCHANGE)
+        renameat2(made, path, lib.KVMSTATS_RENAME_EXCHANGE)
     except OSError as error:
         if error.errno not in _UNKNOWN:
             raise

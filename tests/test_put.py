@@ -1,0 +1,297 @@
+"""What is written is there whole or not at all, is its owner's, and touches nothing of anybody else's."""
+
+import errno
+import os
+import signal
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+
+import made
+import pytest
+from helpers import exit_status, forked
+
+import kvmstats_fast as kf
+from kvmstats_fast.formats import _put
+from kvmstats_fast.groups import Block
+
+VCPU = made.schema_of(None, "vcpu")
+X = made.samples([("vcpu", VCPU, 2)], 4)
+Y = made.samples([("vcpu", VCPU, 2)], 7)
+
+#: By the name that comes to be in a folder: how it is written.
+WRITERS = {"run": kf.Samples.save, "run.npz": kf.Samples.save, "run.csv": kf.to_csv}
+
+
+@pytest.fixture(params=[None, errno.ENOSYS, errno.EINVAL])
+def renames(request, monkeypatch):
+    """With renameat2, and on kernels and file systems that do not know its flags."""
+
+    def unknown(_, new, __):
+        raise OSError(request.param, os.strerror(request.param), str(new))
+
+    if request.param:
+        monkeypatch.setattr(_put, "renameat2", unknown)
+
+
+def names(folder):
+    """What is in a folder, hidden files too."""
+    return sorted(one.name for one in folder.iterdir())
+
+
+def mode(path):
+    """Permissions of a file."""
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# ---- names that others can guess
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "set"])
+@pytest.mark.parametrize("planted", ["link to a file", "link to a directory", "link to nowhere", "directory", "file"])
+def test_what_waits_under_a_hidden_name_is_not_written_to(name, planted, tmp_path, monkeypatch):
+    """Neither under the name that is taken, which nobody knows in fact, nor under those that carry the process' id."""
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    folder.mkdir()
+    random = bytes(range(16))
+    root = folder / "set" if name == "set" else folder
+    root.mkdir(exist_ok=True)
+    for hidden in (f".{random.hex()}.part", f".{name}.{os.getpid()}.part"):
+        path = root / hidden
+        if planted == "file":
+            path.write_text("precious")
+        elif planted == "directory":
+            path.mkdir()
+            (path / "vcpu-00000.arrows").write_text("precious")
+        else:
+            path.symlink_to(victim)
+    if planted == "link to a file":
+        victim.write_text("precious")
+    elif planted == "link to a directory":
+        victim.mkdir()
+    before = names(root)
+    write = kf.to_parquet if name == "set" else WRITERS[name]
+    write(X, tmp_path / "first")  # imports, which may want random bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(_put.os, "urandom", lambda _: random)
+        with pytest.raises(FileExistsError):
+            write(X, folder / name)
+    left = names(root) if name != "set" else [one for one in names(root) if one.startswith(".")]
+    assert left == before
+    if victim.exists():
+        assert victim.is_dir() or victim.read_text() == "precious"
+        assert not victim.is_dir() or not names(victim)
+    if planted == "file":
+        assert {(root / one).read_text() for one in before} == {"precious"}
+    write(X, folder / name)
+    assert not (folder / name).is_symlink()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_save_that_was_killed_leaves_the_next_alone(name, tmp_path):
+    """Whatever its pid was: the next one writes as if nothing had happened."""
+    for _ in range(5):
+        pid = forked(lambda: WRITERS[name](made.samples([("vcpu", VCPU, 20)], 3000), tmp_path / name))
+        time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+        if exit_status(pid) == 0:
+            break
+        assert name not in names(tmp_path)
+        (tmp_path / f".{name}.{os.getpid()}.part").mkdir(exist_ok=True)
+        (tmp_path / f".{name}.{os.getpid()}.part" / "vcpu-00000.arrows").touch()
+    WRITERS[name](X, tmp_path / name, overwrite=True)
+    assert [one for one in names(tmp_path) if not one.startswith(".")] == [name]
+
+
+# ---- what appears meanwhile
+
+
+@pytest.mark.usefixtures("renames")
+@pytest.mark.parametrize("name", [*WRITERS, "set"])
+@pytest.mark.parametrize("rival", ["file", "directory", "full directory", "link"])
+def test_what_appears_at_the_path_meanwhile_is_not_replaced(name, rival, tmp_path, monkeypatch):
+    """It was not there when the writing began: one FileExistsError, it stays, and nothing is left of ours."""
+    path = tmp_path / name
+    if name == "set":
+        (path,) = kf.to_parquet(X, path)
+        path.unlink()
+    fchmod = os.fchmod
+
+    def appear(fd, permissions):
+        fchmod(fd, permissions)
+        if not os.path.lexists(path) and stat.S_ISREG(os.fstat(fd).st_mode):
+            if rival == "file":
+                path.write_text("precious")
+            elif rival == "link":
+                path.symlink_to("nowhere")
+            else:
+                path.mkdir()
+                (path / "precious").touch() if rival == "full directory" else None
+
+    monkeypatch.setattr(os, "fchmod", appear)
+    write, target = (kf.to_parquet, tmp_path / name) if name == "set" else (WRITERS[name], path)
+    with pytest.raises(FileExistsError) as caught:
+        write(X, target)
+    monkeypatch.undo()
+    assert caught.value.filename == str(path)
+    assert "overwrite=True" in str(caught.value)
+    if rival == "file":
+        assert path.read_text() == "precious"
+    elif rival == "link":
+        assert path.is_symlink()
+    else:
+        assert names(path) == (["precious"] if rival == "full directory" else [])
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.usefixtures("renames")
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("workers", ["threads", "processes"])
+def test_two_that_write_to_one_path_both_succeed(name, workers, tmp_path):
+    """With overwrite=True one of the two is there in the end, whole, and nothing of the other."""
+    path = tmp_path / name
+    for _ in range(6):
+        if workers == "threads":
+            with ThreadPoolExecutor() as pool:
+                for future in [pool.submit(WRITERS[name], x, path, overwrite=True) for x in (X, Y)]:
+                    future.result()
+        else:
+            pids = [forked(lambda x=x: WRITERS[name](x, path, overwrite=True)) for x in (X, Y)]
+            assert [exit_status(pid) for pid in pids] == [0, 0]
+        assert names(tmp_path) == [name]
+        if name == "run.csv":
+            assert path.read_text().count("\n") in (9, 15)
+        else:
+            made.assert_same(kf.Samples.load(path), X if len(kf.Samples.load(path)) == len(X) else Y)
+
+
+@pytest.mark.usefixtures("renames")
+@pytest.mark.parametrize("name", WRITERS)
+def test_of_two_that_may_not_overwrite_one_is_refused(name, tmp_path):
+    """Whichever is later."""
+    path = tmp_path / name
+    for number in range(4):
+        pids = [forked(lambda x=x: WRITERS[name](x, path)) for x in (X, Y)]
+        assert sorted(exit_status(pid) for pid in pids) == [0, 1]
+        assert names(tmp_path) == [name]
+        path.rename(tmp_path.parent / f"{tmp_path.name}-{number}")
+
+
+# ---- what overwrite=True takes away
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    ["other.arrows", "vcpu-00000.arrows.bak", "vcpu-0.arrows", "backup.arrows/", "vm-00007.arrows/", ".hidden"],
+)
+@pytest.mark.parametrize("form", ["run", "run.npz"])
+def test_only_what_is_ours_is_removed(form, foreign, tmp_path):
+    """A directory with anything else in it stays as it is, whatever that is called."""
+    path = tmp_path / form
+    X.save(tmp_path / "saved")
+    (tmp_path / "saved").rename(path)
+    if foreign.endswith("/"):
+        (path / foreign).mkdir()
+        (path / foreign / "thesis").write_text("precious")
+    else:
+        (path / foreign).write_text("precious")
+    before = sorted(path.rglob("*"))
+    with pytest.raises(
+        FileExistsError, match=rf"more than a recording \({foreign.strip('/') if form == 'run' else ''}"
+    ):
+        Y.save(path, overwrite=True)
+    assert sorted(path.rglob("*")) == before
+    assert names(tmp_path) == [form]
+
+
+@pytest.mark.usefixtures("renames")
+def test_what_comes_into_a_directory_while_it_is_replaced_is_kept(tmp_path, monkeypatch):
+    """It is not removed, and the error says where it is."""
+    path = tmp_path / "run"
+    X.save(path)
+    fchmod = os.fchmod
+
+    def appear(fd, permissions):
+        fchmod(fd, permissions)
+        (path / "thesis").write_text("precious")
+
+    monkeypatch.setattr(os, "fchmod", appear)
+    with pytest.raises(OSError, match="it is kept in ") as caught:
+        Y.save(path, overwrite=True)
+    monkeypatch.undo()
+    kept = Path(str(caught.value).partition("it is kept in ")[2].partition(":")[0])
+    assert (kept / "thesis").read_text() == "precious"
+    made.assert_same(kf.Samples.load(path), Y)
+
+
+# ---- who may read it
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+@pytest.mark.parametrize(("asked", "folder"), [(None, 0o700), (0o640, 0o750), (0o644, 0o755), (0o660, 0o770)])
+def test_files_are_their_owners_unless_asked_otherwise(umask, asked, folder, tmp_path):
+    """Exactly the mode that was asked for, whatever the umask; directories that are made can be entered with it."""
+    options = {} if asked is None else {"mode": asked}
+    previous = os.umask(umask)
+    try:
+        for name, write in WRITERS.items():
+            write(X, tmp_path / name, **options)
+        with kf.Recorder(tmp_path / "a" / "b", rotate_bytes=1, **options) as recorder:
+            recorder.write(X[:2])
+            recorder.write(X[2:])
+        kf.to_parquet(X, tmp_path / "set", **options)
+        X.to_parquet(tmp_path / "set2", **options)
+        X.to_csv(tmp_path / "x.csv", **options)
+    finally:
+        os.umask(previous)
+    written = list(tmp_path.rglob("*"))
+    assert len(written) == 3 + 1 + 4 + 2 * 4 + 1
+    for one in written:
+        assert mode(one) == (folder if one.is_dir() else asked or 0o600), one
+
+
+@pytest.mark.parametrize("wrong", [0o400, 0o1600, -1, 0o200, "600", None])
+def test_a_mode_that_cannot_be_is_refused_before_anything_is_made(wrong, tmp_path):
+    """One ValueError."""
+    writes = [lambda write=write, name=name: write(X, tmp_path / name, mode=wrong) for name, write in WRITERS.items()]
+    writes += [lambda: kf.Recorder(tmp_path / "r", mode=wrong), lambda: kf.to_parquet(X, tmp_path / "set", mode=wrong)]
+    for write in writes:
+        with pytest.raises(ValueError, match="mode is "):
+            write()
+    assert not names(tmp_path)
+
+
+class Failing(Block):
+    """Values that cannot be had."""
+
+    error = MemoryError()
+
+    def view(self, _):
+        """Raise."""
+        raise self.error
+
+    def contiguous(self):
+        """Raise."""
+        raise self.error
+
+
+@pytest.mark.usefixtures("renames")
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_a_failure_leaves_nothing(error, tmp_path, monkeypatch):
+    """Of whatever kind: what was there before is there as it was, and nothing else."""
+    for name, write in WRITERS.items():
+        write(X, tmp_path / name)
+    kf.to_parquet(X, tmp_path / "set")
+    before = {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()}
+    monkeypatch.setattr(Failing, "error", error)
+    (group,) = Y.groups
+    failing = replace(Y, groups=(Failing(*(getattr(group, field.name) for field in fields(group))),))
+    for name, write in WRITERS.items():
+        with pytest.raises(type(error)):
+            write(failing, tmp_path / name, overwrite=True)
+    with pytest.raises(type(error)):
+        kf.to_parquet(failing, tmp_path / "set", overwrite=True)
+    assert {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()} == before
+    assert names(tmp_path) == ["run", "run.csv", "run.npz", "set"]
