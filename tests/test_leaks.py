@@ -115,7 +115,7 @@ CALLS |= {
     "Samples.to_csv": lambda: SAMPLES.to_csv(ROOM / "x.csv", overwrite=True),
     "Samples.to_parquet": lambda: SAMPLES.to_parquet(ROOM / "set", overwrite=True),
     "Samples.save": lambda: SAMPLES.save(ROOM / "run", overwrite=True),
-    "Samples.load": lambda: kf.Samples.load(ROOM / "load")["exits"].sum(),
+    "Samples.load": lambda: kf.Samples.load(ROOM / "load")["exits"],
 }
 #: These take milliseconds.
 SLOW = {"Samples.figures", "Samples.halt_poll_advice", "Samples.save", "Samples.load"}

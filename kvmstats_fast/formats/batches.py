@@ -31,12 +31,16 @@ def stats_of(schema: Any, origin: Origin, source: str) -> list[Stat]:
     """Return the statistics of a file's columns; KvmStatsError unless the columns are what their metadata says."""
     own = own_fields(origin.kind, origin.format)
     found: dict[int, Stat] = {}
-    if len(schema) < len(own):
-        raise KvmStatsError(f"{source}: column {own[len(schema)].name!r} is missing")
+    try:
+        names = schema.names
+    except UnicodeDecodeError as error:
+        raise KvmStatsError(f"{source}: the name of a column is not UTF-8: {error}") from None
+    if len(names) < len(own):
+        raise KvmStatsError(f"{source}: column {own[len(names)].name!r} is missing")
     for place, field in enumerate(schema):
         if place < len(own):
             expected = own[place]
-            names = [expected.name]
+            allowed = [expected.name]
         else:
             raw = (field.metadata or {}).get(b"kvmstats.descriptor", b"")
             index = int(raw) if raw.isdigit() and len(raw) < 8 else len(origin.stats)
@@ -47,11 +51,11 @@ def stats_of(schema: Any, origin: Origin, source: str) -> list[Stat]:
                 )
             stat = found[index] = origin.stats.stats[index]
             expected = stat_field(stat, index)
-            names = [expected.name, expected.name.removeprefix("stat.")]  # fewer names were taken in format 1
-        if field.name not in names or field.type != expected.type:
+            allowed = [expected.name, expected.name.removeprefix("stat.")]  # fewer names were taken in format 1
+        if names[place] not in allowed or field.type != expected.type:
             raise KvmStatsError(
-                f"{source}: column {place} is {short_repr(field.name)} of type {short_repr(str(field.type))}; by its "
-                f"metadata it must be {short_repr(names[0])} of type {expected.type}"
+                f"{source}: column {place} is {short_repr(names[place])} of type {short_repr(str(field.type))}; by its "
+                f"metadata it must be {short_repr(allowed[0])} of type {expected.type}"
             )
     return list(found.values())
 

@@ -70,6 +70,10 @@ def text(most: int = 4096) -> Check:
     def check(value: Any) -> None:
         if type(value) is not str or len(value) > most:
             raise Wrong(value, f"a text of at most {most} characters")
+        try:
+            value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            raise Wrong(value, "a text that UTF-8 can encode") from None
 
     return check
 

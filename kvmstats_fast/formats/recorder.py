@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,9 +184,10 @@ class Recorder(Closing):
         step = max(MOST_IN_BATCH // (8 * max(words) + 1), 1)
         if self._compression is None or len(samples) <= step:
             yield samples
-        else:
-            for start in range(0, len(samples), step):
-                yield samples[start : start + step]
+            return
+        yield replace(samples[:step], missed=samples.missed, overruns=samples.overruns)
+        for start in range(step, len(samples), step):
+            yield replace(samples[start : start + step], missed=0)  # of which sweeps they were missed is in `tick`
 
     def _write(self, samples: Samples) -> None:
         ends: list[tuple[_File, int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,12 @@ END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 def open_regular(path: Path) -> Fd:
     """Return the fd of a regular file; KvmStatsError for anything else (a FIFO would wait for a writer)."""
-    fd = Fd(os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fd = Fd(os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise KvmStatsError(f"{path}: not a regular file") from None
+        raise
     if not stat.S_ISREG(os.fstat(fd.fileno()).st_mode):
         fd.close()
         raise KvmStatsError(f"{path}: not a regular file")
