@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* clock.h - CLOCK_MONOTONIC in nanoseconds */
+/* clock.h - the clocks, in nanoseconds */
 #ifndef KVMSTATS_CLOCK_H
 #define KVMSTATS_CLOCK_H
 
@@ -13,11 +13,16 @@ static inline struct timespec to_timespec(int64_t ns)
     return (struct timespec){.tv_sec = (time_t)(ns / NS_PER_SECOND), .tv_nsec = (long)(ns % NS_PER_SECOND)};
 }
 
-static inline int64_t now_ns(void)
+static inline int64_t read_clock_ns(clockid_t clock)
 {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(clock, &now);
     return (int64_t)now.tv_sec * NS_PER_SECOND + now.tv_nsec;
+}
+
+static inline int64_t now_ns(void)
+{
+    return read_clock_ns(CLOCK_MONOTONIC);
 }
 
 #endif

@@ -3,18 +3,22 @@
 #include "run.h"
 
 #include "clock.h"
-#include "read.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <signal.h>
+#include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 enum {
     LONGEST_SLEEP = 20000000, /* ns: how soon a stop is noticed */
     FULL_RING_SLEEP = 200000, /* ns between two looks at a full ring when there is no schedule */
     HANDOVER_SPIN = 50000,    /* ns that a thread spins for its part of a sweep before it sleeps */
+    CLOCK_TRIES = 8,          /* how often both clocks are read, because the thread may be interrupted in between */
+    CLOCK_CLOSE = 1000,       /* ns between the two at which one try is enough */
 
     /* prctl(2): PR_SET_TIMERSLACK and PR_GET_TIMERSLACK, whose header would include the kernel's */
     SET_TIMER_SLACK = 29,
@@ -22,6 +26,24 @@ enum {
 };
 
 int prctl(int option, ...);
+
+/* ---- the wall clock */
+
+int64_t kvmstats_wall_offset(void)
+{
+    int64_t least = INT64_MAX, offset = 0;
+
+    for (int i = 0; i < CLOCK_TRIES && least > CLOCK_CLOSE; ++i) {
+        int64_t before = now_ns();
+        int64_t wall = read_clock_ns(CLOCK_REALTIME);
+        int64_t apart = now_ns() - before;
+        if (apart < least) {
+            least = apart;
+            offset = wall - before - apart / 2;
+        }
+    }
+    return offset;
+}
 
 /* ---- waiting for a tick */
 
@@ -46,12 +68,12 @@ static int is_stopped(const struct kvmstats_run *run)
     return __atomic_load_n(&run->stop, __ATOMIC_RELAXED) != 0;
 }
 
-/* Wait until `when`, or until stopped. Returns the time, which is `now` when it is called. */
-static int64_t wait_until(const struct kvmstats_run *run, int64_t when, int64_t now)
+/* Until `when`, or until stopped. */
+static void wait_until(const struct kvmstats_run *run, int64_t when)
 {
     int64_t spin = run->wait == KVMSTATS_WAIT_SPIN ? INT64_MAX : run->wait == KVMSTATS_WAIT_HYBRID ? run->spin_ns : 0;
 
-    for (; now < when && !is_stopped(run); now = now_ns()) {
+    for (int64_t now = now_ns(); now < when && !is_stopped(run); now = now_ns()) {
         if (when - now > spin) {
             int64_t until = when - spin;
             sleep_until(until - now > LONGEST_SLEEP ? now + LONGEST_SLEEP : until);
@@ -59,7 +81,6 @@ static int64_t wait_until(const struct kvmstats_run *run, int64_t when, int64_t 
             relax();
         }
     }
-    return now;
 }
 
 /* ---- the threads that share a sweep */
@@ -68,7 +89,7 @@ struct worker {
     struct kvmstats_run *run;
     uint64_t begin, end; /* its files */
     uint64_t *scratch;
-    uint64_t slot, next_slot, number; /* of the sweep to take */
+    uint64_t slot, number; /* of the sweep to take */
     int failed, quit;
     sem_t go, done;
     pthread_t thread;
@@ -92,8 +113,8 @@ static void *work(void *argument)
         wait_for(&worker->go);
         if (worker->quit)
             return NULL;
-        worker->failed = sweep_files(worker->run->files, worker->begin, worker->end, worker->scratch, worker->slot,
-                                     worker->next_slot, worker->number);
+        worker->failed = kvmstats_sweep_part(worker->run->files, worker->begin, worker->end, worker->scratch,
+                                             worker->slot, worker->number);
         sem_post(&worker->done);
     }
 }
@@ -151,16 +172,13 @@ static int start_workers(struct kvmstats_run *run, struct worker *workers)
 /* Read every file into a slot. Returns how many failed. */
 static int sweep_all(struct kvmstats_run *run, struct worker *workers, int n, uint64_t slot)
 {
-    uint64_t next_slot = slot + 1 < run->depth * run->chunk ? slot + 1 : 0;
-
     for (int i = 1; i < n; ++i) {
         workers[i].slot = slot;
-        workers[i].next_slot = next_slot;
         workers[i].number = run->taken;
         sem_post(&workers[i].go);
     }
     int failed =
-        sweep_files(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, next_slot, run->taken);
+        kvmstats_sweep_part(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, run->taken);
     for (int i = 1; i < n; ++i) {
         wait_for(&workers[i].done);
         failed += workers[i].failed;
@@ -198,17 +216,17 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
 {
     uint64_t alive = 0, tick = 0, missed = 0, overruns = 0; /* the last two: since the last sweep */
     struct kvmstats_chunk *chunk = NULL;                    /* the one that is being filled, if any */
-    uint64_t first_slot = 0;                                /* of that chunk */
 
     for (uint64_t i = 0; i < run->num_files; ++i)
         alive += run->files[i].error == 0;
-    /* The end of a sweep is also the time from which the next one is waited for, or begins. */
-    int64_t now = run->start = now_ns();
+    run->start = now_ns();
     while (tick < run->ticks && alive && !is_stopped(run)) {
+        int64_t now = now_ns();
         if (run->interval) {
-            now = wait_until(run, run->start + (int64_t)tick * run->interval, now);
+            wait_until(run, run->start + (int64_t)tick * run->interval);
             if (is_stopped(run))
                 break;
+            now = now_ns();
             uint64_t due = (uint64_t)((now - run->start) / run->interval);
             if (due >= run->ticks)
                 due = run->ticks - 1;
@@ -220,6 +238,7 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
         }
         if (run->duration && now - run->start >= run->duration)
             break;
+        uint64_t place = run->head % run->depth;
         if (!chunk) {
             if (is_full(run)) {
                 if (run->interval) {
@@ -228,23 +247,20 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
                     ++tick;
                 } else {
                     sleep_until(now + FULL_RING_SLEEP);
-                    now = now_ns();
                 }
                 continue;
             }
-            uint64_t place = run->head % run->depth;
-            first_slot = place * run->chunk;
             chunk = &run->chunks[place];
             chunk->first = run->taken;
             chunk->used = chunk->missed = chunk->overruns = 0;
         }
-        uint64_t slot = first_slot + chunk->used;
+        uint64_t slot = place * run->chunk + chunk->used;
         int failed = sweep_all(run, workers, n, slot);
-        int64_t end = now_ns();
-        run->sweep_ns[slot] = end - now;
+        run->sweep_ns[slot] = now_ns() - now;
+        if (!chunk->used)
+            chunk->wall_offset = kvmstats_wall_offset();
         run->time[slot] = now;
         run->tick[slot] = tick++;
-        now = end;
         ++run->taken;
         alive -= (uint64_t)failed;
         chunk->missed += missed;
@@ -253,13 +269,20 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
         if (++chunk->used == run->chunk) {
             publish(run);
             chunk = NULL;
-            now = now_ns();
         }
         if (failed && run->strict)
             break;
     }
     if (chunk)
         publish(run);
+}
+
+/* The last that is done to the struct, but for the signal: who waits looks at `ended` first. */
+static void end(struct kvmstats_run *run, int status)
+{
+    run->status = status;
+    __atomic_store_n(&run->ended, 1, __ATOMIC_RELEASE);
+    signal_event(run);
 }
 
 int kvmstats_run(struct kvmstats_run *run)
@@ -275,9 +298,69 @@ int kvmstats_run(struct kvmstats_run *run)
     }
     if (slack > 0)
         prctl(SET_TIMER_SLACK, (long)slack, 0L, 0L, 0L);
-    run->status = n > 0 ? 0 : n;
-    signal_event(run);
+    end(run, n > 0 ? 0 : n);
     return run->status;
+}
+
+/* ---- the thread of a run */
+
+static void *run_in_thread(void *argument)
+{
+    struct kvmstats_run *run = argument;
+
+    if (run->cpus && syscall(SYS_sched_setaffinity, 0L, run->cpu_words * sizeof *run->cpus, run->cpus) != 0)
+        end(run, -errno);
+    else
+        kvmstats_run(run);
+    return NULL;
+}
+
+int kvmstats_start(struct kvmstats_run *run)
+{
+    sigset_t all, before;
+    pthread_t thread;
+
+    _Static_assert(sizeof thread <= sizeof run->thread, "a pthread_t fits");
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&thread, NULL, run_in_thread, run);
+    if (!error) {
+        memcpy(&run->thread, &thread, sizeof thread);
+        __atomic_store_n(&run->joinable, 1, __ATOMIC_RELEASE);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return -error;
+}
+
+void kvmstats_join(struct kvmstats_run *run)
+{
+    pthread_t thread;
+
+    if (__atomic_exchange_n(&run->joinable, 0, __ATOMIC_ACQ_REL)) {
+        memcpy(&thread, &run->thread, sizeof thread);
+        pthread_join(thread, NULL);
+    }
+}
+
+/* ---- what other threads ask of it */
+
+static int is_due(const struct kvmstats_run *run, uint64_t chunks)
+{
+    return kvmstats_ready(run) > chunks || __atomic_load_n(&run->ended, __ATOMIC_ACQUIRE);
+}
+
+int kvmstats_wait(struct kvmstats_run *run, uint64_t chunks, int timeout_ms)
+{
+    struct pollfd event = {.fd = run->event_fd, .events = POLLIN};
+    uint64_t signals;
+
+    if (is_due(run, chunks))
+        return 1;
+    if (poll(&event, 1, timeout_ms) > 0) {
+        ssize_t taken = read(run->event_fd, &signals, sizeof signals);
+        (void)taken; /* another reader may have been faster */
+    }
+    return is_due(run, chunks);
 }
 
 void kvmstats_stop(struct kvmstats_run *run)

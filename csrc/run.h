@@ -26,10 +26,11 @@ enum kvmstats_wait {
 };
 
 struct kvmstats_chunk {
-    uint64_t first;    /* number of its first sweep, counted from the start of the run */
-    uint64_t used;     /* sweeps in it */
-    uint64_t missed;   /* ticks missed before each of its sweeps, since the sweep before; the sum */
-    uint64_t overruns; /* those of `missed` that the ring had no room for */
+    uint64_t first;      /* number of its first sweep, counted from the start of the run */
+    uint64_t used;       /* sweeps in it */
+    uint64_t missed;     /* ticks missed before each of its sweeps, since the sweep before; the sum */
+    uint64_t overruns;   /* those of `missed` that the ring had no room for */
+    int64_t wall_offset; /* kvmstats_wall_offset at its first sweep */
 };
 
 struct kvmstats_run {
@@ -43,8 +44,10 @@ struct kvmstats_run {
     int64_t spin_ns;
     int32_t wait; /* enum kvmstats_wait */
     uint32_t threads;
-    int32_t strict;   /* 1: the run ends when the first file fails; 0: when the last one has */
-    int32_t event_fd; /* an eventfd that is signalled for each chunk that is ready and at the end, or -1 */
+    int32_t strict;            /* 1: the run ends when the first file fails; 0: when the last one has */
+    int32_t event_fd;          /* an eventfd that is signalled for each chunk that is ready and at the end, or -1 */
+    const unsigned long *cpus; /* kvmstats_start: the processors to run on, a bit each; NULL: those of the caller */
+    uint64_t cpu_words;
     uint64_t depth;
     uint64_t chunk;
     struct kvmstats_chunk *chunks; /* depth */
@@ -58,6 +61,9 @@ struct kvmstats_run {
     uint64_t tail;                 /* set by kvmstats_release: chunks given back */
     uint32_t stop;                 /* set by kvmstats_stop */
     int32_t status;                /* set at the end: what kvmstats_run returned */
+    uint32_t ended;                /* set at the end, when everything else of the run has been set */
+    uint32_t joinable;             /* set by kvmstats_start, cleared by kvmstats_join */
+    uintptr_t thread;              /* set by kvmstats_start */
 };
 
 /*
@@ -70,6 +76,26 @@ struct kvmstats_run {
  */
 int kvmstats_run(struct kvmstats_run *run);
 
+/*
+ * Do the run in a new thread, in which all signals are blocked. The struct and all that it points to must stay until
+ * kvmstats_join has returned; after a fork there is no such thread in the child, which clears `joinable`.
+ *
+ * Returns 0, or -errno if the thread could not be created. Allocates nothing itself; pthread_create allocates a stack.
+ * Any thread.
+ */
+int kvmstats_start(struct kvmstats_run *run);
+
+/*
+ * Wait until more than `chunks` chunks are ready or the run has ended, but no longer than timeout_ms, and not once a
+ * signal was handled. Needs an event_fd that does not block.
+ *
+ * Returns 1 if either is so, or 0. Allocates nothing. One thread at a time: the reader. Blocks.
+ */
+int kvmstats_wait(struct kvmstats_run *run, uint64_t chunks, int timeout_ms);
+
+/* Wait for the thread of kvmstats_start to end; does nothing if there is none. Allocates nothing. Any thread. Blocks. */
+void kvmstats_join(struct kvmstats_run *run);
+
 /* End the run within 20 ms plus one sweep, or before it starts. Allocates nothing, never waits. Any thread. */
 void kvmstats_stop(struct kvmstats_run *run);
 
@@ -81,6 +107,12 @@ uint64_t kvmstats_ready(const struct kvmstats_run *run);
  * Allocates nothing, never waits. One thread at a time: the reader.
  */
 void kvmstats_release(struct kvmstats_run *run, uint64_t chunks);
+
+/*
+ * Returns what must be added to CLOCK_MONOTONIC for CLOCK_REALTIME, in ns. The two cannot be read at once; of some tries
+ * the one counts in which the least time passed. Allocates nothing, never waits. Any thread.
+ */
+int64_t kvmstats_wall_offset(void);
 
 /* ---- cdef: end ---- */
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         HandOverError,
         KvmStatsError,
         RecordingWarning,
+        SamplingWarning,
         VmGoneError,
     )
     from kvmstats_fast.file_info import FileInfo
@@ -70,6 +71,7 @@ __all__ = [
     "SampleError",
     "Sampler",
     "Samples",
+    "SamplingWarning",
     "Schema",
     "Stat",
     "StatBase",
@@ -107,6 +109,7 @@ _ROOMS = {
         "HandOverError",
         "KvmStatsError",
         "RecordingWarning",
+        "SamplingWarning",
         "VmGoneError",
     ),
     "file_info": ("FileInfo",),

@@ -1,8 +1,11 @@
-"""The exceptions, and the one function that makes them out of what the C core returns."""
+"""The exceptions and warnings, and the one function that makes them out of what the C core returns."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from enum import IntEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._kvmstats import lib
@@ -73,6 +76,10 @@ class RecordingWarning(UserWarning):
     """Not all of a recording could be read; the text says which files, parts or batches are missing."""
 
 
+class SamplingWarning(UserWarning):
+    """A run, stream or measure is not quite what was asked for: the wall clock jumped, or memory ran short."""
+
+
 _BLOCKS = {
     lib.KVMSTATS_BLOCK_HEADER: "header",
     lib.KVMSTATS_BLOCK_ID: "id",
@@ -132,3 +139,14 @@ def unknown_stat(name: str, known: Iterable[str], where: str) -> KeyError:
     near = get_close_matches(name, names, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"none of the {len(names)} names there is similar"
     return KeyError(f"no statistic {name!r} in {where}; {hint}")
+
+
+_PACKAGE = f"{Path(__file__).parent}/"
+
+
+def warn_caller(text: str, category: type[Warning]) -> None:
+    """Warn at the line that called into this package."""
+    level, frame = 1, sys._getframe()  # noqa: SLF001 - the documented way to it
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, level)

@@ -1,6 +1,7 @@
 """Sweeps, runs and streams: every tick is accounted for, and every value is the kernel's."""
 
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -9,14 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import DATA, CtrlC, open_fds, take_away
 
 import kvmstats_fast as kf
-from kvmstats_fast.sampling import memory, run
+from kvmstats_fast.sampling import memory
 from kvmstats_fast.testing import SyntheticStats, TinyGuest, counts_right, exit_counter
 
 
@@ -600,22 +600,28 @@ def test_nothing_is_left_of_ten_thousand_samplers(files):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 2048  # KiB: 210 bytes for each
 
 
-def test_ctrl_c_at_any_instruction_of_waiting_is_ctrl_c(monkeypatch):
-    """In the standard library's code too: the run is stopped or KeyboardInterrupt comes through, and no other error."""
-    monkeypatch.setattr(run, "_POLL", 0.0001)
-    stopped = 0
-    for at in range(1, 200):
-        work = SimpleNamespace(ended=run.End())
-        interrupted = False
-        with CtrlC(at, "/") as ctrl_c:
-            interrupted = run.wait_for_end(work, work.ended.set)
-        assert ctrl_c.left <= 0
-        assert interrupted == work.ended.is_set()
-        stopped += interrupted
-        if not interrupted:
-            work.ended.set()  # what the other thread does
-        run.wait_for_end(work, pytest.fail)
-    assert stopped > 100
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ctrl-C in a __del__ goes no further
+@pytest.mark.parametrize(
+    ("arguments", "step"), [({"interval": 0.001, "count": 3}, 3), ({"interval": 0, "count": 3, "duration": 1}, 17)]
+)
+def test_ctrl_c_at_any_instruction_of_a_run_is_ctrl_c(files, arguments, step):
+    """The run returns what it has, or KeyboardInterrupt comes through; no other error, and nothing is left behind."""
+    sampler = kf.Sampler(files, "exits")
+    fds, before, outcomes, left = open_fds(), threads(), set(), 0
+    for at in itertools.count(1, step):
+        if left > 0:
+            break
+        samples = None
+        with CtrlC(at) as ctrl_c:
+            samples = sampler.run(**arguments)
+        left = ctrl_c.left
+        outcomes.add(None if samples is None else samples.interrupted)
+        if samples is not None:
+            assert (np.diff(samples.tick.astype(np.int64)) > 0).all()
+        assert len(sampler.run(0, count=2)) == 2
+    assert at > 600
+    assert {None, False} <= outcomes
+    assert (open_fds(), threads()) == (fds, before)
 
 
 RANDOM_CTRL_C = """

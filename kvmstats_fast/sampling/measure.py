@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.errors import KvmStatsError, SamplingWarning, warn_caller
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.plan import LiveRow, Plan
-from kvmstats_fast.sampling.run import read_wall_offset
+from kvmstats_fast.sampling.wall_clock import WallClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -66,6 +66,11 @@ class measure:  # noqa: N801 - used as a function is
     OSError, FormatError, ValueError
         If no file can be read, before or after the block; after a block that raised, its own error comes out instead.
 
+    Warns
+    -----
+    SamplingWarning
+        If the wall clock jumped by more than 10 ms in the meantime.
+
     Examples
     --------
     >>> with measure(files, "exits") as m:      # doctest: +SKIP
@@ -76,9 +81,10 @@ class measure:  # noqa: N801 - used as a function is
     def __init__(self, files: StatsFiles, stats: str | Iterable[str] | None = None) -> None:
         self._live = LiveRow(Plan(files, stats, threads=1))
         self._readings: list[Samples] = []
+        self._remarks: list[str] = []
 
     def _read(self) -> None:
-        live, offset = self._live, read_wall_offset()
+        live, offset = self._live, self._wall_clock.follow(lib.kvmstats_wall_offset())
         start = time.monotonic_ns()
         status = lib.kvmstats_sweep(live.c)
         live.sweep_ns[0] = time.monotonic_ns() - start
@@ -90,6 +96,7 @@ class measure:  # noqa: N801 - used as a function is
     def __enter__(self) -> Self:
         if self._readings:
             raise RuntimeError("this measure has been used; make another one")
+        self._wall_clock = WallClock(lib.kvmstats_wall_offset(), self._remarks)
         self._read()
         return self
 
@@ -107,3 +114,5 @@ class measure:  # noqa: N801 - used as a function is
         self.cost = int(samples.sweep_ns.sum()) / 1e9
         self.delta: Mapping[str, npt.NDArray[Any]] = _Changes(samples, samples.delta)
         self.rate: Mapping[str, npt.NDArray[Any]] = _Changes(samples, samples.rate)
+        for remark in self._remarks:
+            warn_caller(remark, SamplingWarning)

@@ -1,15 +1,172 @@
-"""How much memory a run may take."""
+"""Memory: how much this process may still take before the kernel kills something.
+
+The kernel grants memory that it does not have, and kills a process when it is used. So a run is measured beforehand
+against what is available: of the machine (MemAvailable of /proc/meminfo), of the process' own memory cgroups and all
+cgroups above them (Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst), and of RLIMIT_AS. A source that
+cannot be read is left out.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+import resource
+import time
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Less is not worth measuring: it takes a tenth of a millisecond, and an interpreter takes more.
+_TRIFLE = 1 << 20
+#: What the rest of the program may take before memory is looked at again, and how soon that is.
+_MARGIN = 16 << 20
+_WATCH_SECONDS = 0.1
+
+
+class _Files(NamedTuple):
+    """The files of one version of the memory controller: its limits, what is used, and what of that is page cache."""
+
+    limits: tuple[str, ...]
+    usage: str
+    cache: tuple[str, ...]
+
+
+_V1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_V2 = _Files(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"))
+
+
+class Memory:
+    """What is available to this process, as often as it is asked for.
+
+    Parameters
+    ----------
+    root : path-like
+        Where ``/proc`` and the mounts of the cgroups are looked for.
+    """
+
+    def __init__(self, root: str | Path = "/") -> None:
+        self._root = Path(root)
+        self._cgroups = list(self._find_cgroups())
+
+    def available(self) -> int | None:
+        """Return how many bytes are available, or None if nothing says so."""
+        known = [self._on_machine(), self._in_address_space(), *(_left(*cgroup) for cgroup in self._cgroups)]
+        return min((max(left, 0) for left in known if left is not None), default=None)
+
+    def _on_machine(self) -> int | None:
+        found = re.search(r"^MemAvailable: +(\d+) kB$", _read(self._root / "proc/meminfo"), re.MULTILINE)
+        return int(found[1]) * 1024 if found else None
+
+    def _in_address_space(self) -> int | None:
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        pages = _number(_read(self._root / "proc/self/statm").partition(" ")[0])
+        return None if limit == resource.RLIM_INFINITY or pages is None else limit - pages * resource.getpagesize()
+
+    def _find_cgroups(self) -> Iterator[tuple[Path, _Files]]:
+        """Yield the folders of this process' memory cgroups and of all above them, as far as they are mounted."""
+        paths: dict[_Files, PurePosixPath] = {}
+        for line in _read(self._root / "proc/self/cgroup").splitlines():
+            number, _, rest = line.partition(":")
+            controllers, _, path = rest.partition(":")
+            if "memory" in controllers.split(","):
+                paths[_V1] = PurePosixPath(path)
+            elif number == "0" and not controllers:
+                paths[_V2] = PurePosixPath(path)
+        for line in _read(self._root / "proc/self/mountinfo").splitlines():
+            mount, _, kind = line.partition(" - ")
+            fields, kinds = mount.split(" "), kind.split(" ")
+            if len(fields) < 5 or len(kinds) < 3:
+                continue
+            files = {"cgroup2": _V2, "cgroup": _V1 if "memory" in kinds[2].split(",") else None}.get(kinds[0])
+            if files is None or files not in paths:
+                continue
+            top = self._root / _unescape(fields[4]).lstrip("/")
+            try:
+                below = paths[files].relative_to(_unescape(fields[3]))
+            except ValueError:  # a container that sees the paths of its host: its own cgroup is what is mounted
+                below = PurePosixPath()
+            if ".." in below.parts:
+                below = PurePosixPath()
+            for folder in (below, *below.parents):
+                yield top / folder, files
+
+
+class MemoryWatch:
+    """Says when a run that keeps all its samples must end.
+
+    Parameters
+    ----------
+    reserve : int
+        Bytes that will be needed besides the samples.
+
+    Attributes
+    ----------
+    remark : str
+        What to tell the user, once memory is short.
+    """
+
+    def __init__(self, reserve: int) -> None:
+        self.remark = ""
+        self._memory = Memory()
+        self._reserve = reserve + _MARGIN
+        self._next_size, self._next_time = 0, 0.0
+
+    def is_short(self, size: int) -> bool:
+        """Whether samples of this size could only just be joined, for which they are copied. True once."""
+        now = time.monotonic()
+        if self.remark or (size < self._next_size and now < self._next_time):
+            return False
+        available = self._memory.available()
+        room = size if available is None else available - size - self._reserve
+        self._next_size, self._next_time = size + room // 16, now + _WATCH_SECONDS
+        if room >= 0:
+            return False
+        self.remark = (
+            f"the run ended early, because memory ran short: its samples take {size >> 20} MiB, as much is needed to "
+            f"join them, and {(available or 0) >> 20} MiB are available; take them in parts with stream(), or keep "
+            "fewer statistics (stats=)"
+        )
+        return True
 
 
 def check_memory(size: int, sweeps: int) -> None:
-    """Raise MemoryError if so many bytes are not available: the kernel would grant them, and kill a process later."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:") and size > int(line.split()[1]) * 1024:
-            raise MemoryError(
-                f"{sweeps} sweeps of these files take {size >> 20} MiB, more than is available; keep fewer statistics "
-                "(stats=), or take the sweeps in parts with stream()"
-            )
+    """Raise MemoryError if so many bytes are not available."""
+    if size < _TRIFLE:
+        return
+    available = Memory().available()
+    if available is not None and size > available:
+        raise MemoryError(
+            f"{sweeps} sweeps of these files take {size >> 20} MiB, and {available >> 20} MiB are available; keep "
+            "fewer statistics (stats=), or take the sweeps in parts with stream()"
+        )
+
+
+def _left(folder: Path, files: _Files) -> int | None:
+    """Return what a cgroup leaves: its lowest limit, less what is used, but for page cache, which can be dropped."""
+    usage = _number(_read(folder / files.usage))
+    limits = [limit for name in files.limits if (limit := _number(_read(folder / name))) is not None]
+    if usage is None or not limits:
+        return None
+    lines = (line.partition(" ") for line in _read(folder / "memory.stat").splitlines())
+    cache = sum(_number(value) or 0 for name, _, value in lines if name in files.cache)
+    return min(limits) - max(usage - cache, 0)
+
+
+def _read(path: Path) -> str:
+    """Return the text of a file, or none if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+
+
+def _number(text: str) -> int | None:
+    """Return what a file says, or None where it says ``max``, or nothing that makes sense."""
+    text = text.strip()
+    return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else None
+
+
+def _unescape(path: str) -> str:
+    """Return a path of mountinfo, in which spaces and the like are octal (fs/proc_namespace.c)."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 
@@ -220,6 +221,7 @@ class LiveRow(Rows):
         self.c = ffi.new(
             "struct kvmstats_sweep *", (self.structs, len(plan.files), self.scratch, plan.scratch_words, 0, 0)
         )
+        _LIVE_ROWS.add(self)
 
     def check(self, status: int, *, strict: bool) -> None:
         """Raise what is wrong with a sweep for which ``lib.kvmstats_sweep`` returned `status`."""
@@ -227,6 +229,18 @@ class LiveRow(Rows):
             raise RuntimeError(IN_USE)
         if status == len(self.plan.files) or (strict and status):
             raise self.find_errors(0, 1)[0].error
+
+
+_LIVE_ROWS: WeakSet[LiveRow] = WeakSet()
+
+
+def _unlock_all() -> None:
+    """In a forked child: of the threads that held a lock none is here."""
+    for live in _LIVE_ROWS:
+        live.c.owner = 0
+
+
+os.register_at_fork(after_in_child=_unlock_all)
 
 
 def _check_files(files: StatsFiles) -> dict[str, list[StatsFile]]:

@@ -1,23 +1,24 @@
-"""Run: sweeps on a schedule in a thread of their own, and how it ends: by itself, by Ctrl-C, in a forked child."""
+"""Run: sweeps on a schedule in a thread of the C core, and how it ends: by itself, by Ctrl-C, in a forked child."""
 
 from __future__ import annotations
 
 import atexit
+import errno
 import itertools
+import mmap
 import os
-import select
-import signal
-import time
-from _thread import allocate_lock, start_new_thread
-from typing import TYPE_CHECKING, Protocol
-from weakref import WeakSet, WeakValueDictionary
+import resource
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._resource import Closing, Fd
-from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.errors import KvmStatsError, SamplingWarning, warn_caller
+from kvmstats_fast.joining import find_steps
 from kvmstats_fast.sampling.memory import check_memory
 from kvmstats_fast.sampling.plan import IN_USE, Rows
 from kvmstats_fast.sampling.schedule import FOREVER, HYBRID_SPIN_NS
+from kvmstats_fast.sampling.wall_clock import WallClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,243 +26,288 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from kvmstats_fast.samples import Samples
-    from kvmstats_fast.sampling.plan import LiveRow
+    from kvmstats_fast.sampling.plan import LiveRow, Plan
     from kvmstats_fast.sampling.schedule import Schedule
 
-#: How long a wait in Python may delay Ctrl-C or the end of a run, in seconds.
-_POLL = 0.05
+#: How long Ctrl-C may go unnoticed when it comes just before a wait begins, in ms.
+_WAIT_MS = 50
+#: How long the end of the interpreter waits for a read that hangs in the kernel, in ms.
+_EXIT_MS = 1000
+#: A chunk that no run completes: to wait for its end.
+_NO_CHUNK = (1 << 64) - 1
 
 
-class End:
-    """An event whose waiter may be interrupted anywhere: each step that matters is a single call in C.
+class _Ring:
+    """What a run writes to, `depth` chunks of `chunk` sweeps, and the thread that writes to it.
 
-    After a Ctrl-C between two steps of threading.Event's, its condition is released without having been acquired
-    (RuntimeError), or stays acquired, and the other thread hangs.
+    The thread is the C core's and never enters Python: it takes no GIL, runs no destructor and no signal handler, and
+    is a kernel thread whatever a library has put in place of Python's threads. `_RINGS` holds this object until the
+    thread has ended, so that the memory is there as long as the thread writes to it.
     """
 
-    def __init__(self) -> None:
-        self._is_set = False
-        self._lock = allocate_lock()
-        self._lock.acquire()
-
-    def set(self) -> None:
-        """Wake up those that wait; once."""
-        self._is_set = True
-        self._lock.release()
-
-    def is_set(self) -> bool:
-        """Whether `set` was called."""
-        return self._is_set
-
-    def wait(self, seconds: float) -> None:
-        """Wait for at most so long."""
-        if not self._is_set and self._lock.acquire(timeout=seconds):
-            self._lock.release()
-
-
-class Ending(Protocol):
-    """Work in another thread, with an end to wait for."""
-
-    ended: End
-
-
-def wait_for_end(work: Ending, stop: Callable[[], None]) -> bool:
-    """Wait for an end; Ctrl-C calls `stop`, and makes the result True.
-
-    Not by Thread.join, which takes a thread for ended when Ctrl-C interrupts it (before Python 3.13).
-    """
-    interrupted = False
-    while not work.ended.is_set():
-        try:
-            work.ended.wait(_POLL)
-        except KeyboardInterrupt:  # noqa: PERF203 - this is what the loop waits for
-            interrupted = True
-            stop()
-    return interrupted
-
-
-def read_wall_offset() -> int:
-    """Return what must be added to CLOCK_MONOTONIC for CLOCK_REALTIME, in ns."""
-    return time.clock_gettime_ns(time.CLOCK_REALTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-
-
-class Run(Closing):
-    """A run of the C core in a thread of its own, and the room that it writes to: `depth` chunks of `chunk` sweeps.
-
-    The thread holds this object, and this object all that C writes to: whatever happens to the caller, the memory is
-    there until the thread has left C.
-    """
-
-    def __init__(self, live: LiveRow, schedule: Schedule, chunk: int, depth: int, *, strict: bool) -> None:
-        self._live = live
-        self._owner = next(_OWNERS)
-        self._failure: BaseException | None = None
-        self._threads: list[int] = []
-        self.ended = End()
-        _OWNING[self._owner] = self
-        if lib.kvmstats_lock(live.c, self._owner):
-            last = live.c.owner
-            # 1 is a sweep. A run that is no more may have been kept from unlocking, by Ctrl-C in its __del__.
-            if last > 1 and last not in _OWNING:
-                lib.kvmstats_unlock(live.c, last)
-            if lib.kvmstats_lock(live.c, self._owner):
-                raise RuntimeError(IN_USE)
-        try:
-            self._prepare(schedule, chunk, depth, strict=strict)
-        except BaseException:
-            self._free()
-            raise
-
-    def _prepare(self, schedule: Schedule, chunk: int, depth: int, *, strict: bool) -> None:
-        slots = chunk * depth
-        self._chunk, self._depth = chunk, depth
-        plan = self._live.plan
+    def __init__(  # noqa: PLR0913 - what a run is made of
+        self, c: Any, plan: Plan, schedule: Schedule, chunk: int, depth: int, *, strict: bool
+    ) -> None:
+        slots = min(chunk * depth, schedule.ticks)
         check_memory(slots * plan.sweep_bytes, slots)
-        rows = self._rows = Rows(plan, slots)
-        self._chunks = ffi.new("struct kvmstats_chunk[]", depth)
+        rows = self.rows = Rows(plan, slots)
         self._event = Fd(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        run = self._c = ffi.new("struct kvmstats_run *")
-        run.files, run.num_files = rows.structs, len(plan.files)
-        run.scratch, run.scratch_size = rows.scratch, plan.scratch_words
-        run.interval, run.ticks, run.duration = schedule.interval_ns, schedule.ticks, schedule.duration_ns
-        run.spin_ns, run.wait = HYBRID_SPIN_NS, schedule.wait
-        run.threads, run.strict, run.event_fd = plan.threads, strict, self._event.fileno()
-        run.depth, run.chunk, run.chunks = depth, chunk, self._chunks
         self._keep = (
             ffi.from_buffer("int64_t[]", rows.time, True),
             ffi.from_buffer("int64_t[]", rows.sweep_ns, True),
             ffi.from_buffer("uint64_t[]", rows.tick, True),
+            ffi.new("struct kvmstats_chunk[]", depth),
+            _make_mask(schedule.cpus),
         )
-        run.time, run.sweep_ns, run.tick = self._keep
-        self._interval = schedule.interval_ns / 1e9
-        self._cpus = schedule.cpus
-        self._wall_offset = read_wall_offset()
+        self.c = c
+        c.time, c.sweep_ns, c.tick, c.chunks, cpus = self._keep
+        if schedule.cpus:
+            c.cpus, c.cpu_words = cpus, len(cpus)
+        c.depth, c.chunk = depth, chunk
+        c.files, c.num_files = rows.structs, len(plan.files)
+        c.scratch, c.scratch_size = rows.scratch, plan.scratch_words
+        c.interval, c.ticks, c.duration = schedule.interval_ns, schedule.ticks, schedule.duration_ns
+        c.spin_ns, c.wait = HYBRID_SPIN_NS, schedule.wait
+        c.threads, c.strict, c.event_fd = plan.threads, strict, self._event.fileno()
 
-    def _work(self) -> None:
+    def end(self) -> None:
+        """End the run, wait for its thread to be gone, and close the eventfd; a second call does nothing."""
+        lib.kvmstats_stop(self.c)
+        lib.kvmstats_join(self.c)
+        self.c.event_fd = -1
+        self._event.close()
+
+    def forsake(self) -> None:
+        """In a forked child, where the thread is not: end it."""
+        self.c.joinable, self.c.ended = 0, 1
+        self.end()
+
+
+class Run(Closing):
+    """A run that somebody waits for, from the start of the ``with`` block to its end.
+
+    When the object goes without that, the run is told to stop, and its memory is kept until it has.
+
+    Attributes
+    ----------
+    remarks : list of str
+        What the user must be warned of when the samples are handed out.
+    """
+
+    def __init__(self, live: LiveRow, schedule: Schedule, chunk: int, depth: int, *, strict: bool) -> None:
+        _end_forgotten()
+        self.remarks: list[str] = []
+        self._live = live
+        self._owner = next(_OWNERS)
+        self._failure: Exception | None = None
+        self._interval = schedule.interval_ns / 1e9
+        self._wall_clock = WallClock(lib.kvmstats_wall_offset(), self.remarks)
+        self._c = ffi.new("struct kvmstats_run *")
+        _RUNS[self._owner] = self
+        if lib.kvmstats_lock(live.c, self._owner):
+            # 1 is a sweep. A run that is no more may have been kept from unlocking, by Ctrl-C in its __del__.
+            last = live.c.owner
+            if last > 1 and last not in _RUNS:
+                lib.kvmstats_unlock(live.c, last)
+            if lib.kvmstats_lock(live.c, self._owner):
+                raise RuntimeError(IN_USE)
         try:
-            # Ctrl-C is for the thread that waits for us.
-            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-            if self._cpus is not None:
-                os.sched_setaffinity(0, self._cpus)
-            lib.kvmstats_run(self._c)
-        except BaseException as error:  # noqa: BLE001 - raised again where the run is waited for
-            self._failure = error
-        finally:
-            self.ended.set()
+            self._ring = _Ring(self._c, live.plan, schedule, chunk, depth, strict=strict)
+        except BaseException:
+            lib.kvmstats_unlock(live.c, self._owner)  # at once: the exception may keep this object alive
+            raise
 
     def __enter__(self) -> Self:
-        _RUNNING.add(self)
-        try:
-            # In one step, so that Ctrl-C comes before it, and there is no thread, or after it, and we know of it.
-            self._threads.extend(map(start_new_thread, (self._work,), ((),)))
-        except BaseException:
+        _RINGS[self._owner] = self._ring
+        # One call, so that Ctrl-C comes before it, and there is no thread, or after it, and the ring knows of it.
+        error = -lib.kvmstats_start(self._c)
+        if error:
             self.close()
-            raise
+            raise _thread_refused(error)
         return self
 
     def close(self) -> None:
-        """End the run and wait for that; Ctrl-C meanwhile is raised when all is put away."""
-        self.stop()
-        interrupted = wait_for_end(self, self.stop) if self._threads else False
-        self._free()
-        if interrupted:
-            raise KeyboardInterrupt
+        """End the run, and wait until its thread is gone."""
+        self._ring.end()
+        _RINGS.pop(self._owner, None)
+        lib.kvmstats_unlock(self._live.c, self._owner)
 
-    def _free(self) -> None:
-        try:
-            _RUNNING.discard(self)
-            if hasattr(self, "_event"):
-                self._event.close()
-        finally:
+    def __del__(self) -> None:
+        # Never waits: whoever collects garbage has not asked for that. `_end_forgotten` does the rest.
+        if hasattr(self, "_c"):
+            lib.kvmstats_stop(self._c)
             lib.kvmstats_unlock(self._live.c, self._owner)
 
-    # For when Ctrl-C or an error kept `close` from being reached. The thread holds us, so it is not in C any more.
-    __del__ = _free
-
-    def abandon(self) -> None:
-        """In a forked child, where the thread is not."""
+    def forsake(self) -> None:
+        """In a forked child: the run goes on in the parent, and is over here."""
         self._failure = RuntimeError("this run or stream stayed in the parent process; start one of your own")
-        self.ended = End()
-        self.ended.set()
-        self._free()
 
     def stop(self) -> None:
-        """Ask the run to end."""
+        """Ask the run to end, even before it has begun. From any thread."""
         lib.kvmstats_stop(self._c)
 
-    def check(self) -> None:
-        """Raise what kept an ended run from running."""
+    def wait(self, number: int = _NO_CHUNK) -> bool:
+        """Wait for a chunk, by default for the end; False if the run ended without it.
+
+        Raises
+        ------
+        KvmStatsError, MemoryError, RuntimeError
+            If it ended because a thread could not be started; if it belongs to the parent process.
+        """
+        while not lib.kvmstats_wait(self._c, number, _WAIT_MS):
+            pass
+        if lib.kvmstats_ready(self._c) > number:
+            return True
         if self._failure is not None:
             raise self._failure
         if self._c.status:
-            raise KvmStatsError(f"the threads of the run could not be made: {os.strerror(-self._c.status)}")
+            raise _thread_refused(-self._c.status)
+        return False
 
     @property
     def totals(self) -> tuple[int, int]:
         """Ticks missed, and those of them for lack of room, up to now."""
         return self._c.missed, self._c.overruns
 
-    def wait(self, number: int) -> bool:
-        """Wait for a chunk; False if the run is over without it."""
-        while lib.kvmstats_ready(self._c) <= number:
-            if self.ended.is_set():
-                if lib.kvmstats_ready(self._c) > number:
-                    break
-                self.check()
-                return False
-            poll = select.poll()
-            poll.register(self._event, select.POLLIN)
-            if poll.poll(_POLL * 1000):
-                os.eventfd_read(self._event.fileno())
-        return True
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run was stopped before its last tick."""
+        return bool(self._c.stop) and self._c.taken + self._c.missed < self._c.ticks
 
-    def samples(self, number: int, *, copy: bool) -> Samples:
-        """Return the samples of a chunk that is ready, or empty ones if there is no such chunk; copied or not."""
-        is_there = lib.kvmstats_ready(self._c) > number
-        place = number % self._depth
-        chunk = self._chunks[place]
-        used = chunk.used if is_there else 0
-        first = chunk.first if is_there else self._c.taken
-        return self._rows.make_samples(
-            slice(place * self._chunk, place * self._chunk + used),
-            copy=copy,
-            interval=self._interval,
-            wall_offset=self._wall_offset,
-            missed=chunk.missed if is_there else 0,
-            overruns=chunk.overruns if is_there else 0,
-            errors=self._rows.find_errors(first, first + used if is_there else FOREVER),
-        )
+    def finish(self, collect: Callable[[], Samples]) -> Samples:
+        """Return what `collect` does, which waits for the end of the run; Ctrl-C stops the run, and calls it again."""
+        interrupted = False
+        while True:
+            try:
+                samples = collect()
+            except KeyboardInterrupt:  # noqa: PERF203 - this is what the loop is for
+                interrupted = True
+                self.stop()
+            else:
+                samples.interrupted = interrupted or self.interrupted
+                return samples
+
+    def copy_chunk(self, number: int) -> Samples:
+        """Return a copy of a chunk that is ready; if there is none with this number, empty samples."""
+        if lib.kvmstats_ready(self._c) <= number:
+            return self._make_samples(slice(0, 0), self._c.taken, FOREVER, copy=True)
+        place = number % self._c.depth
+        chunk = self._c.chunks[place]
+        start = place * self._c.chunk
+        samples = self._make_samples(slice(start, start + chunk.used), chunk.first, chunk.first + chunk.used, copy=True)
+        samples.missed, samples.overruns = chunk.missed, chunk.overruns
+        samples.wall_offset = self._wall_clock.follow(chunk.wall_offset)
+        return samples
 
     def release(self, chunks: int) -> None:
-        """Give the room of the first `chunks` chunks back to the run."""
+        """Let the run use the room of its first `chunks` chunks again."""
         lib.kvmstats_release(self._c, chunks)
 
+    def all_samples(self) -> Samples:
+        """Wait for the end, and return all sweeps of a run that had room for them; not copied."""
+        self.wait()
+        samples = self._make_samples(slice(self._c.taken), 0, FOREVER, copy=False)
+        samples.missed, samples.overruns = self.totals
+        chunks = self._c.chunks[0 : lib.kvmstats_ready(self._c)]
+        self.remarks.clear()  # Ctrl-C may have come between here and the end: then this is done again
+        clock = WallClock(chunks[0].wall_offset if len(samples) else self._wall_clock.offset, self.remarks)
+        offsets = {chunk.first: clock.follow(chunk.wall_offset) for chunk in chunks}
+        samples.wall_offset, samples.wall_steps = find_steps(offsets or {0: clock.offset}, len(samples))
+        return samples
 
-#: Runs whose thread is in C. It must not be there any more when the interpreter takes its memory back; in a forked
-#: child it is not there at all.
-_RUNNING: WeakSet[Run] = WeakSet()
+    def warn(self) -> None:
+        """Warn of each remark, once."""
+        while self.remarks:
+            warn_caller(self.remarks.pop(0), SamplingWarning)
+
+    def _make_samples(self, slots: slice, start: int, stop: int, *, copy: bool) -> Samples:
+        """Return the sweeps in these slots, which are sweeps `start` to `stop` of the run."""
+        rows = self._ring.rows
+        return rows.make_samples(
+            slots,
+            copy=copy,
+            interval=self._interval,
+            wall_offset=self._wall_clock.offset,
+            errors=rows.find_errors(start, stop),
+        )
+
+
+#: Rings whose thread may be running, and the runs that somebody may wait for, by the owner that locks the Sampler.
+_RINGS: dict[int, _Ring] = {}
+_RUNS: WeakValueDictionary[int, Run] = WeakValueDictionary()
 _OWNERS = itertools.count(2)
-#: Those that may have locked a Sampler.
-_OWNING: WeakValueDictionary[int, Run] = WeakValueDictionary()
+
+
+def find_run(live: LiveRow) -> Run | None:
+    """Return the run that is under way, if there is one."""
+    return _RUNS.get(live.c.owner)
+
+
+def _end_forgotten() -> None:
+    """End the rings that no run has any more, and that have stopped by now."""
+    for owner, ring in list(_RINGS.items()):
+        if owner not in _RUNS:
+            lib.kvmstats_stop(ring.c)
+            if ring.c.ended or not ring.c.joinable:  # not joinable: Ctrl-C came before its thread was made
+                ring.end()
+                _RINGS.pop(owner, None)
 
 
 @atexit.register
-def _end_runs() -> None:
-    for run in list(_RUNNING):
-        run.stop()
-        run.ended.wait(1)
+def _end_all() -> None:
+    """End the threads before the interpreter takes back the memory they write to."""
+    for ring in list(_RINGS.values()):
+        lib.kvmstats_stop(ring.c)
+        lib.kvmstats_wait(ring.c, _NO_CHUNK, _EXIT_MS)
+        if ring.c.ended:
+            ring.end()
 
 
-def _abandon_runs() -> None:
-    for run in list(_RUNNING):
-        run.abandon()
+def _forsake_all() -> None:
+    for ring in _RINGS.values():
+        ring.forsake()
+    for run in list(_RUNS.values()):
+        run.forsake()
+    _RINGS.clear()
 
 
-os.register_at_fork(after_in_child=_abandon_runs)
+os.register_at_fork(after_in_child=_forsake_all)
 
 
-def attach_samples(samples: Samples) -> Exception:
-    """Return the first error of a strict run, with what was sampled before as its attribute ``samples``."""
-    error = min(samples.errors, key=lambda error: error.sweep).error
+def attach_samples(error: Exception, samples: Samples) -> Exception:
+    """Return an exception with what was sampled before it as its attribute ``samples``."""
     error.samples = samples  # type: ignore[attr-defined]
     return error
+
+
+def first_error(samples: Samples) -> Exception:
+    """Return the first error of a strict run, with what was sampled before as its attribute ``samples``."""
+    return attach_samples(min(samples.errors, key=lambda error: error.sweep).error, samples)
+
+
+def _make_mask(cpus: frozenset[int] | None) -> Any:
+    """Return a mask of processors as the kernel wants it: a bit each, in words of the machine."""
+    bits = 8 * ffi.sizeof("unsigned long")
+    words = [0] * (max(cpus or {0}) // bits + 1)
+    for cpu in cpus or ():
+        words[cpu // bits] |= 1 << cpu % bits
+    return ffi.new("unsigned long[]", words)
+
+
+def _thread_refused(error: int) -> Exception:
+    """Return what to raise when a thread of a run could not be made, or could not run where it was told to."""
+    text = f"the threads of this run cannot be started: {os.strerror(error)}"
+    if error == errno.EINVAL:
+        return KvmStatsError(f"{text}; the processors given as cpu are no longer allowed to this process")
+    if error != errno.EAGAIN:
+        return KvmStatsError(text)
+    # pthread_create says EAGAIN for a stack that finds no room, too.
+    soft = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    try:
+        mmap.mmap(-1, 8 << 20 if soft == resource.RLIM_INFINITY else max(soft, mmap.PAGESIZE)).close()
+    except (OSError, ValueError):
+        return MemoryError("there is not enough memory for the stack of a thread")
+    return KvmStatsError(
+        f"{text}; the limits are RLIMIT_NPROC (ulimit -u) of this user, pids.max of this process' cgroups, and the "
+        "sysctls kernel.threads-max and kernel.pid_max"
+    )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from _thread import start_new_thread
 from typing import TYPE_CHECKING, cast
 
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._resource import Unique
+from kvmstats_fast.errors import SamplingWarning
 from kvmstats_fast.groups import find_groups
 from kvmstats_fast.samples import Samples
-from kvmstats_fast.sampling.memory import check_memory
+from kvmstats_fast.sampling.memory import MemoryWatch
 from kvmstats_fast.sampling.plan import LiveRow, Plan
-from kvmstats_fast.sampling.run import End, Run, attach_samples, wait_for_end
+from kvmstats_fast.sampling.run import Run, attach_samples, find_run, first_error
 from kvmstats_fast.sampling.schedule import Schedule
 from kvmstats_fast.sampling.stream import Stream
 
@@ -153,45 +153,78 @@ class Sampler(Unique):
         -------
         Samples
             A late tick is taken late, and the ticks it overtook are counted: ``len(samples) + samples.missed`` is the
-            number of ticks. Ctrl-C ends the run, not the program: ``samples.interrupted``.
+            number of ticks. Ctrl-C and `stop` end the run, not the program: ``samples.interrupted``.
 
         Raises
         ------
         MemoryError
-            If the samples of so many sweeps do not fit into memory; `stream` needs little, `stats` less.
+            If the samples of so many sweeps do not fit into memory; `stream` needs little, `stats` less. A run without
+            end does not raise it: it ends with a warning when memory runs short.
+        KvmStatsError
+            If its threads cannot be started: the message names the limits.
         RuntimeError
-            If a stream or another thread is using this Sampler.
+            If a run, a stream or another thread is using this Sampler.
         TypeError, ValueError
             For arguments of a wrong type or out of range.
+
+        Warns
+        -----
+        SamplingWarning
+            If the wall clock jumped by more than 10 ms between two chunks of the run (1 s; without an end 0.1 s); if it
+            ended because memory ran short (``samples.interrupted``). Where warnings are errors the samples are the
+            attribute ``samples`` of this one.
         """
         schedule = Schedule(interval, count, duration, wait, cpu)
-        if not schedule.is_bounded:
-            return self._run_unbounded(schedule, strict=strict)
-        with Run(self._live, schedule, schedule.ticks, 1, strict=strict) as run:
-            interrupted = wait_for_end(run, run.stop)
-            run.check()
-            samples = run.samples(0, copy=False)
+        run, samples = (self._run_bounded if schedule.is_bounded else self._run_unbounded)(schedule, strict=strict)
+        if strict and samples.errors:
+            raise first_error(samples)
+        try:
+            run.warn()
+        except SamplingWarning as warning:  # where warnings are errors
+            raise attach_samples(warning, samples) from None
+        return samples
+
+    def _run_bounded(self, schedule: Schedule, *, strict: bool) -> tuple[Run, Samples]:
+        """Do a run whose sweeps all have their room from the start."""
+        chunks, chunk = schedule.split()
+        with Run(self._live, schedule, chunk, chunks, strict=strict) as run:
+            return run, run.finish(run.all_samples)
+
+    def _run_unbounded(self, schedule: Schedule, *, strict: bool) -> tuple[Run, Samples]:
+        """Do a run whose end is not known: collect its chunks until it ends, or memory runs short."""
+        size = self._live.plan.sweep_bytes
+        chunk = schedule.choose_chunk(size)
+        watch = MemoryWatch(2 * _DEPTH * chunk * size)  # what the ring still holds, and its copy
+        parts: list[Samples] = []
+
+        def collect() -> Samples:
+            # All there is to remember is how many parts there are: wherever Ctrl-C comes, it loses none.
+            while run.wait(len(parts)):
+                parts.append(run.copy_chunk(len(parts)))
+                run.release(len(parts))
+                if watch.is_short(len(parts) * chunk * size):
+                    run.remarks.append(watch.remark)
+                    run.stop()
+            samples = Samples.concatenate(parts or [run.copy_chunk(0)])
             samples.missed, samples.overruns = run.totals
-            samples.interrupted = interrupted
-            if strict and samples.errors:
-                raise attach_samples(samples)
             return samples
 
-    def _run_unbounded(self, schedule: Schedule, *, strict: bool) -> Samples:
-        """Collect a stream to its end, which Ctrl-C may make."""
-        collector = _Collector(Stream(self._live, schedule, None, _DEPTH, strict=strict), self._live.plan.sweep_bytes)
-        with collector.stream:
-            # In a thread of its own, because Ctrl-C may come between any two steps of this one, and lose a part.
-            start_new_thread(collector.work, ())
-            interrupted = wait_for_end(collector, collector.stream.stop)
-        if not collector.parts and collector.failure is not None:
-            raise collector.failure
-        samples = Samples.concatenate(collector.parts)
-        samples.interrupted = interrupted
-        if collector.failure is not None:
-            collector.failure.samples = samples  # type: ignore[attr-defined]
-            raise collector.failure
-        return samples
+        with Run(self._live, schedule, chunk, _DEPTH, strict=strict) as run:
+            return run, run.finish(collect)
+
+    def stop(self) -> bool:
+        """End the run or stream of this Sampler that is under way; `run` returns what was sampled. From any thread.
+
+        Returns
+        -------
+        bool
+            Whether there was one.
+        """
+        run = find_run(self._live)
+        if run is None:
+            return False
+        run.stop()
+        return True
 
     def stream(  # noqa: PLR0913 - a schedule has that many sides
         self,
@@ -227,8 +260,13 @@ class Sampler(Unique):
         Raises
         ------
         TypeError, ValueError
-            For arguments of a wrong type or out of range. What `run` raises otherwise is raised where the ``with``
-            block begins.
+            For arguments of a wrong type or out of range. What else `run` raises is raised where the ``with`` block
+            begins.
+
+        Warns
+        -----
+        SamplingWarning
+            In the iteration, if the wall clock jumped by more than 10 ms between two chunks.
         """
         return Stream(self._live, Schedule(interval, count, duration, wait, cpu), chunk, depth, strict=strict)
 
@@ -236,27 +274,3 @@ class Sampler(Unique):
         kinds = [info.kind for info in self.files]
         names = {name for group in self._live.plan.groups for name in group.places}
         return f"<Sampler of {kinds.count('vm')} VM and {kinds.count('vcpu')} vCPU files, {len(names)} statistics>"
-
-
-class _Collector:
-    """Takes all that a stream gives, in a thread."""
-
-    def __init__(self, stream: Stream, sweep_bytes: int) -> None:
-        self.stream = stream
-        self.parts: list[Samples] = []
-        self.failure: BaseException | None = None
-        self.ended = End()
-        self._sweep_bytes = sweep_bytes
-
-    def work(self) -> None:
-        """Collect until the stream ends or fails, or memory does."""
-        sweeps = 0
-        try:
-            for part in self.stream:
-                self.parts.append(part)
-                sweeps += len(part)
-                check_memory(sweeps * self._sweep_bytes, sweeps)  # as much again, to put the parts together
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-            self.failure = error
-        finally:
-            self.ended.set()

@@ -23,7 +23,9 @@ _LONGEST = 1e9  # seconds, 30 years
 #: How long a stream's chunk lasts, and how large it may be, unless the caller says.
 _CHUNK_SECONDS = 0.1
 _CHUNK_BYTES = 4 << 20
-_CHUNK_SWEEPS = 1000  # where there is no interval to tell how many sweeps 0.1 s bring
+#: Sweeps in a chunk of a stream, and of a run, where no interval tells how many a time brings.
+_CHUNK_SWEEPS = 1000
+_RUN_SWEEPS = 1 << 16
 
 
 class Schedule:
@@ -83,6 +85,15 @@ class Schedule:
             raise ValueError(f"wait is {wait!r}; it must be one of {', '.join(map(repr, WAITS))}")
         self.wait = WAITS[wait]
         self.cpus = None if cpu is None else _check_cpus(cpu)
+
+    def split(self) -> tuple[int, int]:
+        """Return in how many chunks of how many sweeps a bounded run is taken: of a second each.
+
+        The wall clock is read once for each chunk.
+        """
+        chunk = max(1, round(1e9 / self.interval_ns)) if self.interval_ns else _RUN_SWEEPS
+        chunk = min(chunk, self.ticks)
+        return -(-self.ticks // chunk), chunk
 
     def choose_chunk(self, row_bytes: int) -> int:
         """Return how many sweeps a stream's chunk has by default: those of 0.1 s, but no more than 4 MiB of them."""

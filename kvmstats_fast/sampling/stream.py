@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmstats_fast._arguments import check_integer
 from kvmstats_fast._resource import Unique
-from kvmstats_fast.sampling.run import Run, attach_samples
+from kvmstats_fast.sampling.run import Run, first_error
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,14 +37,15 @@ class Stream(Unique):
         self._number = 0
         self._reported = [0, 0]
         self._error: Exception | None = None
-        self._reader = threading.Lock()
+        self._turn = ["the reader's"]  # of one reader at a time: pop() is atomic, and no fork finds it half done
         self.missed = self.overruns = 0
 
     def __enter__(self) -> Self:
         if self._run is not None:
             raise RuntimeError("a stream runs once; ask the Sampler for another one")
-        self._run = self._make()
-        self._run.__enter__()
+        run = self._make()
+        run.__enter__()
+        self._run = run
         return self
 
     def __exit__(
@@ -57,18 +57,13 @@ class Stream(Unique):
         finally:
             self.missed, self.overruns = run.totals
 
-    def __del__(self) -> None:
-        run = getattr(self, "_run", None)
-        if run is not None:
-            run.close()  # nobody is left to read
-
     def _running(self) -> Run:
         if self._run is None:
             raise RuntimeError("a stream starts where its `with` block begins")
         return self._run
 
     def stop(self) -> None:
-        """End the run; the samples taken so far can still be read."""
+        """End the run; the samples taken so far can still be read. From any thread."""
         self._running().stop()
 
     def __iter__(self) -> Self:
@@ -76,30 +71,31 @@ class Stream(Unique):
 
     def __next__(self) -> Samples:
         run = self._running()
-        if not self._reader.acquire(blocking=False):
-            raise RuntimeError("another thread is reading this stream; a stream has one reader")
+        try:
+            turn = self._turn.pop()
+        except IndexError:
+            raise RuntimeError("another thread is reading this stream; a stream has one reader") from None
         try:
             return self._take(run)
         finally:
-            self._reader.release()
+            self._turn.append(turn)
 
     def _take(self, run: Run) -> Samples:
         if self._error is not None:
             raise self._error
-        if run.wait(self._number):
-            samples = run.samples(self._number, copy=True)
-            self._number += 1
-            run.release(self._number)
-        else:
-            # Ticks missed after the last sweep; and a run that took no sweep still says of which files.
-            rest = [total - reported for total, reported in zip(run.totals, self._reported, strict=True)]
-            if not any(rest) and self._number:
-                raise StopIteration
-            samples = run.samples(self._number, copy=True)
+        is_chunk = run.wait(self._number)
+        # Ticks missed after the last sweep; and a run that took no sweep still says of which files.
+        rest = [total - reported for total, reported in zip(run.totals, self._reported, strict=True)]
+        if not is_chunk and self._number and not any(rest):
+            raise StopIteration
+        samples = run.copy_chunk(self._number)
+        if not is_chunk:
             samples.missed, samples.overruns = rest
-            self._number += 1
+        run.warn()  # before the chunk is given back: where warnings are errors, the next call returns it
+        self._number += 1
+        run.release(self._number)
         self._reported = [self._reported[0] + samples.missed, self._reported[1] + samples.overruns]
         self.missed, self.overruns = run.totals
         if self._strict and samples.errors:
-            self._error = attach_samples(samples)
+            self._error = first_error(samples)
         return samples
