@@ -37,7 +37,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         for sweep, offset in ((0, part.wall_offset), *part.wall_steps):
             offsets[start + sweep] = offset
         if len(part):
-            ticks.append(_renumber(part.tick, next_tick))
+            ticks.append(renumber(part.tick, next_tick))
             next_tick = int(ticks[-1][-1]) + 1
         start += len(part)
     wall_offset, wall_steps = find_steps(offsets, start)
@@ -89,8 +89,11 @@ def _check_follows(before: Samples, after: Samples) -> None:
             raise ValueError(f"{file} failed in the earlier part ({error.error}) and was read again in the later one")
 
 
-def _renumber(tick: npt.NDArray[np.uint64], least: int) -> npt.NDArray[np.uint64]:
-    """Return ticks that start at `least` or above: as they are, or counted from `least` on."""
+def renumber(tick: npt.NDArray[np.uint64], least: int) -> npt.NDArray[np.uint64]:
+    """Return ticks that start at `least` or above: as they are, or counted from `least` on.
+
+    ValueError if a uint64 does not hold them.
+    """
     if int(tick[0]) >= least:
         return tick
     if int(tick[-1]) + least >= 1 << 64:

@@ -228,7 +228,7 @@ def test_readers_of_parquet_agree(x, name, reader, tmp_path):
 def test_a_recording_becomes_parquet_batch_by_batch(tmp_path):
     """Of both kinds, and of statistics that no text names; converted twice only if that was asked for."""
     x = made.samples([("vm", VM, 1), ("vcpu", ODD, 2)], 9)
-    with kf.Recorder(tmp_path / "run") as recorder:
+    with kf.Recorder(tmp_path / "run", flush_seconds=0) as recorder:
         for i in range(0, 9, 3):
             recorder.write(x[i : i + 3])
     paths = kf.to_parquet(tmp_path / "run", tmp_path / "set")
@@ -268,7 +268,7 @@ def test_more_rows_than_memory_is_to_hold_become_several_files(tmp_path, monkeyp
     monkeypatch.setattr(tables, "_ROWS_BYTES", 4000)
     x = made.samples([("vcpu", VCPU, 2)], 12)
     record = tmp_path / "run"
-    with kf.Recorder(record) as recorder:
+    with kf.Recorder(record, flush_seconds=0) as recorder:
         for i in range(12):
             recorder.write(x[i : i + 1])
     paths = kf.to_parquet(record, tmp_path / "set")

@@ -43,8 +43,8 @@ def path(tmp_path):
 
 
 def record(path, parts, **options):
-    """Record Samples after Samples."""
-    with kf.Recorder(path, **options) as recorder:
+    """Record Samples after Samples, each a batch."""
+    with kf.Recorder(path, **{"flush_seconds": 0} | options) as recorder:
         for part in parts:
             recorder.write(part)
     return recorder
@@ -303,7 +303,7 @@ def test_a_torn_file_is_read_to_its_last_whole_batch(path):
     """At whatever byte it ends, the batches before are read, and what was lost is said."""
     x = made.samples([("vcpu", VCPU, 1)], 9)
     ends = []
-    with kf.Recorder(path) as recorder:
+    with kf.Recorder(path, flush_seconds=0) as recorder:
         for i in range(3):
             recorder.write(x[3 * i : 3 * i + 3])
             ends.append(recorder.size)
@@ -401,7 +401,8 @@ from kvmstats_fast.testing import SyntheticStats
 def record(path):
     vm, vcpus = SyntheticStats(kind="vm"), [SyntheticStats(vcpu_id=i) for i in range(8)]
     files = [one.open() for one in (vm, *vcpus)]
-    with kf.Recorder(path, compression=None) as recorder, kf.Sampler(files).stream(0.0002, chunk=7) as stream:
+    recorder = kf.Recorder(path, compression=None, flush_seconds=0)
+    with recorder, kf.Sampler(files).stream(0.0002, chunk=7) as stream:
         for i, x in enumerate(stream):
             for one in (vm, *vcpus):
                 one.set("remote_tlb_flush" if one is vm else "exits", i + 1)
@@ -472,7 +473,7 @@ def test_a_full_disk_ends_the_recording_and_leaves_it_readable(tmp_path):
     try:
         for limit in random.Random(4).sample(range(smallest, size), 20):
             path = tmp_path / f"run{limit}"
-            recorder = kf.Recorder(path, compression=None)
+            recorder = kf.Recorder(path, compression=None, flush_seconds=0)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
             error = write_all(recorder, parts)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -505,7 +506,7 @@ def test_a_full_file_system_too(tmp_path):
         pytest.skip("mount is not permitted here")
     try:
         x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 3)], 400)
-        with kf.Recorder(mount / "run", compression=None) as recorder:
+        with kf.Recorder(mount / "run", compression=None, flush_seconds=0) as recorder:
             error = write_all(recorder, [x[i : i + 4] for i in range(0, 400, 4)])
         assert error.errno == errno.ENOSPC
         written = recorder.sweeps
@@ -525,7 +526,7 @@ def test_a_full_file_system_too(tmp_path):
 def test_ctrl_c_in_the_midst_of_a_batch_cuts_it_off(path, monkeypatch):
     """Half a batch is taken back: what is there was written whole."""
     x = made.samples([("vcpu", VCPU, 2)], 6)
-    recorder = kf.Recorder(path)
+    recorder = kf.Recorder(path, flush_seconds=0)
     recorder.write(x[:3])
     calls = []
     write = os.write
@@ -550,7 +551,7 @@ def test_ctrl_c_in_the_midst_of_a_batch_cuts_it_off(path, monkeypatch):
 def test_a_forked_child_leaves_the_recording_alone(path):
     """It can neither write to it nor end it: what the parent writes afterwards is read."""
     x = made.samples([("vcpu", VCPU, 2)], 6)
-    with kf.Recorder(path) as recorder:
+    with kf.Recorder(path, flush_seconds=0) as recorder:
         recorder.write(x[:3])
         pid = os.fork()
         if not pid:
@@ -572,7 +573,7 @@ def test_a_part_that_cannot_begin_leaves_nothing_behind(kinds, path):
     """What lies where a part is to go stays, the parts before it are read, and no file without a batch is left."""
     x = made.samples(kinds, 4)
     path.mkdir()
-    with kf.Recorder(path, rotate_bytes=1) as recorder:
+    with kf.Recorder(path, rotate_bytes=1, flush_seconds=0) as recorder:
         recorder.write(x[:2])
         before = sorted(path.iterdir())
         taken = path / "vcpu-00001.arrows"
@@ -590,7 +591,7 @@ def test_a_part_that_cannot_begin_leaves_nothing_behind(kinds, path):
 def test_a_batch_that_cannot_be_written_at_the_beginning_of_a_part_leaves_no_part(path, monkeypatch):
     """An error in the first batch of new files: they are taken back, the part before is read without a warning."""
     x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 4)
-    recorder = kf.Recorder(path, rotate_bytes=1)
+    recorder = kf.Recorder(path, rotate_bytes=1, flush_seconds=0)
     recorder.write(x[:2])
     write = os.write
 
@@ -642,7 +643,7 @@ def test_a_kind_that_is_gone_is_said(path):
 def test_two_threads_do_not_mix_their_batches(path, monkeypatch):
     """A write while another thread writes is refused, and nothing of it is in the recording."""
     x = made.samples([("vcpu", VCPU, 2)], 6)
-    recorder = kf.Recorder(path)
+    recorder = kf.Recorder(path, flush_seconds=0)
     refused = []
     write = os.write
 
@@ -714,7 +715,7 @@ def test_metadata_that_contradicts_itself_is_no_riddle(true, false, about, path)
 def test_batches_out_of_order_are_damage(path):
     """Nothing that Recorder writes is so: the error names the recording."""
     x = made.samples([("vcpu", VCPU, 1)], 6)
-    with kf.Recorder(path) as recorder:
+    with kf.Recorder(path, flush_seconds=0) as recorder:
         recorder.write(x[3:])
         recorder._last = None
         recorder.write(x[:3])
@@ -799,7 +800,7 @@ def test_a_symbolic_link_is_replaced_not_what_it_leads_to(form, there, tmp_path)
 def test_samples_of_another_run_are_refused(path):
     """One recording is of one run."""
     x = made.samples([("vcpu", VCPU, 1)], 2)
-    with kf.Recorder(path) as recorder:
+    with kf.Recorder(path, flush_seconds=0) as recorder:
         recorder.write(x)
         for other in (
             made.samples([("vcpu", VCPU, 2)], 2),
@@ -835,7 +836,7 @@ def test_chunks_of_one_run_keep_the_wall_clock_that_each_had(path):
 def test_what_could_not_be_loaded_is_not_written(path):
     """Samples out of order, of no files, or none at all: refused, and the recording goes on."""
     x = made.samples([("vcpu", VCPU, 1)], 6)
-    with kf.Recorder(path) as recorder:
+    with kf.Recorder(path, flush_seconds=0) as recorder:
         with pytest.raises(ValueError, match="no files"):
             recorder.write(x.vm)
         with pytest.raises(TypeError, match="it must be Samples"):

@@ -51,7 +51,7 @@ def save(
 
     with (
         put_directory(path, overwrite=overwrite, mode=mode, ours=is_stream_name) as made,
-        Recorder(made, compression=compression, mode=mode) as recorder,
+        Recorder(made, compression=compression, flush_seconds=0, mode=mode) as recorder,
     ):
         recorder.write(samples)
 

@@ -7,7 +7,7 @@ import operator
 import os
 import re
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories, open_new
 from kvmstats_fast.formats.limits import MOST_IN_BATCH
 from kvmstats_fast.formats.origin import Origin
+from kvmstats_fast.formats.pending import Pending, bytes_per_sweep
 from kvmstats_fast.formats.stream_file import END_OF_STREAM
+from kvmstats_fast.joining import renumber
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
@@ -71,7 +73,11 @@ class _File:
 
 
 class Recorder(Closing):
-    """Writes Samples to disk as they come, so that a crash loses at most what was not yet written.
+    """Writes Samples to disk as they come; a crash loses the last few seconds at most.
+
+    Each batch in the file has a price, in bytes and in time. Small samples therefore wait, in memory, until they make a
+    batch worth writing: that of a slow run costs no more than that of a fast one. What a killed process loses is what
+    waits, see `flush_seconds` and `flush_bytes`; `close`, and so the end of a ``with`` block, writes it.
 
     Parameters
     ----------
@@ -83,18 +89,17 @@ class Recorder(Closing):
     rotate_bytes, rotate_seconds : optional
         Begin new files (``-00001``) when one has become as large, or as many seconds were recorded into it. Each is
         readable without the others.
+    flush_seconds : float
+        Write what waits when it covers so many seconds, by the samples' own clock, or has waited for so long when
+        `write` is called. 0: each `write` is a batch, which is in the kernel's hands before it returns.
+    flush_bytes : int
+        Write what waits when its values take so many bytes. Samples of this size are written at once.
     sync : bool
-        Have each batch on the disk before `write` returns (``fsync``): a power failure loses no more than a crash.
+        Have everything on the disk before `write` returns (``fsync``), each time; nothing waits. Then neither a crash
+        nor a power failure loses what was written.
     mode : int
         Permissions of the files, whatever the umask; the directory can be entered by whoever may read them. By default
         the owner alone may: a recording shows what a guest does, and when.
-
-    Attributes
-    ----------
-    sweeps : int
-        Written so far.
-    size : int
-        Bytes written so far.
 
     Raises
     ------
@@ -117,15 +122,22 @@ class Recorder(Closing):
         compression: str | None = "zstd",
         rotate_bytes: int | None = None,
         rotate_seconds: float | None = None,
+        flush_seconds: float = 10.0,
+        flush_bytes: int = 1 << 20,
         sync: bool = False,
         mode: int = PRIVATE,
     ) -> None:
         self._files: list[tuple[_File, Any]] = []
+        self._pending = Pending(0, 0)
         self._closed = True
         if rotate_bytes is not None and operator.index(rotate_bytes) < 1:
             raise ValueError(f"rotate_bytes is {rotate_bytes}; it must be at least 1")
         if rotate_seconds is not None and not rotate_seconds > 0:
             raise ValueError(f"rotate_seconds is {rotate_seconds}; it must be above 0")
+        if not flush_seconds >= 0:
+            raise ValueError(f"flush_seconds is {flush_seconds}; it must be at least 0")
+        if operator.index(flush_bytes) < 1:
+            raise ValueError(f"flush_bytes is {flush_bytes}; it must be at least 1")
         if compression not in (None, "zstd", "lz4"):
             raise ValueError(f"compression is {compression!r}; it must be 'zstd', 'lz4' or None")
         check_mode(mode)
@@ -133,6 +145,7 @@ class Recorder(Closing):
         self.path = Path(path)
         self._compression = compression
         self._rotate = (rotate_bytes or float("inf"), rotate_seconds or float("inf"))
+        self._pending = Pending(0 if sync else flush_seconds, flush_bytes)
         self._sync, self._mode = sync, mode
         self._recording = os.urandom(16).hex()
         self._pid = os.getpid()
@@ -141,47 +154,109 @@ class Recorder(Closing):
         self._first: Samples | None = None
         self._failed: set[int] = set()
         self._last: int | None = None
+        self._next_tick = self._accepted = 0
+        self._written = (0, 0)  # sweeps and bytes, so that one assignment counts a batch
         self._began: int | None = None
-        self.sweeps = self.size = 0
         make_directories(self.path, mode)
         if next(self.path.iterdir(), None) is not None:
             raise FileExistsError(errno.EEXIST, "it is not empty: record to another path", str(path))
         self._closed = False
 
-    def write(self, samples: Samples) -> None:
-        """Write samples, which must follow those written before.
+    @property
+    def sweeps(self) -> int:
+        """Sweeps written so far: in the kernel's hands, not lost if this process is killed."""
+        return self._written[0]
 
-        Their wall clock may have been set meanwhile: each batch keeps its own offset. Compressed samples of more than
-        256 MiB become several batches.
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._written[1]
+
+    @property
+    def pending(self) -> int:
+        """Sweeps that wait to be written, and are lost if this process is killed."""
+        return self._pending.sweeps
+
+    def write(self, samples: Samples) -> None:
+        """Write samples, which must follow those written before, or let them wait for others.
+
+        Nothing that is done to their arrays later changes what is written. Their wall clock may have been set
+        meanwhile: each keeps its own offset. Where their ticks do not ascend from those before, because a run counted
+        from 0 again, they are counted on as by `Samples.concatenate`. Compressed samples of more than 256 MiB become
+        several batches.
 
         Raises
         ------
         OSError
-            If they cannot be written, as on a full disk (ENOSPC): the recording has ended, with all that was written
-            before.
+            If they, or those that waited, cannot be written, as on a full disk (ENOSPC): the recording has ended, with
+            all that was written before. The message says how many sweeps that are, and how many are lost.
         ValueError
             If they differ from those before in their files, statistics, interval, host or kernel, or are earlier; if a
             file that had failed was read again; if they are of no files; or if the recording has ended.
         RuntimeError
             In a forked child, because the recording is its parent's, or while another thread writes.
+
+        Notes
+        -----
+        Ctrl-C while a batch is written takes that batch back, and ends the recording; what had waited before is
+        written by `close`, into new files.
         """
         if self._closed:
             raise ValueError(f"{self.path}: this recording has ended")
         if self._pid != os.getpid():
             raise RuntimeError(f"{self.path}: this recording belongs to the parent process: record to another path")
+        with self._lock():
+            self._check(samples)
+            if len(samples):
+                samples = replace(samples, tick=renumber(samples.tick, self._next_tick))
+            if self._pending.is_enough(samples):
+                self._accept(samples)
+                self._flush()
+                self._write(samples)
+            else:
+                began = self._began if self._files else self._pending.began
+                if self._pending and self._is_over(began, samples):
+                    self._flush()
+                is_time = self._pending.add(samples, self.sweeps)
+                self._accept(samples)
+                if is_time:
+                    self._flush()
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         if not self._writing.acquire(blocking=False):
             raise RuntimeError(f"{self.path}: another thread is writing to this recording: it has one writer")
         try:
-            self._check(samples)
-            for part in self._cut(samples):
-                self._write(part)
+            yield
         finally:
             self._writing.release()
 
+    def _accept(self, samples: Samples) -> None:
+        """Remember what later samples must follow."""
+        if self._first is None:
+            self._first = samples[:0]
+        self._accepted += len(samples)
+        self._failed |= {error.file for error in samples.errors}
+        if len(samples):
+            self._last = int(samples.time[-1])
+            self._next_tick = int(samples.tick[-1]) + 1
+
+    def _flush(self) -> None:
+        """Write what waits."""
+        if self._pending:
+            samples = self._pending.join()
+            # All of it, unless Ctrl-C ended an earlier attempt.
+            written = self.sweeps - self._pending.start
+            self._write(replace(samples[written:], missed=0) if written else samples)
+            self._pending.clear()
+
+    def _write(self, samples: Samples) -> None:
+        for part in self._cut(samples):
+            self._write_batch(part)
+
     def _cut(self, samples: Samples) -> Iterator[Samples]:
         """Cut samples into batches that any reader has room to decompress; uncompressed ones are read in place."""
-        words = [len(group.columns) * sum(stat.size for stat, _ in group.places.values()) for group in samples.groups]
-        step = max(MOST_IN_BATCH // (8 * max(words) + 1), 1)
+        step = max(MOST_IN_BATCH // (max(bytes_per_sweep([group]) for group in samples.groups) + 1), 1)
         if self._compression is None or len(samples) <= step:
             yield samples
             return
@@ -189,7 +264,8 @@ class Recorder(Closing):
         for start in range(step, len(samples), step):
             yield replace(samples[start : start + step], missed=0)  # of which sweeps they were missed is in `tick`
 
-    def _write(self, samples: Samples) -> None:
+    def _write_batch(self, samples: Samples) -> None:
+        before = self._written
         ends: list[tuple[_File, int]] = []
         try:
             self._begin_part(samples)
@@ -199,24 +275,24 @@ class Recorder(Closing):
                 writer[0].write_batch(batch, custom_metadata=metadata)
                 if self._sync:
                     file.sync()
+            grown = sum(file.position - position for file, position in ends)
+            self._written = (before[0] + len(samples), before[1] + grown)
         except BaseException as error:
             # Ctrl-C too may have left half a batch behind.
             self._closed = True
-            for file, position in ends or [(file, 0) for file, _ in self._files]:
-                file.cut(position)
-            self._files = []
+            if self._written is before:
+                for file, position in ends or [(file, 0) for file, _ in self._files]:
+                    file.cut(position)
+                self._files = []
+                if any(position for _, position in ends):
+                    self._part += 1  # for what close() has still to write
             if isinstance(error, OSError):
+                self._pending.clear()
                 kept = f"the recording ends after {self.sweeps} sweeps" + (", which can be read" if self.sweeps else "")
+                lost = f"the last {self._accepted - self.sweeps} sweeps given to it are lost"
                 where = str(error.filename or self.path)
-                raise OSError(error.errno, f"{error.strerror or error}; {kept}", where) from None
+                raise OSError(error.errno, f"{error.strerror or error}; {lost}; {kept}", where) from None
             raise
-        if self._first is None:
-            self._first = samples[:0]
-        if len(samples):
-            self._last = int(samples.time[-1])
-            self._failed |= {error.file for error in samples.errors}
-        self.sweeps += len(samples)
-        self.size += sum(file.position - position for file, position in ends)
 
     def _check(self, samples: Samples) -> None:
         """Raise ValueError unless these samples can follow those that were written: `Samples.concatenate` decides."""
@@ -233,14 +309,17 @@ class Recorder(Closing):
             ids = ", ".join(samples.files[index].id for index in sorted(self._failed - failed))
             raise ValueError(f"{self.path}: {ids} had failed and was read again: record these samples apart")
 
+    def _is_over(self, began: int | None, samples: Samples) -> bool:
+        """Whether a part that began at a time is too old for these."""
+        return began is not None and len(samples) > 0 and int(samples.time[-1]) - began >= self._rotate[1] * 1e9
+
     def _begin_part(self, samples: Samples) -> None:
         """Open files, unless there are some that are neither too large nor too old."""
         if self._files:
-            size, seconds = self._rotate
             if self._began is None and len(samples):
                 self._began = int(samples.time[0])
-            lasted = (int(samples.time[-1]) - self._began) / 1e9 if len(samples) and self._began is not None else 0.0
-            if lasted < seconds and max(file.position for file, _ in self._files) < size:
+            largest = max(file.position for file, _ in self._files)
+            if largest < self._rotate[0] and not self._is_over(self._began, samples):
                 return
             self._end_part()
             self._part += 1
@@ -258,7 +337,6 @@ class Recorder(Closing):
             self._files.append((file, None))
             writer = pa.ipc.new_stream(pa.PythonFile(file, "w"), schema, options=options)
             self._files[-1] = (file, (writer, schema))
-        self.size += sum(file.position for file, _ in self._files)
 
     def _end_part(self) -> None:
         files, self._files = self._files, []
@@ -269,12 +347,33 @@ class Recorder(Closing):
                     stack.callback(writer[0].close)
 
     def close(self) -> None:
-        """End the recording; a second call does nothing."""
-        self._closed = True
-        self._end_part()
+        """Write what waits, and end the recording; a second call does nothing.
+
+        Raises
+        ------
+        OSError
+            As `write`.
+        RuntimeError
+            While another thread writes.
+        """
+        if self._pid != os.getpid():  # what waits is the parent's to write
+            self._closed = True
+            self._end_part()
+            return
+        with self._lock():
+            self._closed = True
+            try:
+                self._flush()
+            finally:
+                self._end_part()
+
+    def __del__(self) -> None:
+        if self._pending:
+            self.close()
 
     def __repr__(self) -> str:
-        return f"<Recorder {str(self.path)!r}: {self.sweeps} sweeps, {self.size} bytes>"
+        waiting = f", {self.pending} more wait" if self.pending else ""
+        return f"<Recorder {str(self.path)!r}: {self.sweeps} sweeps, {self.size} bytes{waiting}>"
 
 
 def is_stream_name(name: str) -> bool:
