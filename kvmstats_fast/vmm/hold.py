@@ -8,6 +8,7 @@ import shutil
 import stat
 import struct
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ def hold_library() -> Path:
 
 
 def check_can_hold(program: str | os.PathLike[str]) -> None:
-    """Check that a program will load the hold library when it is started by this process.
+    """Raise AttachError unless a program will load the hold library when this process starts it.
 
     Parameters
     ----------
@@ -66,14 +67,18 @@ def check_can_hold(program: str | os.PathLike[str]) -> None:
 
     Notes
     -----
-    A script that starts another program is not looked through, and neither is a security module that starts the program
-    in another domain with a clean environment.
+    What a script starts is not checked, nor whether a security module starts the program in another domain with a clean
+    environment.
     """
     _check(Path(program), _SCRIPTS_DEEP)
 
 
 def start(
-    argv: Sequence[str | os.PathLike[str]], *, env: Mapping[str, str] | None = None, **popen: Any
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    env: Mapping[str, str] | None = None,
+    started: list[subprocess.Popen[Any]] | None = None,
+    **popen: Any,
 ) -> subprocess.Popen[Any]:
     """Start a VMM under the hold library.
 
@@ -82,8 +87,10 @@ def start(
     argv : sequence of str or path
         The program, searched for in ``PATH``, and its arguments.
     env : mapping, optional
-        Its environment; default: this process'. The library is added to its ``LD_PRELOAD``, behind what is there
+        Its environment; default: that of this process. The library is added to its ``LD_PRELOAD``, after what is there
         already: some libraries (the sanitizers') must be the first.
+    started : list, optional
+        Where to put the process, too, in the instant in which it is there, so that Ctrl-C cannot come in between.
     **popen
         Passed on to `subprocess.Popen`.
 
@@ -99,7 +106,7 @@ def start(
         If it cannot be started.
     """
     if popen.get("shell") or not argv or isinstance(argv, str | bytes):
-        raise ValueError("argv must be a list of a program and its arguments, and no shell can be between")
+        raise ValueError("argv must be a list of a program and its arguments; a shell cannot come in between")
     environment = dict(os.environ if env is None else env)
     program = os.fspath(popen.get("executable") or argv[0])
     if "/" not in program:
@@ -111,7 +118,9 @@ def start(
     library = str(hold_library())
     loaded = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     environment["LD_PRELOAD"] = ":".join(dict.fromkeys([*loaded, library]))
-    return subprocess.Popen(argv, env=environment, **popen)  # noqa: S603 - the caller's program is the purpose
+    started = [] if started is None else started
+    started.extend(map(partial(subprocess.Popen, env=environment, **popen), (argv,)))
+    return started[-1]
 
 
 def _check(path: Path, deep: int) -> None:
@@ -127,7 +136,7 @@ def _check(path: Path, deep: int) -> None:
             _check_elf(path, head, file)
     except PermissionError:
         raise _cannot(
-            path, "it cannot be read by this user, and the kernel guards the files of such a process; `chmod +r` it"
+            path, "it cannot be read by this user, and the kernel guards the files of such a process: `chmod +r` it"
         ) from None
     _check_privilege(path)
 
@@ -160,8 +169,8 @@ def _check_elf(path: Path, head: bytes, file: Any) -> None:
 
 
 def _check_privilege(path: Path) -> None:
-    """Refuse what the dynamic linker calls secure: then it ignores LD_PRELOAD (AT_SECURE; security/commoncap.c)."""
-    if _keeps_its_privilege(path):
+    """Refuse what the dynamic linker runs in secure mode, ignoring LD_PRELOAD (AT_SECURE; security/commoncap.c)."""
+    if _ignores_privilege(path):
         return
     info = path.stat()
     if info.st_mode & stat.S_ISUID and info.st_uid != os.getuid():
@@ -182,7 +191,7 @@ def _has_capabilities(path: Path) -> bool:
         return False
 
 
-def _keeps_its_privilege(path: Path) -> bool:
+def _ignores_privilege(path: Path) -> bool:
     """Whether the kernel ignores such bits of the file: on a nosuid mount, or after PR_SET_NO_NEW_PRIVS."""
     if os.statvfs(path).f_flag & os.ST_NOSUID:
         return True

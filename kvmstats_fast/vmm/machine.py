@@ -342,22 +342,24 @@ def launch(
     """
     if vcpus is not None and vcpus < 1:
         raise ValueError(f"vcpus is {vcpus}; it must be at least 1")
-    popened = hold.start(argv, env=env, **popen)
+    started: list[subprocess.Popen[Any]] = []
     try:
         with ExitStack() as opened:
+            popened = hold.start(argv, env=env, started=started, **popen)
             process = opened.enter_context(hold_process(popened.pid))
             _wait_for_vcpus(process, popened, vcpus, timeout)
             machine = _open(process, "launch", ())
             machine.process = popened
             opened.pop_all()
+            return machine
     except BaseException:
-        popened.kill()
-        popened.wait()
-        for pipe in (popened.stdin, popened.stdout, popened.stderr):
-            if pipe is not None:
-                pipe.close()
+        for popened in started:
+            popened.kill()
+            popened.wait()
+            for pipe in (popened.stdin, popened.stdout, popened.stderr):
+                if pipe is not None:
+                    pipe.close()
         raise
-    return machine
 
 
 def _wait_for_vcpus(process: Process, popened: subprocess.Popen[Any], vcpus: int | None, timeout: float) -> None:

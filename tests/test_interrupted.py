@@ -1,0 +1,115 @@
+"""Ctrl-C at any instruction of attach, refresh, close and launch leaves neither an fd nor a process."""
+
+import gc
+import os
+import shutil
+import subprocess
+from collections import Counter
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+from helpers import CtrlC
+from holder import Holder
+
+import kvmstats_fast as kf
+
+# Every instruction: KVMSTATS_INTERRUPT_STEP=1, some twenty minutes.
+STEP = int(os.environ.get("KVMSTATS_INTERRUPT_STEP", "307"))
+
+pytestmark = [
+    pytest.mark.real_vm,
+    pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning"),  # of what the interpreter closes in our place
+    # A Ctrl-C that comes in a __del__ is lost: the interpreter only reports it.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def open_files():
+    """What is open here, and how often."""
+    links = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one that lists them
+            links.append(str(fd.readlink()))
+    return Counter(links)
+
+
+def children():
+    """Processes that this one has started and not waited for."""
+    return {child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()}
+
+
+def interrupt_everywhere(work, before=lambda: None):
+    """Do `work` with Ctrl-C at one instruction after another, and say how many there were."""
+    files, processes = open_files(), children()
+    for at in count(1, STEP):
+        got = [before()]
+        with CtrlC(at) as ctrl_c:
+            got.append(work(got[0]))
+        left = ctrl_c.left
+        del ctrl_c
+        for machine in filter(None, got):
+            machine.close()
+            if machine.process is not None:
+                machine.process.kill()
+                machine.process.wait()
+        machine = got = None
+        gc.collect()
+        assert open_files() - files == Counter(), at
+        assert children() == processes, at
+        if left > 0:
+            return at
+    return 0
+
+
+def test_attach():
+    """Interrupted anywhere, it leaves nothing; uninterrupted, it works."""
+    with Holder(1) as vmm:
+        kf.attach(vmm.pid).close()
+        assert interrupt_everywhere(lambda _: kf.attach(vmm.pid)) > 1000
+
+
+def test_refresh():
+    """With a file to add and one to close, too."""
+    with Holder(1) as vmm:
+
+        def before():
+            vmm.do("files.pop().close(); files += guest.open_stats()[1:]")
+            machine = kf.attach(vmm.pid)
+            vmm.do("files.pop().close(); files += guest.open_stats()[1:]")
+            return machine
+
+        before().close()
+        assert interrupt_everywhere(lambda machine: machine.refresh() and None, before) > 1000
+
+
+def test_close():
+    """What it has not closed goes with the object."""
+    with Holder(1) as vmm:
+        kf.attach(vmm.pid).close()
+        assert interrupt_everywhere(lambda machine: machine.close(), lambda: kf.attach(vmm.pid)) > 100
+
+
+def test_launch(tmp_path):
+    """The VMM is ended, too, from the instant it was started."""
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc")
+    (tmp_path / "vmm.c").write_text("""
+        #include <fcntl.h>
+        #include <sys/ioctl.h>
+        #include <unistd.h>
+        int main(void)
+        {
+            int vm = ioctl(open("/dev/kvm", O_RDWR), 0xAE01, 0);
+            return ioctl(vm, 0xAE41, 0) < 0 || pause();
+        }
+    """)
+    subprocess.run(["gcc", tmp_path / "vmm.c", "-o", tmp_path / "vmm"], check=True)
+
+    def launch(_=None):
+        return kf.launch([tmp_path / "vmm"], vcpus=1, stdout=subprocess.PIPE)
+
+    with launch() as machine, machine.process as process:
+        process.kill()
+    assert interrupt_everywhere(launch) > 1000
