@@ -13,6 +13,7 @@ from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.handle import Owner
 from kvmstats_fast.stats_file import StatsFile
+from kvmstats_fast.vmm.mark import drop_dead
 from kvmstats_fast.vmm.proc import KvmFile, Process, is_own, kvm_file
 from kvmstats_fast.vmm.refusal import refused
 
@@ -57,7 +58,7 @@ def hold_process(pid: int) -> Process:
 
 
 def list_files(process: Process) -> list[KvmFile]:
-    """Return the files of KVM that a held process has open, by fd.
+    """Return the files of KVM that a held process has open, by fd, but for the stats files of VMs that are gone.
 
     Raises
     ------
@@ -67,7 +68,7 @@ def list_files(process: Process) -> list[KvmFile]:
         If its files may not be seen, with the reason and what to do.
     """
     try:
-        files = process.kvm_files()
+        files = drop_dead(process, process.kvm_files())
     except (FileNotFoundError, ProcessLookupError):
         raise VmGoneError(errno.ESRCH, f"process {process.pid} has ended") from None
     except OSError as error:

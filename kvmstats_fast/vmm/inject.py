@@ -19,6 +19,7 @@ from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import Layout, ioctl_number
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.vmm.hazard import check_hazards
+from kvmstats_fast.vmm.mark import drop_dead
 from kvmstats_fast.vmm.refusal import explain_refusal
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ class Injection:
 
     def look(self) -> tuple[list[_Subject], list[KvmFile]]:
         """Return VMs, then vCPUs by number, and the stats files that are held."""
-        files = self.process.kvm_files()
+        files = drop_dead(self.process, self.process.kvm_files())
         groups = self.process.group(file for file in files if not file.is_stats)
         subjects = [_Subject(group[0].vcpu_id, tuple(file.fd for file in group)) for group in groups]
         subjects.sort(key=lambda subject: -1 if subject.vcpu_id is None else subject.vcpu_id)

@@ -6,6 +6,9 @@ So the VM is marked: by an advisory lock of one byte (``F_OFD_SETLK``, fcntl(2))
 lock belongs to the open file, can be seen through every file of the same inode, which is one for all files of KVM, and
 vanishes with the last fd of the file, in whatever process. It keeps nothing open, and nobody waits for it. A file is
 marked once in its life: whoever comes later finds the mark in ``/proc/PID/fdinfo``.
+
+A stats file that was injected stays open in the VMM, after the end of its VM too. It is marked as dead then, so that
+nobody takes it for one of the VM that comes next.
 """
 
 from __future__ import annotations
@@ -14,18 +17,21 @@ import fcntl
 import os
 import re
 import struct
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
-from kvmstats_fast._resource import Fd
+from kvmstats_fast._resource import Fd, HasFileno
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvmstats_fast.stats_file import StatsFile
     from kvmstats_fast.vmm.proc import KvmFile, Process
 
 _FLOCK = struct.Struct("hhqqi4x" if struct.calcsize("P") == 8 else "hhqqi")  # struct flock: type, whence, start, length
 _FIRST = 1 << 62  # no file of KVM is that long
+_DEAD = _FIRST - 1  # on a stats file whose VM is gone
 _LOCK = re.compile(rb"lock:\t\d+: OFDLCK +ADVISORY +READ -1 \S+ (\d+) \1")  # fs/locks.c: lock_get_status
 
 
@@ -90,15 +96,38 @@ def _mark(process: Process, files: Iterable[KvmFile]) -> set[int]:
     """Return the marks of these files, set now if they have none; duplicates of a file have one."""
     marks = set()
     for file in files:
-        found = _LOCK.findall(process.file_info(file.fd))
-        mark = next((int(start) for start in found if int(start) >= _FIRST), 0)
+        mark = next((mark for mark in _find(process, file) if mark >= _FIRST), 0)
         if not mark and (copy := process.take(file.fd)) is not None:
             mark = _FIRST | int.from_bytes(os.urandom(7), "little")
             with copy:
-                fcntl.fcntl(copy, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, mark, 1, 0))
+                _lock(copy, mark)
         if mark and _is_there(mark):
             marks.add(mark)
     return marks
+
+
+def mark_dead(file: StatsFile) -> None:
+    """Mark a stats file whose VM is gone, in whatever processes it is still open."""
+    _lock(file, _DEAD)
+
+
+def drop_dead(process: Process, files: list[KvmFile]) -> list[KvmFile]:
+    """Return a process' files without the stats files of VMs that are gone."""
+    with suppress(OSError):  # where nothing can be marked, nothing is
+        if _is_there(_DEAD):  # as a rule on no file of the machine
+            return [file for file in files if not file.is_stats or _DEAD not in _find(process, file)]
+    return files
+
+
+def _find(process: Process, file: KvmFile) -> list[int]:
+    try:
+        return [int(start) for start in _LOCK.findall(process.file_info(file.fd))]
+    except FileNotFoundError:  # closed meanwhile
+        return []
+
+
+def _lock(file: HasFileno, mark: int) -> None:
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, mark, 1, 0))
 
 
 def _is_there(mark: int) -> bool:

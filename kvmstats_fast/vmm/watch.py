@@ -14,14 +14,14 @@ from weakref import WeakValueDictionary
 
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._text import printable
-from kvmstats_fast.errors import VmGoneError
+from kvmstats_fast.errors import KvmStatsError, VmGoneError
 from kvmstats_fast.handle import null_fd
+from kvmstats_fast.vmm.mark import Marks, mark_dead
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvmstats_fast.stats_file import StatsFile
-    from kvmstats_fast.vmm.mark import Marks
     from kvmstats_fast.vmm.proc import Process
 
 _PERIOD = 1.0  # s between looks at the files of a VMM that runs
@@ -90,6 +90,8 @@ class Watched:
         text = f"the VM of {self.who} is gone, and the process runs on: refresh() takes up the VM that it has now"
         for file in self.files:
             if self._marks.vms == 0 or self._has_closed(file):
+                with suppress(OSError, ValueError, KvmStatsError):  # closed already
+                    mark_dead(file)
                 file.handle.revoke(VmGoneError(errno.ENODEV, text))
 
     def _has_closed(self, file: StatsFile) -> bool:
