@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 from numbers import Real
-from typing import TYPE_CHECKING, SupportsFloat, cast
+from typing import TYPE_CHECKING, SupportsFloat, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_T = TypeVar("_T")
 
 
 def article(value: object) -> str:
@@ -54,6 +56,12 @@ def check_fraction(name: str, value: object) -> float:
     return fraction
 
 
+def check_name(value: object) -> None:
+    """Raise TypeError if this cannot be the name of a statistic."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is {article(value)}, not the name of a statistic")
+
+
 def check_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
     """Return an argument that is one name or several as a tuple; TypeError if it is neither."""
     wanted = "it must be a name or glob, or several"
@@ -67,3 +75,16 @@ def check_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
         if not isinstance(one, str):
             raise TypeError(f"{name} has {article(one)}; {wanted}")
     return names
+
+
+def check_all(name: str, value: Iterable[_T], kind: type[_T]) -> tuple[_T, ...]:
+    """Return an argument of several objects of a kind as a tuple; TypeError if it is anything else."""
+    wanted = f"it must be several {kind.__name__}"
+    try:
+        objects = tuple(value)
+    except TypeError:
+        raise TypeError(f"{name} is {article(value)}; {wanted}") from None
+    for one in objects:
+        if not isinstance(one, kind):
+            raise TypeError(f"{name} has {article(one)}; {wanted}")
+    return objects

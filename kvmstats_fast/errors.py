@@ -1,4 +1,4 @@
-"""The exceptions and warnings, and the one function that makes them out of what the C core returns."""
+"""Every exception and warning of the package, and what makes them of what the C core returns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ErrorCode(IntEnum):
-    """What is wrong with a stats file (``enum kvmstats_error`` of ``csrc/kvmstats.h``)."""
+    """What is wrong with a stats file (``enum kvmstats_error`` in ``csrc/kvmstats.h``)."""
 
     TRUNCATED = lib.KVMSTATS_E_TRUNCATED
     LAYOUT = lib.KVMSTATS_E_LAYOUT
@@ -33,7 +33,7 @@ class ErrorCode(IntEnum):
 
 
 class KvmStatsError(Exception):
-    """Root of this package's own errors. What the kernel refuses stays an `OSError` with its errno."""
+    """Base of the package's own errors. A refusal of the kernel stays an `OSError` with its errno."""
 
 
 class FormatError(KvmStatsError, ValueError):
@@ -44,20 +44,20 @@ class FormatError(KvmStatsError, ValueError):
     code : ErrorCode
         What is wrong.
     offset : int
-        At which byte of the file.
+        Byte of the file at which it is.
     """
 
     def __init__(self, code: ErrorCode, offset: int, message: str) -> None:
-        super().__init__(message)
+        super().__init__(code, offset, message)  # all of them, so that copy and pickle can call it again
         self.code = code
         self.offset = offset
 
-    def __reduce__(self) -> tuple[type[FormatError], tuple[ErrorCode, int, str]]:
-        return type(self), (self.code, self.offset, str(self))
+    def __str__(self) -> str:
+        return str(self.args[2])
 
 
 class AttachError(KvmStatsError, OSError):
-    """The stats files of another process cannot be had; the message says why and what to do, ``errno`` what failed."""
+    """The stats files of another process are out of reach; the message says why, and what to do."""
 
 
 class VmGoneError(AttachError):
@@ -69,7 +69,7 @@ class HandOverError(KvmStatsError):
 
 
 class KvmUnavailableError(KvmStatsError, OSError):
-    """No VM can be made here; the message says why and what to do, ``errno`` what the kernel said."""
+    """No VM can be made here; the message says why and what to do, ``errno`` is the kernel's."""
 
 
 class RecordingWarning(UserWarning):
@@ -89,22 +89,22 @@ _BLOCKS = {
 
 _MESSAGES = {
     ErrorCode.TRUNCATED: "the file is cut short: it ends here, but its {block} should reach byte {limit}",
-    ErrorCode.LAYOUT: "not a KVM stats file: {value:#010x} stands here, which fits none of the known layouts",
-    ErrorCode.FLAGS: "the header's flags are {value:#x}: a format newer than this package, which knows flags 0 only; "
-    "look for a newer kvmstats-fast",
+    ErrorCode.LAYOUT: "not a KVM stats file: {value:#010x} here fits none of the known layouts",
+    ErrorCode.FLAGS: "the header's flags are {value:#x}, of a format that this version does not know (flags 0 only); "
+    "install a newer kvmstats-fast",
     ErrorCode.NAME_SIZE: "name_size is {value}; a name has 1 to {limit} bytes",
     ErrorCode.NUM_DESC: "the header counts {value} descriptors; more than {limit} are refused",
-    ErrorCode.COUNT_DEFECT: "the header counts {value} descriptors, but {value} is the size of the table in bytes: the "
-    "defect of the original series' x86 vCPU files. The table has {limit} descriptors; what such a kernel serves as "
-    "data is memory behind the table, not the counters. parse(data, repair=True) gives the descriptors, without values",
-    ErrorCode.BLOCK_ALIGN: "the {block} start at byte {value}, which is no multiple of {limit}",
+    ErrorCode.COUNT_DEFECT: "the header counts {value} descriptors, which is the size of the table in bytes: the count "
+    "defect of the original series' x86 vCPU files. The table has {limit} descriptors. What such a kernel serves as "
+    "data is the memory after the table, not the counters; parse(data, repair=True) returns the descriptors alone",
+    ErrorCode.BLOCK_ALIGN: "the {block} start at byte {value}, which is not a multiple of {limit}",
     ErrorCode.OVERLAP: "the {block} start at byte {value}, which overlaps the {other}, which ends at byte {limit}",
     ErrorCode.STAT_SIZE: "descriptor {index} has size 0",
-    ErrorCode.STAT_ALIGN: "descriptor {index} has data offset {value}, which is no multiple of {limit}",
+    ErrorCode.STAT_ALIGN: "descriptor {index} has data offset {value}, which is not a multiple of {limit}",
     ErrorCode.STAT_NAME: "descriptor {index} has an empty name",
     ErrorCode.DATA_SIZE: "the values of descriptor {index} end at byte {value} of the data; more than {limit} are "
     "refused",
-    ErrorCode.DUPLICATE: "descriptor {index} has the name {name!r}, which the one at byte {value} has already",
+    ErrorCode.DUPLICATE: "descriptor {index} has the name {name!r}, as the one at byte {value} has",
 }
 
 

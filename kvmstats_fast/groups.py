@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from kvmstats_fast._arguments import check_name
 from kvmstats_fast.errors import unknown_stat
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def join_groups(groups: Sequence[Group]) -> Group:
 
 def find_groups(groups: Sequence[Group], name: str) -> list[Group]:
     """Return the groups that have a statistic; KeyError if none has it, or groups of both kinds."""
+    check_name(name)
     found = [group for group in groups if name in group.places]
     if not found:
         raise unknown_stat(name, (known for group in groups for known in group.places), "these samples")

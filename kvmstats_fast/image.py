@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from kvmstats_fast._arguments import article
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import Layout, StatUnit, join_flags
 from kvmstats_fast.errors import KvmStatsError
@@ -112,7 +113,10 @@ def parse(data: Buffer | npt.NDArray[Any], *, repair: bool = False) -> StatsImag
     A VM file of the v2 and v5 layouts whose data is exactly half as long as its descriptors ask for is taken for one
     of a 32-bit kernel (4-byte values), because that is what those look like.
     """
-    blob = data if isinstance(data, bytes) else memoryview(cast("Buffer", data)).tobytes()
+    try:
+        blob = data if isinstance(data, bytes) else memoryview(cast("Buffer", data)).tobytes()
+    except TypeError:
+        raise TypeError(f"data is {article(data)}; it must be the bytes of a stats file") from None
     source = f"stats file of {len(blob)} bytes"
     schema = schema_of(blob, source, repair)
     encoding = schema.encoding

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 import numpy as np
 
 from kvmstats_fast import changes
+from kvmstats_fast._arguments import check_all
 from kvmstats_fast.groups import find_columns, find_groups
 from kvmstats_fast.joining import find_steps, join_samples
 
@@ -606,7 +607,7 @@ class Samples:
         return npz.load(path)
 
     @classmethod
-    def concatenate(cls, parts: Sequence[Samples]) -> Samples:
+    def concatenate(cls, parts: Iterable[Samples]) -> Samples:
         """Join parts that follow each other, of one stream or of several runs; one part alone is not copied.
 
         Returns
@@ -622,7 +623,7 @@ class Samples:
             in the order of time; or if a file that had failed in one part was read in a later one. The message says
             which.
         """
-        return join_samples(parts)
+        return join_samples(check_all("parts", parts, Samples))
 
     def __len__(self) -> int:
         return len(self.time)

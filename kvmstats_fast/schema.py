@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from kvmstats_fast._arguments import check_name, check_names
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import LAYOUT_OF_CODE, Layout, StatUnit, split_flags
 from kvmstats_fast.errors import ErrorCode, format_error, truncated, unknown_stat
@@ -241,7 +242,7 @@ class Schema(Mapping[str, Stat]):
             If a pattern fits nothing; the message names near misses.
         """
         chosen: dict[str, Stat] = {}
-        for pattern in patterns:
+        for pattern in check_names("patterns", patterns):
             fitting = self.matches(pattern)
             if not fitting:
                 raise unknown_stat(pattern, self, "this file")
@@ -303,6 +304,7 @@ class Schema(Mapping[str, Stat]):
         return self._places
 
     def __getitem__(self, name: str) -> Stat:
+        check_name(name)
         stat = self._by_name.get(name)
         if stat is None:
             raise unknown_stat(name, self, "this file")

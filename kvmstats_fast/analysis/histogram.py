@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmstats_fast._arguments import check_integer
+from kvmstats_fast._arguments import article, check_fraction, check_integer
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.changes import add_exactly
 from kvmstats_fast.groups import find_columns, find_groups
+from kvmstats_fast.stat import Stat
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvmstats_fast.samples import Samples
-    from kvmstats_fast.stat import Stat
 
 _MOST = 1 << 64
 
@@ -69,6 +69,8 @@ class Histogram:
     _edges: npt.NDArray[np.float64] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.stat, Stat):
+            raise TypeError(f"stat is {article(self.stat)}; it must be the Stat of a histogram")
         object.__setattr__(self, "_edges", self.stat.bucket_edges())
         counts = _whole_numbers(self.counts, "counts")
         if counts.ndim not in (1, 2) or counts.shape[-1] != self.stat.size:
@@ -143,11 +145,10 @@ class Histogram:
             In base units; `high` is inf in the last bucket; both are NaN where nothing was counted. This is
             ``numpy.quantile(values, q, method="inverted_cdf")``, as far as the buckets tell.
         """
-        if not 0 <= q <= 1:
-            raise ValueError(f"q is {q}; it must be from 0 to 1")
+        q = check_fraction("q", q)
         from fractions import Fraction  # noqa: PLC0415 - imports decimal, which few need
 
-        exact = Fraction(repr(float(q)))
+        exact = Fraction(repr(q))
         rows = self.counts.reshape(-1, self.counts.shape[-1])
         bounds = np.full((2, len(rows)), np.nan)
         for i, cumulated in enumerate(np.cumsum(rows, axis=1)):

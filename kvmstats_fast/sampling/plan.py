@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import replace
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -150,7 +151,7 @@ class Plan:
         file = self._files[index]
         lost = file.handle.lost
         if lost is not None:
-            return type(lost)(*lost.args)  # a new one: a run may attach its samples to it
+            return copy(lost)  # a run may attach its samples to it
         if file.closed:
             return ValueError(f"StatsFile {printable(file.id)} was closed while it was being sampled")
         return file.handle.failure(struct.error, struct.position + struct.got)
