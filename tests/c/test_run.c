@@ -221,7 +221,7 @@ struct reading {
     uint64_t chunks; /* read */
     uint64_t sweeps, missed, overruns, zeros;
     uint64_t last_tick; /* to check that both grow */
-    int64_t last_time;
+    int64_t last_time, last_end;
 };
 
 static void read_chunk(struct reading *r)
@@ -236,7 +236,7 @@ static void read_chunk(struct reading *r)
     for (uint64_t j = 0; j < chunk->used; ++j) {
         uint64_t slot = place * run->chunk + j;
         CHECK(r->sweeps == 0 || run->tick[slot] > r->last_tick);
-        CHECK(r->sweeps == 0 || run->time[slot] >= r->last_time);
+        CHECK(r->sweeps == 0 || run->time[slot] >= r->last_end);
         CHECK(run->sweep_ns[slot] >= 0);
         if (run->interval) { /* neither early, nor after the next tick was due */
             int64_t due = run->start + (int64_t)run->tick[slot] * run->interval;
@@ -245,6 +245,7 @@ static void read_chunk(struct reading *r)
         }
         r->last_tick = run->tick[slot];
         r->last_time = run->time[slot];
+        r->last_end = run->time[slot] + run->sweep_ns[slot];
         for (uint64_t i = 0; i < r->s->sweep.num_files; ++i)
             if (row_is_zero(r->s, i, slot))
                 ++r->zeros;
@@ -587,6 +588,54 @@ static void test_event(void)
     end_sampler(s);
 }
 
+struct delay {
+    struct kvmstats_run *run;
+    int event_fd; /* to empty, or -1: release the first chunk */
+    int64_t end;
+};
+
+/* Once the first chunk is ready, keep the run waiting for 5 ms more. */
+static void *delay_second_chunk(void *argument)
+{
+    struct delay *delay = argument;
+    uint64_t count;
+
+    while (kvmstats_ready(delay->run) == 0)
+        nap(100000);
+    nap(5000000);
+    delay->end = now_ns();
+    if (delay->event_fd < 0)
+        kvmstats_release(delay->run, 1);
+    else
+        need(read(delay->event_fd, &count, sizeof count) == sizeof count, "read");
+    return NULL;
+}
+
+/* A sweep's time does not include what came before it: here a full eventfd, or a full ring, which the run waits for. */
+static void test_time_after_a_chunk(void)
+{
+    for (uint64_t depth = 1; depth <= 2; ++depth) {
+        struct sampler *s = new_sampler(1, 1, 1, depth);
+        struct delay delay = {.run = &s->run, .event_fd = -1};
+        uint64_t full = UINT64_MAX - 1;
+        pthread_t thread;
+
+        snprintf(context, sizeof context, "time after a chunk, depth %d", (int)depth);
+        if (depth == 2) {
+            s->run.event_fd = delay.event_fd = eventfd(0, EFD_CLOEXEC);
+            need(write(delay.event_fd, &full, sizeof full) == sizeof full, "eventfd");
+        }
+        s->run.ticks = 2;
+        need(pthread_create(&thread, NULL, delay_second_chunk, &delay) == 0, "pthread_create");
+        CHECK(kvmstats_run(&s->run) == 0);
+        pthread_join(thread, NULL);
+        CHECK(s->run.taken == 2 && s->run.time[depth - 1] >= delay.end); /* the second sweep */
+        if (depth == 2)
+            close(delay.event_fd);
+        end_sampler(s);
+    }
+}
+
 static void test_timer_slack(void)
 {
     struct sampler *s = new_sampler(1, 2, 4, 1);
@@ -610,6 +659,7 @@ int main(void)
     test_failures();
     test_stop();
     test_event();
+    test_time_after_a_chunk();
     test_timer_slack();
 
     if (failures) {
