@@ -31,7 +31,7 @@ static int fail(struct kvmstats_fault *fault, enum kvmstats_error code, uint64_t
 
 static int truncated(struct kvmstats_fault *fault, enum kvmstats_block block, size_t size, uint64_t needed)
 {
-    fault->block = block;
+    fault->block = (int32_t)block;
     return fail(fault, KVMSTATS_E_TRUNCATED, size, 0, needed);
 }
 
@@ -115,14 +115,14 @@ static int check_apart(const struct block *block, const struct block *other, str
 {
     if (block->begin >= other->end || other->begin >= block->end)
         return 0;
-    fault->block = block->kind;
-    fault->other = other->kind;
+    fault->block = (int32_t)block->kind;
+    fault->other = (int32_t)other->kind;
     return fail(fault, KVMSTATS_E_OVERLAP, block->field, block->begin, other->end);
 }
 
 static int check_start(const struct block *block, uint64_t header_size, struct kvmstats_fault *fault)
 {
-    fault->block = block->kind;
+    fault->block = (int32_t)block->kind;
     if (block->begin % 8 != 0)
         return fail(fault, KVMSTATS_E_BLOCK_ALIGN, block->field, block->begin, 8);
     fault->other = KVMSTATS_BLOCK_HEADER;
