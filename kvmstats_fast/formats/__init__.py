@@ -16,3 +16,7 @@ def need(module: str, extra: str) -> Any:
         raise ModuleNotFoundError(
             f"{error.name} is not installed, which this needs: pip install 'kvmstats-fast[{extra}]'", name=error.name
         ) from None
+    except ImportError as error:
+        if "failed to map segment" in str(error) or "Cannot allocate memory" in str(error):  # ld.so's words for it
+            raise MemoryError(f"{module} cannot be loaded: {error}") from None
+        raise

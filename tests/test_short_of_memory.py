@@ -1,0 +1,85 @@
+"""Too little memory is a MemoryError: never part of a result, nor another error, nor the end of the process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import made
+import pyarrow as pa
+import pytest
+
+import kvmstats_fast as kf
+from kvmstats_fast.formats import stream_file
+
+VCPU = made.schema_of(None, "vcpu")
+X = made.samples([("vm", made.schema_of(None, "vm"), 1), ("vcpu", VCPU, 2)], 9)
+
+
+def test_at_every_limit_the_result_is_right_or_a_memory_error():
+    """Opening, running, streaming, recording, saving, loading and converting, each in a process of its own."""
+    command = [sys.executable, Path(__file__).parent / "short_of_memory.py", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("right") == 8
+    assert "MemoryError" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("malloc failed"),
+        pa.ArrowMemoryError("malloc of size 64 failed"),
+        OSError(12, "Memory mapping file failed: Cannot allocate memory"),
+        OSError("ZSTD decompression failed: Allocation error : not enough memory"),
+        pa.ArrowInvalid("LZ4: not enough memory"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_memory_that_arrow_lacks_is_not_called_damage(error, batch, tmp_path, monkeypatch):
+    """In whatever form it says so, at whichever batch: no part of the recording is returned, and none called torn."""
+    with kf.Recorder(tmp_path / "run") as recorder:
+        recorder.write(X[:4])
+        recorder.write(X[4:])
+    read = stream_file.measure_next
+    calls = []
+
+    def measure(*arguments):
+        calls.append(1)
+        if len(calls) == batch:
+            raise error
+        return read(*arguments)
+
+    monkeypatch.setattr(stream_file, "measure_next", measure)
+    for load in (kf.Samples.load, lambda path: kf.to_parquet(path, tmp_path / "set")):
+        calls.clear()
+        with pytest.raises(MemoryError):
+            load(tmp_path / "run")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_memory_that_arrow_lacks_to_open_a_file_is_not_called_damage(tmp_path, monkeypatch):
+    """Nor is the file left out of the recording."""
+    X.save(tmp_path / "run")
+
+    def fail(*_, **__):
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(pa.ipc, "open_stream", fail)
+    with pytest.raises(MemoryError):
+        kf.Samples.load(tmp_path / "run")
+
+
+def test_a_recorder_without_memory_says_so_and_ends_readable(tmp_path, monkeypatch):
+    """What it had written can be read."""
+    recorder = kf.Recorder(tmp_path / "run")
+    recorder.write(X[:4])
+    with monkeypatch.context() as patched:
+
+        def fail(*_):
+            raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+        patched.setattr("kvmstats_fast.formats.arrow.to_batch", fail)
+        with pytest.raises(MemoryError):
+            recorder.write(X[4:])
+    made.assert_same(kf.Samples.load(tmp_path / "run"), X[:4])
