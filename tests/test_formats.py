@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import xarray as xr
@@ -223,6 +224,30 @@ def test_readers_of_parquet_agree(x, name, reader, tmp_path):
         found = list(zip(frame["host"], frame[name], strict=True))
     assert [host for host, _ in found] == ["h1"] * 10 + ["h2"] * 10
     assert [exactly(value) for _, value in found] == wanted
+
+
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # of dask's, to pandas
+@pytest.mark.parametrize("hosts", [("007", "7"), ("1e3", "1000"), ("true", "True"), ("2026-01-01", "a"), ("", "null")])
+@pytest.mark.parametrize("reader", ["duckdb", "polars", "pyarrow", "pandas", "dask"])
+def test_no_reader_takes_the_name_of_a_host_for_something_else(reader, hosts, tmp_path):
+    """Numbers, booleans, dates: each host is a text in every reader, and no two become one."""
+    for number, host in enumerate(hosts):
+        x = made.samples([("vcpu", VCPU, 1)], 2 + number, host=host)
+        kf.to_parquet(x, tmp_path)
+    root = tmp_path / "vcpu"
+    if reader == "duckdb":
+        sql = f"select host, count(*) from read_parquet('{root}/**/*.parquet', hive_partitioning=true) group by host"
+        found = dict(duckdb.sql(sql).fetchall())
+    elif reader == "polars":
+        found = dict(pl.scan_parquet(root, hive_partitioning=True).group_by("host").len().collect().rows())
+    elif reader == "pyarrow":
+        counts = pa.dataset.dataset(root, partitioning="hive").to_table()["host"].value_counts()
+        found = {row["values"]: row["counts"] for row in counts.to_pylist()}
+    elif reader == "pandas":
+        found = pd.read_parquet(root)["host"].value_counts().to_dict()
+    else:
+        found = dd.read_parquet(str(root))["host"].value_counts().compute(scheduler="synchronous").to_dict()
+    assert found == {host or "unknown": 2 + number for number, host in enumerate(hosts)}
 
 
 def test_a_recording_becomes_parquet_batch_by_batch(tmp_path):

@@ -375,6 +375,78 @@ def test_a_missing_part_is_said(path):
     assert "vcpu-00000.arrows: not a recording: no Arrow stream begins in its 0 bytes" in warned[0]
 
 
+GONE = [
+    ([0], "part 0 is missing"),
+    ([0, 1], "parts 0 to 1 are missing"),
+    ([2], "part 2 is missing"),
+    ([0, 2, 3], "parts 0, 2 to 3 are missing"),
+    ([1, 2, 3, 4], "parts 1 to 4 are missing"),
+]
+
+
+@pytest.mark.parametrize(("gone", "told"), GONE)
+@pytest.mark.parametrize("kinds", [[("vcpu", VCPU, 2)], [("vm", VM, 1), ("vcpu", VCPU, 2)]])
+def test_parts_that_are_gone_are_told_once_at_the_callers_line(gone, told, kinds, path):
+    """The first ones, too; whether they are gone before the recording is opened, or after that."""
+    x = made.samples(kinds, 12)
+    left = [x[2 * i : 2 * i + 2] for i in range(6) if i not in gone]
+    for before in (True, False):
+        shutil.rmtree(path, ignore_errors=True)
+        record(path, [x[2 * i : 2 * i + 2] for i in range(6)], rotate_bytes=1)
+        recording = None if before else kf.Recording(path)
+        for file in [file for number in gone for file in path.glob(f"*-{number:05}.arrows")]:
+            file.unlink()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loaded = kf.Samples.load(path) if before else recording.load()
+            line = sys._getframe().f_lineno - 1
+        made.assert_same(loaded, kf.Samples.concatenate(left))
+        assert [str(one.message) for one in caught] == [f"{path}: not all of this recording could be read: {told}"]
+        assert (caught[0].filename, caught[0].lineno) == (__file__, line)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_a_part_that_is_deleted_while_others_are_read_is_as_one_that_was_gone(number, path):
+    """A retention job does not wait: what is left is read, and the loop that reads it is told at its end."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 12)
+    record(path, [x[2 * i : 2 * i + 2] for i in range(6)], rotate_bytes=1)
+    read = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        line = sys._getframe().f_lineno + 1
+        for part in kf.Recording(path):
+            read.append(part)
+            if len(read) == 1:
+                for file in path.glob(f"*-{number:05}.arrows"):
+                    file.unlink()
+    for one, i in zip(read, [i for i in range(6) if i != number], strict=True):
+        made.assert_same(one, x[2 * i : 2 * i + 2])
+    (warned,) = caught
+    assert str(warned.message).endswith(f"could be read: part {number} is missing")
+    assert (warned.filename, warned.lineno) == (__file__, line)
+
+
+@pytest.mark.parametrize("reader", [kf.Samples.load, lambda path: list(kf.Recording(path)), "to_parquet", "to_csv"])
+def test_what_a_killed_recorder_left_is_told_once(reader, path):
+    """Of all kinds together, with each file's name, by whatever reads it."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 6)
+    record(path, [x[:3], x[3:]])
+    for file in path.iterdir():
+        file.write_bytes(file.read_bytes()[:-50])
+    if isinstance(reader, str):
+        options = {"kind": "vm"} if reader == "to_csv" else {}
+        convert, target = getattr(kf, reader), path.with_name("converted")
+        with pytest.warns(kf.RecordingWarning) as caught:
+            convert(path, target, **options)
+    else:
+        with pytest.warns(kf.RecordingWarning) as caught:
+            reader(path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    for file in path.iterdir():
+        assert f"{file} was not ended: it has 1 whole batches" in str(caught[0].message)
+
+
 def test_rotation_by_time(path):
     """A part ends with the batch that makes it as long as was asked."""
     x = made.samples([("vcpu", VCPU, 1)], 30)
