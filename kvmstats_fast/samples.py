@@ -82,7 +82,7 @@ class Samples:
     errors : tuple of SampleError
         Files that failed; their columns mean nothing from then on (deltas 0, rates NaN).
     interrupted : bool
-        Whether Ctrl-C ended the run.
+        Whether the run was ended before its last tick: by Ctrl-C, by `Sampler.stop`, or because memory ran short.
     host, kernel : str
         Where they were taken: host name, and release and machine of the kernel (``"6.18.0 x86_64"``).
     groups : tuple of Group

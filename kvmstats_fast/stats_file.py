@@ -186,7 +186,7 @@ class StatsFile(Closing):
             If the bytes are not a stats file, or not one that can be read.
         """
         memory = Fd(os.memfd_create, "kvmstats-capture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with os.fdopen(memory.fileno(), "wb", closefd=False) as file:
+        with open(memory.fileno(), "wb", closefd=False) as file:
             file.write(data)
         fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
         return cls(memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from kvmstats_fast._arguments import article
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._resource import Unique
 from kvmstats_fast.errors import SamplingWarning
@@ -109,10 +110,14 @@ class Sampler(Unique):
 
         Raises
         ------
+        TypeError
+            If `name` is not a str.
         KeyError
             If no file has it; or if VM and vCPU files both have it, or files of different kernels, which no one view
             can show.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name is {article(name)}; it must be the name of a statistic")
         found = find_groups(self._live.groups, name)
         if len(found) > 1:
             raise KeyError(f"{name!r} is in files of {len(found)} different schemas; use a Sampler for each to view it")

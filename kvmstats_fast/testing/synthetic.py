@@ -120,7 +120,7 @@ class SyntheticStats(Closing):
             words = max((stat.offset // 8 + stat.size for stat in raw.values()), default=0)
             image += bytes(words * value_size)
         self._fd = os.memfd_create("kvmstats-synthetic", os.MFD_CLOEXEC)
-        with os.fdopen(self._fd, "wb", closefd=False) as file:
+        with open(self._fd, "wb", closefd=False) as file:
             file.write(image)
 
     def _descriptor(self, name: bytes, stat: Stat, name_size: int) -> bytes:
