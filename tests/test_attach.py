@@ -463,6 +463,12 @@ time.sleep(60)
         kf.launch([sys.executable, "-c", code], vcpus=2, timeout=2)
     with kf.launch([sys.executable, "-c", code], vcpus=1) as machine, machine.process as process:
         process.kill()
+    for name, values in (("vcpus", ("2", [1], 1.5)), ("timeout", ("2", [1], None))):
+        for value in values:
+            with pytest.raises(TypeError, match=rf"{name} is an? \w+; it must be a (whole )?number"):
+                kf.launch([sys.executable, "-c", code], **{name: value})
+    with pytest.raises(TypeError, match="timeout is a str; it must be a number of seconds"):
+        kf.attach(os.getpid(), inject=True, timeout="2")
     with pytest.raises(ValueError, match="vcpus is 0"):
         kf.launch([sys.executable, "-c", code], vcpus=0)
 

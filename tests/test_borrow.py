@@ -236,34 +236,39 @@ ME = {"my_ids": (1000, 100), "ids": (1000, 1000, 1000, 100, 100, 100)}
         ({"errno": errno.ENOTSUP}, "the first thread of process 7 has ended", "SCM_RIGHTS", "newer kernel"),
         ({"errno": errno.EMFILE}, "this process has as many files", "ulimit -n", "ulimit -n"),
         ({"errno": errno.ENFILE}, "the machine has as many files", "fs.file-max", "fs.file-max"),
-        ({"errno": errno.ESRCH, "visible": False}, "has ended, or is not to be seen", "NSpid", "nsenter"),
+        ({"errno": errno.ESRCH, "visible": False}, "has ended, or cannot be seen", "NSpid", "nsenter"),
         ({"errno": errno.ENOENT, "visible": False}, "another pid namespace", "NSpid", "nsenter"),
-        ({"visible": False}, "hidepid hides", "the VMM's user", "CAP_SYS_PTRACE"),
+        ({"visible": False}, "hidepid, which hides", "the VMM's user", "CAP_SYS_PTRACE"),
         ({"errno": errno.EIO}, "the kernel says: Input/output error", "SCM_RIGHTS", "SCM_RIGHTS"),
-        ({"ids": (5, 5, 5, 6, 6, 6)}, "of uid 5 and gid 6, this one of uid 1000 and gid 100", "--reuid 5", "as root"),
+        ({"ids": (5, 5, 5, 6, 6, 6)}, "as uid 5 and gid 6, this one as uid 1000 and gid 100", "--reuid 5", "as root"),
         ({"ids": (1000, 1000, 1000, 6, 6, 6)}, "uid 1000 and gid 6", "--regid 6", "as root"),
         ({"ids": (1000, 0, 0, 100, 100, 100)}, "other real or saved ids", "SCM_RIGHTS", "as root"),
         ({"ids": (1000, 1000, 0, 100, 100, 100)}, "other real or saved ids", "SCM_RIGHTS", "as root"),
-        ({"ids": (5, 5, 5, 6, 6, 6), "yama": 1, "dumpable": False}, "of uid 5", "--reuid 5", "as root"),
+        ({"ids": (5, 5, 5, 6, 6, 6), "yama": 1, "dumpable": False}, "as uid 5", "--reuid 5", "as root"),
         ({"dumpable": False, "yama": 1}, "PR_SET_DUMPABLE", "SCM_RIGHTS", "as root"),
         ({"yama": 3}, "ptrace_scope is 3: nobody", "SCM_RIGHTS", "next boot"),
         ({"yama": 3, "capable": True}, "ptrace_scope is 3: nobody", "SCM_RIGHTS", "next boot"),
-        ({"yama": 2, "descendant": True}, "ptrace_scope is 2: only CAP_SYS_PTRACE", "SCM_RIGHTS", "ptrace_scope=1"),
+        (
+            {"yama": 2, "descendant": True},
+            "ptrace_scope is 2: only a process with CAP_SYS_PTRACE",
+            "SCM_RIGHTS",
+            "ptrace_scope=1",
+        ),
         ({"yama": 1}, "process 7 is not one of this process' children", "kvmstats run", "ptrace_scope=0"),
         (
             {"yama": 1, "descendant": True, "more_capable": True},
-            "capabilities that this one lacks",
+            "capabilities that this process lacks",
             "run the VMM",
             "root",
         ),
-        ({"more_capable": True}, "capabilities that this one lacks", "run the VMM without", "as root"),
+        ({"more_capable": True}, "capabilities that this process lacks", "run the VMM without", "as root"),
         (
             {"errno": errno.EACCES, "capable": True, "ids": (5, 5, 5, 6, 6, 6)},
-            "/proc/7/fd is a folder of another user",
+            "/proc/7/fd belongs to another user",
             "SCM_RIGHTS",
             "as root",
         ),
-        ({"errno": errno.EACCES, "capable": True, "dumpable": False}, "opens no folders", "SCM_RIGHTS", "as root"),
+        ({"errno": errno.EACCES, "capable": True, "dumpable": False}, "does not open it", "SCM_RIGHTS", "as root"),
         (
             {"errno": errno.EACCES, "capable": True, "reads_all": True, "dumpable": False},
             "probably a security module",
@@ -274,7 +279,7 @@ ME = {"my_ids": (1000, 100), "ids": (1000, 1000, 1000, 100, 100, 100)}
         ({"capable": True, "filtered": True}, "a seccomp filter of this process", "SCM_RIGHTS", "policy"),
         ({"capable": True, "ids": (5, 5, 5, 6, 6, 6)}, "a security module", "SCM_RIGHTS", "policy"),
         ({"yama": 0}, "probably a security module", "SCM_RIGHTS", "policy"),
-        ({"errno": errno.EACCES, "ids": (5, 5, 5, 6, 6, 6)}, "of uid 5 and gid 6", "--reuid 5", "as root"),
+        ({"errno": errno.EACCES, "ids": (5, 5, 5, 6, 6, 6)}, "as uid 5 and gid 6", "--reuid 5", "as root"),
         ({"ids": ()}, "probably a security module", "SCM_RIGHTS", "policy"),
     ],
 )
@@ -353,7 +358,7 @@ def sleeper(resources):
 def test_another_user_is_told_whose_process_it_is(sleeper):
     """A process of root, asked for by nobody, and one of nobody with another group."""
     text = refusal_to_other(sleeper("").pid)
-    assert f"of uid 0 and gid 0, this one of uid {NOBODY} and gid {NOBODY}" in text
+    assert f"as uid 0 and gid 0, this one as uid {NOBODY} and gid {NOBODY}" in text
     assert "(1) run this as its user (`setpriv --reuid 0 --regid 0" in text
     code = f"os.setgroups([]); os.setresgid(7, 7, 7); os.setresuid({NOBODY}, {NOBODY}, {NOBODY})"
     assert "gid 7, this one" in refusal_to_other(sleeper(code).pid)
@@ -363,7 +368,7 @@ def test_another_user_is_told_whose_process_it_is(sleeper):
 def test_a_guarded_process_is_told_from_one_of_another_user(sleeper):
     """The same user, but the process is not dumpable, as all that change their user are."""
     become = f"os.setgroups([]); os.setresgid({NOBODY}, {NOBODY}, {NOBODY}); os.setresuid({NOBODY}, {NOBODY}, {NOBODY})"
-    assert "is guarded" in refusal_to_other(sleeper(become).pid)
+    assert "the kernel guards process" in refusal_to_other(sleeper(become).pid)
     undo = "\nctypes.CDLL(None).prctl(4, 1, 0, 0, 0)"  # PR_SET_DUMPABLE
     code = "print(borrow(int(sys.argv[1])))"
     assert as_other(code, sleeper(become + undo).pid) == "[]\n"
@@ -381,7 +386,7 @@ def test_more_capabilities_are_told(sleeper):
     process = sleeper(code)
     facts = as_other("print(permission.facts_of(int(sys.argv[1]), 1).more_capable)", process.pid)
     assert facts == "True\n"
-    assert "has capabilities that this one lacks" in refusal_to_other(process.pid)
+    assert "has capabilities that this process lacks" in refusal_to_other(process.pid)
 
 
 @needs_root
@@ -393,7 +398,7 @@ def test_a_process_without_the_capability_that_root_has_is_told(sleeper):
     drop = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
     command = [*drop, sys.executable, "-c", code, str(process.pid)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"of uid {NOBODY} and gid 7, this one of uid 0 and gid 0" in done.stdout
+    assert f"as uid {NOBODY} and gid 7, this one as uid 0 and gid 0" in done.stdout
 
 
 @needs_root
@@ -410,7 +415,7 @@ def test_the_capabilities_that_are_advised_are_enough(sleeper, guarded):
 
     def traces():
         with pytest.raises(
-            kf.AttachError, match=f"CAP_SYS_PTRACE, which this process has, opens no folders.*{advised}"
+            kf.AttachError, match=f"CAP_SYS_PTRACE, which this process has, does not open it.*{advised}"
         ):
             borrow(pid)
 

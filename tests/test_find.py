@@ -357,7 +357,7 @@ def test_another_user_sees_that_there_may_be_a_vm_and_that_it_may_not_attach(res
             it = found(process.pid)
             assert (it.vmm, it.vms, it.vcpus, it.held, it.uid) == ("qemu-system-x86_64", None, None, None, 0)
             assert not it.attachable
-            assert it.why_not.startswith(f"pidfd_getfd: process {process.pid} is of uid ")
+            assert it.why_not.startswith(f"pidfd_getfd: process {process.pid} runs as uid ")
             assert found(os.getppid()) is None
             assert scan("/proc")[1] >= 1
             assert may_attach(process.pid) == it.why_not
@@ -365,7 +365,7 @@ def test_another_user_sees_that_there_may_be_a_vm_and_that_it_may_not_attach(res
         assert exit_status(forked(work, NOBODY)) == 0
 
         def traces():
-            assert found(process.pid).why_not.startswith(f"/proc/{process.pid}/fd is a folder of another user")
+            assert found(process.pid).why_not.startswith(f"/proc/{process.pid}/fd belongs to another user")
 
         assert exit_status(forked(traces, NOBODY, CAP_SYS_PTRACE)) == 0
 
@@ -413,7 +413,7 @@ def test_may_attach_asks_the_kernel():
     ("error", "words"),
     [
         (errno.ENOSYS, "this kernel has no pidfd_getfd, which came with Linux 5.6, or a container's filter hides it"),
-        (errno.EPERM, "kernel.yama.ptrace_scope is 3: nobody may attach to a process, root neither"),
+        (errno.EPERM, "kernel.yama.ptrace_scope is 3: nobody may attach to a process, not even root"),
         (errno.EMFILE, "this process has as many files open as it may"),
     ],
 )

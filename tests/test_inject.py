@@ -635,8 +635,9 @@ def test_this_process_is_sent_to_the_simple_way():
     """Who has a VM of its own needs no tracer."""
     with pytest.raises(AttachError, match=r"StatsFile\.open"):
         open_missing(os.getpid())
-    with pytest.raises(ValueError, match="timeout"):
-        open_missing(os.getpid(), timeout=0)
+    for timeout in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"timeout is {timeout}; it must be more than 0 seconds"):
+            kf.attach(os.getpid(), inject=True, timeout=timeout)
 
 
 def test_a_vmm_that_dies_meanwhile_is_a_clear_error(program):

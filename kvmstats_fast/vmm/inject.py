@@ -222,8 +222,6 @@ def open_missing(process: Process, *, timeout: float = 5.0) -> list[Injected]:
     A thread needs room below its stack as for a signal handler, which cannot be seen from outside; C, C++ and Rust have
     it. Programs built by Go, which have not, are known by a note or a section of their ELF.
     """
-    if timeout <= 0:
-        raise ValueError(f"timeout is {timeout}; it must be more than 0 seconds")
     deadline = time.monotonic() + timeout
     if lib.kvmstats_inject(ffi.new("struct kvmstats_inject *")) == Result.UNSUPPORTED:
         raise AttachError(_ERRNO[Result.UNSUPPORTED], _MESSAGES[Result.UNSUPPORTED])

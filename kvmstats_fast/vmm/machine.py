@@ -9,6 +9,7 @@ from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvmstats_fast._arguments import check_integer, check_seconds
 from kvmstats_fast._resource import Closing
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError, VmGoneError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from kvmstats_fast.vmm.proc import KvmFile, Process
 
 _POLL = 0.01  # s between looks at a VMM that is starting
+_LONGEST = 1e9  # s
 _SETTLED = 0.05  # s without another vCPU: a VMM makes them one after the other
 
 
@@ -47,7 +49,7 @@ class VirtualMachine(Closing):
     vmm, name : str
         The VMM's program, and what its command line calls the guest (empty: nothing).
     how : {"borrow", "inject", "launch"}
-        How its files were had.
+        How its files were obtained.
     vm : StatsFile or None
         The VM's file; None if it could not be had, or if the process has several VMs, whose files nothing tells apart
         but their number.
@@ -140,9 +142,9 @@ class VirtualMachine(Closing):
     def explain(self) -> str:
         """Return what could not be had, why, and what would get it; empty if nothing is missing."""
         if self._watched.gone is not None:
-            return str(self._watched.gone)
+            return str(self._watched.gone.strerror)
         lines = list(self._trouble)
-        lines += {str(file.handle.lost): None for file in self.files if file.handle.lost is not None}
+        lines += {str(getattr(file.handle.lost, "strerror", "")): None for file in self.files if file.handle.lost}
         machines = sum(file.kind == "vm" for file in self.files)
         have = {file.vcpu_id for file in self.files}
         vms = (self._about.vms or 0) - machines
@@ -197,19 +199,19 @@ class VirtualMachine(Closing):
 
 
 def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMachine:
-    """Get at the statistics of a running VM, whoever made it.
+    """Return the statistics of a running VM, whoever started it.
 
-    The stats files that its VMM holds are borrowed: nothing happens to the VMM, and it does not notice. Which VMMs hold
-    theirs: QEMU from 8.1 on those of its vCPUs; whatever was started by `launch` or under the hold library, all.
+    The stats files that its VMM holds are borrowed, which the VMM does not notice. QEMU from 8.1 on holds those of its
+    vCPUs; what was started by `launch` or under the hold library holds all.
 
     Parameters
     ----------
     pid : int
         Of the VMM; `find_vms` lists them.
     inject : bool
-        Where the VMM holds less than there is, have its own threads open the rest, by ptrace (x86-64). Each is stopped
-        for a moment, and a system call that it sleeps in ends as by a signal. The files stay open in the VMM, so this
-        is needed once. Read ``docs/attach.md`` before you do this to a VM that matters.
+        Have the VMM's own threads open the files that it does not hold, by ptrace (x86-64). Each thread is stopped for
+        a moment, and a system call that it sleeps in ends as by a signal. The files stay open in the VMM, so this is
+        needed once for each VM. Read ``docs/attach.md`` before you do this to a VM that matters.
     timeout : float
         Seconds for `inject`.
 
@@ -220,12 +222,15 @@ def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMa
 
     Raises
     ------
+    TypeError, ValueError
+        If `pid` cannot be a pid, or `timeout` is not a number above 0.
     VmGoneError
         If there is no such process, or it exits meanwhile.
     AttachError
-        If nothing can be had: not permitted, no VM, or a VMM that holds no stats files. The message says which of these
-        it is, and what to do, in the order of least privilege.
+        If nothing can be had: not permitted, no VM, stats files of other processes only, or a VMM that holds none. The
+        message says which of these it is, and what to do, the least intrusive first.
     """
+    timeout = check_seconds("timeout", timeout, _LONGEST, zero=False)
     with ExitStack() as opened:
         process = opened.enter_context(hold_process(pid))
         how: Literal["borrow", "inject"] = "borrow"
@@ -308,7 +313,7 @@ def launch(
     env: Mapping[str, str] | None = None,
     **popen: Any,
 ) -> VirtualMachine:
-    """Start a VMM so that its statistics can be had, without privilege.
+    """Start a VMM, and return the statistics of its VM; no privilege is needed.
 
     It runs under the hold library, which opens the stats file of each VM and vCPU that it makes, and keeps it open.
 
@@ -317,9 +322,9 @@ def launch(
     argv : sequence of str or path
         The VMM, any dynamically linked program, and its arguments.
     vcpus : int, optional
-        How many vCPUs to wait for. Default: until there is a VM with a vCPU, and for 50 ms no other one was made.
+        How many vCPUs to wait for. Default: until there is a VM with a vCPU, and no other one was made for 50 ms.
     timeout : float
-        Seconds for that.
+        Seconds to wait.
     env, **popen
         Passed on to `subprocess.Popen`.
 
@@ -331,17 +336,17 @@ def launch(
     Raises
     ------
     AttachError
-        If the program cannot be made to hold its files (it is static, or setuid), before it is started; or if in
-        `timeout` it made no VM, or fewer vCPUs: then it has been killed.
+        If the program cannot be made to hold its files (it is static, or setuid), before it is started; or if it has
+        made no VM, or fewer vCPUs, in `timeout` seconds: then it has been killed.
     VmGoneError
-        If it exited before.
+        If it exits before that.
     OSError
         If it cannot be started.
-    ValueError
-        If `vcpus` is less than 1.
+    TypeError, ValueError
+        If `vcpus` is not a whole number, 1 or more, or `timeout` is not a number, 0 or more.
     """
-    if vcpus is not None and vcpus < 1:
-        raise ValueError(f"vcpus is {vcpus}; it must be at least 1")
+    vcpus = None if vcpus is None else check_integer("vcpus", vcpus, 1)
+    timeout = check_seconds("timeout", timeout, _LONGEST, zero=True)
     started: list[subprocess.Popen[Any]] = []
     try:
         with ExitStack() as opened:

@@ -1,9 +1,8 @@
-"""Why the kernel lets one process take no files of another, and what to do about it.
+"""Why the kernel refuses one process the files of another, and what to do about it.
 
-The facts are gathered in one place, `facts_of`, and what they mean is worked out in another, `explain`, in the order in
-which the kernel decides: ``__ptrace_may_access`` of ``kernel/ptrace.c`` with ``PTRACE_MODE_ATTACH_REALCREDS`` (which is
-what pidfd_getfd(2) asks for), ``cap_ptrace_access_check`` of ``security/commoncap.c``, and
-``Documentation/admin-guide/LSM/Yama.rst``.
+`facts_of` gathers the facts, and `explain` works out what they mean, in the order in which the kernel decides:
+``__ptrace_may_access`` of ``kernel/ptrace.c`` with ``PTRACE_MODE_ATTACH_REALCREDS`` (which is what pidfd_getfd(2) asks
+for), ``cap_ptrace_access_check`` of ``security/commoncap.c``, and ``Documentation/admin-guide/LSM/Yama.rst``.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Facts:
         Whether this process has CAP_SYS_PTRACE.
     reads_all : bool
         Whether it has CAP_DAC_READ_SEARCH or CAP_DAC_OVERRIDE: ``/proc/PID/fd`` is a folder of the other process' user,
-        or of root if that is not dumpable, and CAP_SYS_PTRACE opens no folders.
+        or of root if that is not dumpable, and CAP_SYS_PTRACE does not open it.
     more_capable : bool
         Whether the other process has capabilities that this one lacks.
     dumpable : bool
@@ -55,7 +54,7 @@ class Facts:
     yama : int or None
         ``kernel.yama.ptrace_scope``; None where the kernel has no Yama.
     other_user_namespace : bool
-        Whether it is, as far as can be seen, in another user namespace, where this process' capabilities may not count.
+        Whether it appears to be in another user namespace, where this process' capabilities may not count.
     filtered : bool
         Whether this process has a seccomp filter, as containers have.
     """
@@ -76,7 +75,7 @@ class Facts:
 
 
 def explain_refusal(pid: int, error: int) -> str:
-    """Say why the kernel answered `error` when a file of process `pid` was asked for, and what helps.
+    """Return why the kernel answered `error` when a file of process `pid` was asked for, and what helps.
 
     Parameters
     ----------
@@ -105,12 +104,12 @@ def refused(call: str, pid: int, error: int) -> AttachError:
 
 
 def reason_of_refusal(pid: int, error: int) -> str:
-    """As `explain_refusal`, without the remedies."""
+    """Return the reason that `explain_refusal` gives, without the remedies."""
     return _reason_and_remedies(facts_of(pid, error))[0]
 
 
 def facts_of(pid: int, error: int) -> Facts:
-    """Look up what `explain` needs; what cannot be looked up keeps its default."""
+    """Return what `explain` needs, looked up now; what cannot be looked up keeps its default."""
     me, process = Process(os.getpid()), Process(pid)
     mine, theirs = me.status(), {}
     dumpable = True
@@ -136,7 +135,7 @@ def facts_of(pid: int, error: int) -> Facts:
 
 
 def explain(facts: Facts) -> str:
-    """Turn the facts into the reason and its remedies: a pure function."""
+    """Return the reason and its remedies as text; a pure function of the facts."""
     reason, remedies = _reason_and_remedies(facts)
     if len(remedies) == 1:
         return f"{reason}. What helps: {remedies[0]}"
@@ -199,7 +198,7 @@ def _forbidden(facts: Facts) -> bool:
 
 
 def _guarded(facts: Facts) -> bool:
-    """Whether only CAP_SYS_PTRACE would do where something else is missing, too."""
+    """Return whether only CAP_SYS_PTRACE would help where something else is missing, too."""
     return _forbidden(facts) and not facts.capable
 
 
@@ -231,12 +230,12 @@ _TABLE = (
     _Row(
         lambda facts: facts.errno == errno.ENOSYS,
         "this kernel has no pidfd_getfd, which came with Linux 5.6, or a container's filter hides it",
-        (HAND_OVER.advice, "a newer kernel, or a container with CAP_SYS_PTRACE"),
+        (HAND_OVER.advice, "use a newer kernel, or a container with CAP_SYS_PTRACE"),
     ),
     _Row(
         lambda facts: facts.errno == errno.ENOTSUP,
         "the first thread of process {pid} has ended, and before Linux 6.9 files cannot be taken through another one",
-        (HAND_OVER.advice, "a newer kernel"),
+        (HAND_OVER.advice, "use a newer kernel"),
     ),
     _Row(
         lambda facts: facts.errno == errno.EMFILE,
@@ -250,13 +249,13 @@ _TABLE = (
     ),
     _Row(
         lambda facts: _forbidden(facts) and not facts.visible,
-        "process {pid} is not to be seen here: /proc's hidepid hides the processes of other users",
+        "process {pid} cannot be seen here: /proc is mounted with hidepid, which hides the processes of other users",
         ("run this as the VMM's user", "join the group that /proc's mount option gid= names", _CAPABILITIES),
     ),
     _Row(
         lambda facts: not facts.visible,
-        "process {pid} has ended, or is not to be seen from here: it is in another pid namespace, or /proc's hidepid "
-        "hides it",
+        "process {pid} has ended, or cannot be seen from here. Possible causes: it is in another pid namespace; /proc "
+        "is mounted with hidepid",
         (
             "take the pid that this process' own /proc shows (NSpid in /proc/PID/status on the host has both)",
             _NAMESPACE,
@@ -269,7 +268,7 @@ _TABLE = (
     ),
     _Row(
         lambda facts: _of_another(facts) and len(set(facts.ids[:3])) == len(set(facts.ids[3:])) == 1,
-        "process {pid} is of uid {uid} and gid {gid}, this one of uid {me[0]} and gid {me[1]}: both must be the same",
+        "process {pid} runs as uid {uid} and gid {gid}, this one as uid {me[0]} and gid {me[1]}: both must be the same",
         (
             "run this as its user (`setpriv --reuid {uid} --regid {gid} --clear-groups`)",
             HAND_OVER.advice,
@@ -279,32 +278,32 @@ _TABLE = (
     ),
     _Row(
         _of_another,
-        "process {pid} is of uid {uid} and gid {gid}, with other real or saved ids; all must be uid {me[0]} and gid "
-        "{me[1]}, which this one has",
+        "process {pid} runs as uid {uid} and gid {gid}, but has other real or saved ids: all must be uid {me[0]} and "
+        "gid {me[1]}, as those of this process are",
         (HAND_OVER.advice, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: _guarded(facts) and not facts.dumpable,
-        "process {pid} is guarded: it changed its user, its program is setuid or not readable, or it asked for it "
-        "(PR_SET_DUMPABLE)",
+        "the kernel guards process {pid}. Possible causes: it changed its user; its program is setuid or not readable; "
+        "it asked for that (PR_SET_DUMPABLE)",
         (HAND_OVER.advice, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: facts.yama is not None and facts.yama >= 3,
-        "kernel.yama.ptrace_scope is {yama}: nobody may attach to a process, root neither",
+        "kernel.yama.ptrace_scope is {yama}: nobody may attach to a process, not even root",
         (
             HAND_OVER.advice,
-            "start the machine with a lower kernel.yama.ptrace_scope; this value stays until the next boot",
+            "boot with a lower kernel.yama.ptrace_scope: this value cannot be lowered before the next boot",
         ),
     ),
     _Row(
         lambda facts: _guarded(facts) and facts.yama == 2,
-        "kernel.yama.ptrace_scope is 2: only CAP_SYS_PTRACE may attach to a process",
+        "kernel.yama.ptrace_scope is 2: only a process with CAP_SYS_PTRACE may attach to another one",
         (
             HAND_OVER.advice,
             _CAPABILITY,
             _ROOT,
-            "for the whole machine: sysctl kernel.yama.ptrace_scope=1 allows one's children",
+            "for the whole machine: sysctl kernel.yama.ptrace_scope=1, which allows a process its children",
         ),
     ),
     _Row(
@@ -322,27 +321,26 @@ _TABLE = (
     ),
     _Row(
         lambda facts: _guarded(facts) and facts.more_capable,
-        "process {pid} has capabilities that this one lacks",
-        ("run the VMM without them, or this with the same", HAND_OVER.advice, _CAPABILITY, _ROOT),
+        "process {pid} has capabilities that this process lacks",
+        ("run the VMM without them, or this process with the same ones", HAND_OVER.advice, _CAPABILITY, _ROOT),
     ),
     _Row(
         lambda facts: facts.other_user_namespace,
-        "process {pid} is, as far as can be seen, in another user namespace, where the capabilities of this one do not "
-        "count",
+        "process {pid} appears to be in another user namespace, where the capabilities of this process do not count",
         ("run this in the VMM's user namespace, or in one above it (on the host)", HAND_OVER.advice),
     ),
     _Row(
         lambda facts: facts.errno == errno.EACCES and not facts.reads_all and _is_anothers_folder(facts),
-        "/proc/{pid}/fd is a folder of another user (root's, if process {pid} is guarded), and CAP_SYS_PTRACE, which "
-        "this process has, opens no folders",
+        "/proc/{pid}/fd belongs to another user (to root, if the kernel guards process {pid}), and CAP_SYS_PTRACE, "
+        "which this process has, does not open it",
         (HAND_OVER.advice, _CAPABILITIES, _ROOT),
     ),
     _Row(
         lambda facts: facts.filtered,
-        "a seccomp filter of this process (a container has one), or a security module (SELinux, AppArmor) forbids it",
+        "a seccomp filter of this process, such as a container's, or a security module (SELinux, AppArmor) forbids it",
         (
             HAND_OVER.advice,
-            "a container with CAP_SYS_PTRACE, which opens the usual filter too",
+            "use a container with CAP_SYS_PTRACE, which the usual filter takes into account",
             "allow it in the module's policy",
         ),
     ),
