@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import dask.dataframe as dd
@@ -387,12 +388,13 @@ def test_a_csv_does_not_replace_a_symbolic_link(x, tmp_path):
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
-    """Three hosts of two vCPUs in two nights, whose counters grow; one is cleared on the way."""
+    """Three hosts of two VMs of one vCPU in two nights, whose counters grow; one is cleared on the way."""
     root = tmp_path_factory.mktemp("fleet")
     runs = {}
     rng = np.random.default_rng(5)
     for host, day in itertools.product(("a", "b", "ç"), (0, 1)):
         x = made.samples([("vcpu", VCPU, 2)], 50, host=host, seed=day)
+        x.files = tuple(replace(info, vm=vm, vcpu_id=0) for info, vm in zip(x.files, ("web", "db"), strict=True))
         values = x.groups[0].values
         values[:] = np.cumsum(rng.integers(0, 1000, values.shape), axis=0).astype(np.uint64) + np.uint64(2**60)
         if host == "b":
@@ -418,7 +420,8 @@ def test_dask_gives_what_numpy_gives_in_memory(fleet):
         "    with cluster, Client(cluster) as client:\n"
         "        workers = len(client.scheduler_info()['workers'])\n"
         "        rates, merged = fleet.sum_fleet(paths)\n"
-        "    print(json.dumps([workers, {f'{h} {i}': r for (h, i), r in rates.items()}, merged.counts.tolist()]))\n"
+        "    rates = {' '.join(map(str, whose)): rate for whose, rate in rates.items()}\n"
+        "    print(json.dumps([workers, rates, merged.counts.tolist()]))\n"
     )
     script = root / "run_fleet.py"
     script.write_text(code)
@@ -433,7 +436,7 @@ def test_dask_gives_what_numpy_gives_in_memory(fleet):
         change = sum(x.delta("exits").sum(axis=0) for x in days)
         seconds = sum((int(x.time[-1]) - int(x.time[0])) / 1e9 for x in days)
         for info, rate in zip(days[0].files, change / seconds, strict=True):
-            wanted[f"{host} {info.id}"] = rate
+            wanted[f"{host} {info.vm} {info.vcpu_id}"] = rate
         for x in days:
             own = x.histogram("halt_wait_hist").sum()
             merged = own if merged is None else merged + own
@@ -445,7 +448,7 @@ def test_the_example_prints_a_table(fleet):
     """As its first lines say how to run it."""
     result = subprocess.run([sys.executable, FLEET, fleet[0]], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines()[0].split() == ["host", "id"]
+    assert result.stdout.splitlines()[0].split() == ["host", "vm", "vcpu"]
     assert "99th percentile" in result.stdout
     result = subprocess.run([sys.executable, FLEET, FLEET.parent], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr[-2000:]

@@ -21,6 +21,8 @@ import kvmstats_fast as kf
 from kvmstats_fast.formats.origin import Origin
 
 HISTOGRAM = "halt_wait_hist"
+#: Whose a row is.
+WHOSE = ["host", "vm", "vcpu"]
 
 
 def recording_of(path: str) -> str:
@@ -36,8 +38,7 @@ def sum_recording(paths: list[str]) -> tuple[pd.DataFrame, kf.Histogram]:
     """
     files = [pq.ParquetFile(path) for path in paths]
     stat = Origin.decode(files[0].schema_arrow.metadata, paths[0]).stats[HISTOGRAM]
-    table = pa.concat_tables([file.read(["host", "file", "id", "time", "exits", HISTOGRAM]) for file in files])
-    host = table["host"][0].as_py()
+    table = pa.concat_tables([file.read(["host", "vm", "vcpu", "file", "time", "exits", HISTOGRAM]) for file in files])
     table = table.sort_by([("file", "ascending"), ("time", "ascending")])
     which = table["file"].to_numpy()
     time = table["time"].cast("int64").to_numpy()
@@ -49,16 +50,15 @@ def sum_recording(paths: list[str]) -> tuple[pd.DataFrame, kf.Histogram]:
     change = np.where(fell, exits[1:], exits[1:] - exits[:-1])[same]
     cleared = (counts[1:] < counts[:-1]).any(axis=1, keepdims=True)
     gained = np.where(cleared, counts[1:], counts[1:] - counts[:-1])[same]
-    frame = pd.DataFrame({"id": table["id"].to_pandas()[1:][same], "exits": change, "ns": np.diff(time)[same]})
-    sums = frame.groupby("id").sum().assign(host=host).set_index("host", append=True)
-    return sums, kf.Histogram(stat, gained.sum(axis=0))
+    frame = table.select(WHOSE).to_pandas()[1:][same].assign(exits=change, ns=np.diff(time)[same])
+    return frame.groupby(WHOSE).sum(), kf.Histogram(stat, gained.sum(axis=0))
 
 
 def sum_fleet(paths: list[str]) -> tuple[pd.Series, kf.Histogram]:
-    """Return exits per second by host and vCPU, and the halt histogram of all of them."""
+    """Return exits per second by host, VM and vCPU, and the halt histogram of all of them."""
     recordings = [list(group) for _, group in itertools.groupby(sorted(paths, key=recording_of), recording_of)]
     parts = dask.compute(*(dask.delayed(sum_recording)(one) for one in recordings))
-    sums = pd.concat([sums for sums, _ in parts]).groupby(["host", "id"]).sum()
+    sums = pd.concat([sums for sums, _ in parts]).groupby(WHOSE).sum()
     merged = parts[0][1]
     for _, histogram in parts[1:]:
         merged = merged + histogram
