@@ -3,6 +3,7 @@
 #include "run.h"
 
 #include "clock.h"
+#include "read.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -68,12 +69,12 @@ static int is_stopped(const struct kvmstats_run *run)
     return __atomic_load_n(&run->stop, __ATOMIC_RELAXED) != 0;
 }
 
-/* Until `when`, or until stopped. */
-static void wait_until(const struct kvmstats_run *run, int64_t when)
+/* Wait until `when`, or until stopped. Returns the time, which is `now` when it is called. */
+static int64_t wait_until(const struct kvmstats_run *run, int64_t when, int64_t now)
 {
     int64_t spin = run->wait == KVMSTATS_WAIT_SPIN ? INT64_MAX : run->wait == KVMSTATS_WAIT_HYBRID ? run->spin_ns : 0;
 
-    for (int64_t now = now_ns(); now < when && !is_stopped(run); now = now_ns()) {
+    for (; now < when && !is_stopped(run); now = now_ns()) {
         if (when - now > spin) {
             int64_t until = when - spin;
             sleep_until(until - now > LONGEST_SLEEP ? now + LONGEST_SLEEP : until);
@@ -81,6 +82,7 @@ static void wait_until(const struct kvmstats_run *run, int64_t when)
             relax();
         }
     }
+    return now;
 }
 
 /* ---- the threads that share a sweep */
@@ -89,7 +91,7 @@ struct worker {
     struct kvmstats_run *run;
     uint64_t begin, end; /* its files */
     uint64_t *scratch;
-    uint64_t slot, number; /* of the sweep to take */
+    uint64_t slot, next_slot, number; /* of the sweep to take */
     int failed, quit;
     sem_t go, done;
     pthread_t thread;
@@ -113,8 +115,8 @@ static void *work(void *argument)
         wait_for(&worker->go);
         if (worker->quit)
             return NULL;
-        worker->failed = kvmstats_sweep_part(worker->run->files, worker->begin, worker->end, worker->scratch,
-                                             worker->slot, worker->number);
+        worker->failed = sweep_files(worker->run->files, worker->begin, worker->end, worker->scratch, worker->slot,
+                                     worker->next_slot, worker->number);
         sem_post(&worker->done);
     }
 }
@@ -172,13 +174,16 @@ static int start_workers(struct kvmstats_run *run, struct worker *workers)
 /* Read every file into a slot. Returns how many failed. */
 static int sweep_all(struct kvmstats_run *run, struct worker *workers, int n, uint64_t slot)
 {
+    uint64_t next_slot = slot + 1 < run->depth * run->chunk ? slot + 1 : 0;
+
     for (int i = 1; i < n; ++i) {
         workers[i].slot = slot;
+        workers[i].next_slot = next_slot;
         workers[i].number = run->taken;
         sem_post(&workers[i].go);
     }
     int failed =
-        kvmstats_sweep_part(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, run->taken);
+        sweep_files(run->files, workers[0].begin, workers[0].end, workers[0].scratch, slot, next_slot, run->taken);
     for (int i = 1; i < n; ++i) {
         wait_for(&workers[i].done);
         failed += workers[i].failed;
@@ -216,17 +221,17 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
 {
     uint64_t alive = 0, tick = 0, missed = 0, overruns = 0; /* the last two: since the last sweep */
     struct kvmstats_chunk *chunk = NULL;                    /* the one that is being filled, if any */
+    uint64_t first_slot = 0;                                /* of that chunk */
 
     for (uint64_t i = 0; i < run->num_files; ++i)
         alive += run->files[i].error == 0;
-    run->start = now_ns();
+    /* The end of a sweep is also the time from which the next one is waited for, or begins. */
+    int64_t now = run->start = now_ns();
     while (tick < run->ticks && alive && !is_stopped(run)) {
-        int64_t now = now_ns();
         if (run->interval) {
-            wait_until(run, run->start + (int64_t)tick * run->interval);
+            now = wait_until(run, run->start + (int64_t)tick * run->interval, now);
             if (is_stopped(run))
                 break;
-            now = now_ns();
             uint64_t due = (uint64_t)((now - run->start) / run->interval);
             if (due >= run->ticks)
                 due = run->ticks - 1;
@@ -238,7 +243,6 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
         }
         if (run->duration && now - run->start >= run->duration)
             break;
-        uint64_t place = run->head % run->depth;
         if (!chunk) {
             if (is_full(run)) {
                 if (run->interval) {
@@ -247,20 +251,26 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
                     ++tick;
                 } else {
                     sleep_until(now + FULL_RING_SLEEP);
+                    now = now_ns();
                 }
                 continue;
             }
+            uint64_t place = run->head % run->depth;
+            first_slot = place * run->chunk;
             chunk = &run->chunks[place];
             chunk->first = run->taken;
             chunk->used = chunk->missed = chunk->overruns = 0;
         }
-        uint64_t slot = place * run->chunk + chunk->used;
+        uint64_t slot = first_slot + chunk->used;
         int failed = sweep_all(run, workers, n, slot);
-        run->sweep_ns[slot] = now_ns() - now;
-        if (!chunk->used)
-            chunk->wall_offset = kvmstats_wall_offset();
         run->time[slot] = now;
+        now = now_ns();
+        run->sweep_ns[slot] = now - run->time[slot];
         run->tick[slot] = tick++;
+        if (!chunk->used) {
+            chunk->wall_offset = kvmstats_wall_offset();
+            now = now_ns();
+        }
         ++run->taken;
         alive -= (uint64_t)failed;
         chunk->missed += missed;
@@ -269,6 +279,7 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
         if (++chunk->used == run->chunk) {
             publish(run);
             chunk = NULL;
+            now = now_ns();
         }
         if (failed && run->strict)
             break;

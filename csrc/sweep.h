@@ -56,13 +56,4 @@ int kvmstats_sweep(struct kvmstats_sweep *sweep);
 
 /* ---- cdef: end ---- */
 
-/*
- * Read files [begin, end) into a slot of their rows; `number` is the sweep's, for failed_at. A file that fails is
- * marked and its row cleared; of one that is marked already only the row is cleared. scratch: scratch_size values.
- *
- * Returns how many failed. Allocates nothing. Any thread; each file belongs to one thread at a time.
- */
-int kvmstats_sweep_part(struct kvmstats_file *files, uint64_t begin, uint64_t end, uint64_t *scratch, uint64_t slot,
-                        uint64_t number);
-
 #endif

@@ -2,11 +2,12 @@
 /*
  * test_core.c - the parser, kvmstats_read and process.c against their manuals, csrc/kvmstats.h and csrc/process.h
  *
- * Link with layout.c, sweep.c, process.c and -Wl,--wrap=pread,--wrap=pread64.
+ * Link with layout.c, sweep.c, process.c, and as intercept.h says.
  *
  * Files are written byte by byte here, so that the core's byte order code does not vouch for itself. Every input lies
  * once right before and once right after a page that cannot be accessed, every output right before one.
  */
+#include "intercept.h"
 #include "kvmstats.h"
 #include "process.h"
 
@@ -1184,20 +1185,6 @@ static ssize_t scripted_pread(int fd, void *buffer, size_t count, int64_t offset
     return (ssize_t)n;
 }
 
-ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset);
-ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset);
-
-ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset)
-{
-    return scripted_pread(fd, buffer, count, offset);
-}
-
-/* What glibc makes of pread where _FILE_OFFSET_BITS is 64. */
-ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset)
-{
-    return scripted_pread(fd, buffer, count, offset);
-}
-
 enum { POSITION = 1472, FD = 7 };
 
 /* A source whose values end at the page that cannot be accessed; the file has `bytes` bytes of data. */
@@ -1336,6 +1323,7 @@ static void test_process(void)
 
 int main(void)
 {
+    start_intercepting();
     input = new_arena(IMAGE_ROOM);
     output = new_arena(KVMSTATS_MAX_DESCRIPTORS * sizeof(struct kvmstats_desc));
 

@@ -2,14 +2,14 @@
 /*
  * test_run.c - sweeps and runs against their manuals, csrc/sweep.h and csrc/run.h
  *
- * Link with layout.c, sweep.c, run.c, -pthread and -Wl,--wrap=pread,--wrap=pread64. To be built with -fsanitize=thread
- * too: readers, stoppers and the run meet only through kvmstats_ready, kvmstats_release and kvmstats_stop, and files
+ * Link with layout.c, sweep.c, run.c, -pthread, and as intercept.h says. To be built with -fsanitize=thread too: readers, stoppers and the run meet only through kvmstats_ready, kvmstats_release and kvmstats_stop, and files
  * fail by script, not by a close during the run.
  *
  * Value w of file i is i * 1000 + w, unless a test writes another.
  */
 #define _GNU_SOURCE
 #include "clock.h"
+#include "intercept.h"
 #include "run.h"
 
 #include <errno.h>
@@ -62,11 +62,6 @@ static struct script {
 } scripts[MOST_FD];
 static long calls;
 
-ssize_t __real_pread(int fd, void *buffer, size_t count, off_t offset);
-ssize_t __real_pread64(int fd, void *buffer, size_t count, int64_t offset);
-ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset);
-ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset);
-
 /* A file is read by one thread at a time, so its script needs no lock. Returns 0 to read, or what pread returns. */
 static ssize_t by_script(int fd, size_t *count)
 {
@@ -86,14 +81,9 @@ static ssize_t by_script(int fd, size_t *count)
     return -1;
 }
 
-ssize_t __wrap_pread(int fd, void *buffer, size_t count, off_t offset)
+static ssize_t scripted_pread(int fd, void *buffer, size_t count, int64_t offset)
 {
-    return by_script(fd, &count) ? -1 : __real_pread(fd, buffer, count, offset);
-}
-
-ssize_t __wrap_pread64(int fd, void *buffer, size_t count, int64_t offset)
-{
-    return by_script(fd, &count) ? -1 : __real_pread64(fd, buffer, count, offset);
+    return by_script(fd, &count) ? -1 : real_pread(fd, buffer, count, offset);
 }
 
 static void put_values(int file, uint64_t add)
@@ -376,6 +366,32 @@ static void test_sweep(void)
     end_sampler(s);
 }
 
+/* Values of 4 bytes and of the other byte order, all of them or some, and a count that no read can have. */
+static void test_kinds(void)
+{
+    for (uint32_t size = 4; size <= 8; size += 4)
+        for (uint32_t swapped = 0; swapped < 2; ++swapped) {
+            struct sampler *s = new_sampler(2, 1, 1, 1);
+            uint64_t values[WORDS], all[2 * WORDS];
+            snprintf(context, sizeof context, "value_size %u, swapped %u", size, swapped);
+            for (uint64_t i = 0; i < 2; ++i) {
+                const struct kvmstats_file *file = &s->files[i];
+                need(pread(fds[i], values, sizeof values, (off_t)file->position) >= (ssize_t)(8 * file->count),
+                     "pread");
+                kvmstats_copy_values(values, size, swapped, file->count, all);
+                s->sources[i].value_size = size;
+                s->sources[i].swapped = swapped;
+                CHECK(kvmstats_sweep(&s->sweep) == 0);
+                for (uint64_t w = 0; w < file->width; ++w)
+                    CHECK(s->rows[i][w] == all[file->gather ? file->gather[w] : w]);
+            }
+            s->files[0].count = SIZE_MAX / size + 1;
+            CHECK(kvmstats_sweep(&s->sweep) == 1);
+            CHECK(s->files[0].error == EOVERFLOW && row_is_zero(s, 0, 0));
+            end_sampler(s);
+        }
+}
+
 /* As fast as possible: every sweep is taken, in order, with any number of chunks and threads. */
 static void test_interval_0(void)
 {
@@ -650,9 +666,11 @@ static void test_timer_slack(void)
 
 int main(void)
 {
+    start_intercepting();
     make_files();
 
     test_sweep();
+    test_kinds();
     test_interval_0();
     test_schedule();
     test_overruns();
