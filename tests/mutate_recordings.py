@@ -282,7 +282,7 @@ def lie_npz(rng, raw):
             try:
                 about = json.loads(np.load(io.BytesIO(members[at][1])).tobytes())
                 text = lie_raw(rng, json.dumps(lie(rng, about)).encode())
-            except (ValueError, EOFError, OSError, OverflowError, RecursionError, MemoryError):  # it was changed before
+            except Exception:  # it was changed before, and numpy lets anything out
                 continue
             sink = io.BytesIO()
             np.save(sink, np.frombuffer(text, np.uint8))

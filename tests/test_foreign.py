@@ -382,9 +382,13 @@ def test_a_batch_that_does_not_fit_is_a_memory_error_before_it_is_decompressed(t
     x.save(tmp_path / "run", compression="zstd")
     file = tmp_path / "run" / "vcpu-00000.arrows"
     file.write_bytes(patch_claims(file.read_bytes(), 2**29))
-    monkeypatch.setattr("kvmstats_fast.formats.limits.available_memory", lambda: 2**28)
-    with pytest.raises(MemoryError, match=r"vcpu-00000\.arrows"):
+    monkeypatch.setattr("kvmstats_fast.sampling.memory.Memory.available", lambda _: 2**28)
+    with pytest.raises(MemoryError, match=r"vcpu-00000\.arrows: it takes 512 MiB, and 256 MiB are available"):
         kf.Samples.load(file)
+    x.save(tmp_path / "plain")
+    monkeypatch.setattr("kvmstats_fast.formats.limits._SMALL", 0)
+    monkeypatch.setattr("kvmstats_fast.sampling.memory.Memory.available", lambda _: 0)
+    made.assert_same(kf.Samples.load(tmp_path / "plain"), x)  # it is read in place, whatever its size
 
 
 def test_what_is_compressed_is_cut_into_batches_that_can_be_read(tmp_path, monkeypatch):

@@ -70,9 +70,9 @@ def _measure_next(stream: memoryview, start: int) -> tuple[int, int] | None:
 
 
 def _measure_body(batch: _Table, body: memoryview) -> int:
-    """Return to how many bytes the buffers of a RecordBatch decompress."""
+    """Return to how many bytes the compressed buffers of a RecordBatch decompress; others are read in place."""
     if batch.table(3) is None:  # not compressed
-        return len(body)
+        return 0
     claimed = 0
     for offset, length in batch.pairs(2):
         if offset < 0 or length < 0 or offset + length > len(body):
@@ -81,7 +81,7 @@ def _measure_body(batch: _Table, body: memoryview) -> int:
             (size,) = struct.unpack_from("<q", body, offset)
             if size < -1:
                 raise NoMessageError
-            claimed += length if size < 0 else size  # -1: this buffer is not compressed
+            claimed += max(size, 0)  # -1: this buffer is not compressed
     return claimed
 
 

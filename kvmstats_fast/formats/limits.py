@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import suppress
-from pathlib import Path
-
 from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.sampling.memory import Memory
 
 #: Dates that a conversion makes directories for: ten years.
 MOST_DATES = 3660
@@ -35,14 +32,6 @@ def check_size(size: int, stored: int, source: str) -> None:
 
 def check_memory(size: int, source: str) -> None:
     """Raise MemoryError if so many bytes are not available: the kernel would grant them, and kill a process later."""
-    if size > _SMALL and size > available_memory():
-        raise MemoryError(f"{source}: it takes {size >> 20} MiB, more than is available; read it in parts")
-
-
-def available_memory() -> int:
-    """Return how many bytes can be used without swapping; more than there can be where /proc does not say."""
-    with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return sys.maxsize
+    available = Memory().available() if size > _SMALL else None
+    if available is not None and size > available:
+        raise MemoryError(f"{source}: it takes {size >> 20} MiB, and {available >> 20} MiB are available")
