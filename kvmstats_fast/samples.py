@@ -438,8 +438,8 @@ class Samples:
         pyarrow.Table
             Columns ``host``, ``vm`` (the label, see `FileInfo`), ``pid`` (null where it is not known) and ``vcpu`` (-1
             for the file of a VM): together with ``time`` (the wall clock, timestamp[ns, UTC]) they tell rows apart.
-            Then ``tick``, ``sweep_ns``, ``file`` (the index in `files`), ``id``, for vCPUs ``vcpu_id`` (what version
-            0.1 called ``vcpu``), and one of raw uint64 for each statistic, a histogram's a fixed size list. Only
+            Then ``tick``, ``sweep_ns``, ``file`` (the index in `files`), ``id``, for vCPUs ``vcpu_id`` (as ``vcpu``,
+            which version 0.1 lacked), and one of raw uint64 for each statistic, a histogram's a fixed size list. Only
             ``pid`` has nulls. What a descriptor says is in its field's metadata. Rows of files that had failed are not
             there. A statistic with the name of one of ours, or ``bucket`` or ``date``, is called ``stat.NAME``, here
             and in the other conversions.
