@@ -214,9 +214,10 @@ class Samples:
         )
         if (start, stop, step) == (0, len(self), 1):
             return part
-        offsets = {0: self.wall_offset}
-        offsets |= {max(0, -(-(sweep - start) // step)): offset for sweep, offset in self.wall_steps if sweep < stop}
-        part.wall_offset, part.wall_steps = find_steps(offsets, len(part))
+        if self.wall_steps:
+            before = ((sweep, offset) for sweep, offset in self.wall_steps if sweep < stop)
+            offsets = {0: self.wall_offset} | {max(0, -(-(sweep - start) // step)): offset for sweep, offset in before}
+            part.wall_offset, part.wall_steps = find_steps(offsets, len(part))
         # Ticks that were missed before a sweep go with it, so that parts add up to the whole.
         part.missed = part.overruns = 0
         if stop > start:

@@ -304,11 +304,11 @@ class Schema(Mapping[str, Stat]):
         return self._places
 
     def __getitem__(self, name: str) -> Stat:
-        check_name(name)
-        stat = self._by_name.get(name)
-        if stat is None:
-            raise unknown_stat(name, self, "this file")
-        return stat
+        try:
+            return self._by_name[name]
+        except (KeyError, TypeError):
+            check_name(name)
+            raise unknown_stat(name, self, "this file") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -377,14 +377,17 @@ class SchemaCache:
         self._capacity = capacity
         self._size = size
         self._entries: dict[bytes, _Entry] = {}
+        self._latest: Schema | None = None  # most files are of the kind of the one before
         self._uses = count()
 
     def find(self, blob: bytes) -> Schema | None:
         """Return the schema of a file that starts with `blob`, if it is known."""
+        latest = self._latest
+        if latest is not None and latest.encoding.fits(blob):
+            return latest
         for entry in self._entries.copy().values():
             if entry.schema.encoding.fits(blob):
-                entry.used = next(self._uses)
-                return entry.schema
+                return self._use(entry)
         return None
 
     def add(self, schema: Schema) -> Schema:
@@ -393,9 +396,14 @@ class SchemaCache:
         if entry.cost > self._size:
             return schema
         first = self._entries.setdefault(schema.encoding.prefix, entry)
-        first.used = entry.used
+        self._use(first)
         self._evict()
         return first.schema
+
+    def _use(self, entry: _Entry) -> Schema:
+        entry.used = next(self._uses)
+        self._latest = entry.schema
+        return entry.schema
 
     def _evict(self) -> None:
         room = self._size
@@ -408,6 +416,7 @@ class SchemaCache:
     def clear(self) -> None:
         """Forget all schemas."""
         self._entries.clear()
+        self._latest = None
 
 
 #: More kinds of files than one process meets: two per kernel, with at most 98 statistics, and those of recordings.

@@ -98,11 +98,9 @@ class Stat:
             value is signed: the kernel's counters can fall below 0, which reads as 2**64 less. The raw value if a code
             is unknown (see `unknown`).
         """
-        if self.unknown:
-            return raw
-        if self.type == StatType.INSTANT and raw >> 63:
+        if raw >> 63 and self.type is StatType.INSTANT and not self.unknown:
             raw -= 1 << 64
-        if not self.exponent:
+        if not self.exponent or self.unknown:
             return raw
         factor: int = StatBase(self.base).radix ** min(abs(self.exponent), _VANISHING)
         if self.exponent < 0:
