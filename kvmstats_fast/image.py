@@ -106,7 +106,7 @@ def parse(data: Buffer | npt.NDArray[Any], *, repair: bool = False) -> StatsImag
     Raises
     ------
     FormatError
-        If the bytes are no stats file that can be read; ``code`` and ``offset`` say why and where.
+        If the bytes are not a stats file that can be read; ``code`` and ``offset`` say why and where.
 
     Notes
     -----
@@ -156,7 +156,7 @@ def to_merged(data: Buffer | npt.NDArray[Any]) -> bytes:
     Raises
     ------
     FormatError
-        If the bytes are no stats file that can be read, or one that has no values (the count defect).
+        If the bytes are not a stats file that can be read, or one without values (the count defect).
     """
     image = parse(data)
     if image.schema.layout is Layout.MERGED:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["heatmap", "histogram", "rates"]
 
-#: More lines than this nobody can tell apart: they become a median and a band.
+#: More lines than this cannot be told apart: they are drawn as a median and a band.
 _LINES = 10
-#: Points across a plot: more are averaged, because a screen has no more.
+#: Points across a plot; more are averaged, because a screen does not show them.
 _POINTS = 1000
 
 
@@ -54,7 +54,7 @@ def _rate(samples: Samples, name: str) -> tuple[npt.NDArray[np.float64], npt.NDA
 
 
 def _unit(samples: Samples, name: str) -> str:
-    """Return a rate's unit; seconds per second are a fraction of the time."""
+    """Return the unit of a rate; seconds per second are a fraction of the time."""
     unit = samples.stat(name).units(si=True)
     return f"{unit}/s" if unit else "1/s"
 

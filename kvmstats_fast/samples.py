@@ -338,7 +338,7 @@ class Samples:
         Raises
         ------
         ValueError
-            If `name` is no histogram.
+            If `name` is not a histogram.
         KeyError, IndexError
             If it, or the sweep, is not there.
         """
@@ -363,7 +363,8 @@ class Samples:
         Raises
         ------
         ValueError
-            If it is no boolean, or other values than 0 and 1 were read.
+            If it is not a boolean: neither marked as one nor an instant statistic without a unit, or it read more than
+            1. The message says why.
 
         Notes
         -----
@@ -377,13 +378,13 @@ class Samples:
         return duty_cycle.duty_cycle(self, name, confidence)
 
     def figures(self) -> Figures:
-        """Derive figures of the run: exits by kind, halt polling, halted time, page faults, large pages, imbalance.
+        """Return derived figures of the run: exits by kind, halt polling, halted time, page faults, large pages.
 
         Returns
         -------
         Figures
-            A mapping of names to `Figure`, each with values of shape ``(n,)``; ``print`` shows a table. A figure for
-            which these files lack a part is not in it.
+            A mapping of names to `Figure`, each with values of shape ``(n,)``; ``print`` shows a table. A figure is
+            missing if no file has its statistics.
 
         Notes
         -----
@@ -394,7 +395,7 @@ class Samples:
         return figures.figures(self)
 
     def halt_poll_advice(self, settings: Iterable[int] | None = None) -> HaltPollAdvice | None:
-        """Say what different settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.
+        """Return what different settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.
 
         Parameters
         ----------
@@ -410,7 +411,7 @@ class Samples:
         Raises
         ------
         TypeError, ValueError
-            If `settings` are no whole numbers, negative, or none.
+            If `settings` are not whole numbers, or negative, or empty.
 
         Notes
         -----
@@ -424,7 +425,7 @@ class Samples:
         return halt_poll.halt_poll_advice(self, settings)
 
     def _blank(self, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:
-        """Overwrite the changes of files that had failed; the array is ours to write to, whatever its dtype."""
+        """Overwrite the changes of files that had failed, in an array of our own, and return it."""
         columns = find_columns(self.groups, name).tolist() if self.errors else []
         for error in self.errors:
             if error.file in columns:
@@ -457,7 +458,7 @@ class Samples:
         return arrow.table(self)
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        """Give the samples to any library that speaks Arrow: pandas, polars, duckdb."""
+        """Return the samples to any library that speaks Arrow: pandas, polars, duckdb."""
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def to_pandas(self, *, si: bool = False) -> Any:

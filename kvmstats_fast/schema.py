@@ -208,7 +208,7 @@ class Schema(Mapping[str, Stat]):
         """Structured dtype with the kernel's offsets: ``values.view(schema.dtype)["exits"]`` copies nothing.
 
         The view has shape ``(1,)`` for one reading of shape ``(num_values,)``; a histogram is a sub-array. (Of a file
-        without descriptors there is no view: numpy has none of a type without fields.)
+        without descriptors there is no view: numpy cannot view an array as a type without fields.)
         """
         if self._dtype is None:
             self._dtype = np.dtype(

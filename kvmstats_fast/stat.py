@@ -34,7 +34,7 @@ class Stat:
     Attributes
     ----------
     name : str
-        Bytes that are no UTF-8 are kept by ``surrogateescape``.
+        Bytes that are not UTF-8 are kept by ``surrogateescape``.
     type, unit, base : StatType, StatUnit, StatBase, or int
         An int is a code this package does not know; such a statistic is kept raw (see `unknown`).
     exponent : int
@@ -166,7 +166,7 @@ class Stat:
         Raises
         ------
         ValueError
-            If this is no histogram, or a linear one without a bucket size.
+            If this is not a histogram, or a linear one without a bucket size.
         """
         if self.type == StatType.LINEAR_HIST:
             if self.bucket_size == 0:
@@ -175,7 +175,7 @@ class Stat:
         elif self.type == StatType.LOG_HIST:
             raw = chain((0,), (1 << i for i in range(self.size - 1)))
         else:
-            raise ValueError(f"{self.name} is no histogram: its type is {self.type!r}")
+            raise ValueError(f"{self.name} is not a histogram: its type is {self.type!r}")
         edges = np.full(self.size + 1, np.inf)
         factor = self.factor
         for i, edge in enumerate(raw):

@@ -431,7 +431,7 @@ def test_the_interval_contains_the_true_duty_cycle_as_often_as_it_promises(sweep
 
 
 def test_the_fraction_is_of_the_sweeps_before_a_file_failed():
-    """The zeros from then on are no readings; a file without any has NaN."""
+    """The zeros from then on are not readings; a file without any has NaN."""
     columns = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]])
     columns[2:, 1] = 0
     seen = polled(columns, failed=[(1, 2), (2, 0)]).duty_cycle("blocking")

@@ -330,7 +330,7 @@ def test_what_is_no_part_cannot_be_taken_away():
 
 
 def test_only_histograms_with_the_same_buckets_are_added():
-    """Other shapes, edges or units are refused, what is no histogram is a TypeError; the same edges are enough."""
+    """Other shapes, edges or units are refused, what is not a histogram is a TypeError; the same edges are enough."""
     a = kf.Histogram(LOG, [1, 2, 3, 4, 5], 7)
     with pytest.raises(ValueError, match=r"shapes \(5,\) and \(1, 5\) have no sum"):
         a + kf.Histogram(LOG, [[1, 2, 3, 4, 5]])
@@ -365,7 +365,7 @@ def test_truths_count_as_one():
 @pytest.mark.parametrize(
     ("stat", "counts", "total", "error", "said"),
     [
-        (replace(LOG, type=kf.StatType.CUMULATIVE), [1] * 5, None, ValueError, "wait_hist is no histogram"),
+        (replace(LOG, type=kf.StatType.CUMULATIVE), [1] * 5, None, ValueError, "wait_hist is not a histogram"),
         (replace(LINEAR, bucket_size=0), [1] * 5, None, ValueError, "size_hist .* bucket_size 0"),
         (LOG, [1] * 4, None, ValueError, r"counts have shape \(4,\); wait_hist has 5 buckets"),
         (LOG, 5, None, ValueError, r"counts have shape \(\)"),
@@ -544,7 +544,7 @@ def test_a_sum_is_of_the_same_files_or_of_none():
 def test_what_is_no_histogram_has_none():
     """The error names the statistic and its type; an unknown name is a KeyError."""
     x = run_of(group_of([ADDER, HIST], [0], {"halt_wait_ns": np.ones((2, 1))}))
-    with pytest.raises(ValueError, match=r"halt_wait_ns is no histogram"):
+    with pytest.raises(ValueError, match=r"halt_wait_ns is not a histogram"):
         x.histogram("halt_wait_ns")
     with pytest.raises(KeyError, match="did you mean"):
         x.histogram("halt_wait_hists")

@@ -217,7 +217,7 @@ def test_edges_of_one_bucket_and_of_more_than_floats_reach():
 
 def test_what_has_no_edges_says_why():
     """No histogram, or a linear one without a width, is a ValueError that names the statistic."""
-    with pytest.raises(ValueError, match="n is no histogram"):
+    with pytest.raises(ValueError, match="n is not a histogram"):
         PLAIN.bucket_edges()
     with pytest.raises(ValueError, match="bucket_size 0"):
         replace(PLAIN, type=kf.StatType.LINEAR_HIST, size=3).bucket_edges()
@@ -295,7 +295,7 @@ def test_values_of_the_wrong_length_are_not_unpacked():
 
 
 def test_a_name_that_is_no_utf8_is_kept():
-    """Bytes that are no text come back through surrogateescape, also as dtype field and key."""
+    """Bytes that are not text come back through surrogateescape, also as dtype field and key."""
     image = made_of(replace(PLAIN, name="caf\udce9"))
     assert list(image) == ["caf\udce9"]
     image.values[:] = [3]

@@ -24,7 +24,7 @@ MARK = b"kvm-"  # with this begins the id of every file from before the merge
 
 
 class TwinError(Exception):
-    """The bytes are no stats file; `code_name` is a name of kvmstats_fast.ErrorCode, `offset` the byte at fault."""
+    """The bytes are not a stats file; `code_name` is a name of kvmstats_fast.ErrorCode, `offset` the byte at fault."""
 
     def __init__(self, code_name: str, offset: int) -> None:
         super().__init__(f"{code_name} at byte {offset}")

@@ -1,4 +1,4 @@
-"""Histogram: bucket counts with their edges, and what can honestly be said of what was counted."""
+"""Histogram: bucket counts with their edges, and what follows from them about the values that were counted."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ _MOST = 1 << 64
 class Histogram:
     """Counts of a kernel histogram, of one file or of many.
 
-    A bucket is a range: of what it counted no more is known than that it lay between two edges. So a quantile or a mean
-    is given as the two bounds between which it must lie, and as a number only where the kernel adds up the same values
-    in a counter of its own.
+    A bucket is a range: all that is known of a value that it counted is that it lay between two edges. A quantile or a
+    mean is therefore a pair of bounds, and a number only where the kernel adds up the same values in a counter.
 
     Parameters
     ----------
@@ -46,7 +45,7 @@ class Histogram:
     Raises
     ------
     TypeError, ValueError
-        If `stat` is no histogram, or the counts do not fit it, or add up to 2**64 or more.
+        If `stat` is not a histogram, or the counts do not fit it, or add up to 2**64 or more.
 
     Notes
     -----
@@ -197,7 +196,7 @@ class Histogram:
 
     @property
     def mean(self) -> Any:
-        """Mean in base units, from the kernel's own sum; NaN where nothing was counted, None where there is no sum."""
+        """Mean in base units, from the kernel's own sum; NaN where nothing was counted, None without such a sum."""
         total = self.total
         return None if total is None else self._per_count(np.asarray(total))
 
@@ -253,7 +252,7 @@ def _checked(
 ) -> npt.NDArray[np.uint64]:
     result = operation(a, b)
     if operation is np.subtract and (b > a).any():
-        raise ValueError(f"the {what} would be negative: what is taken away is no part of it")
+        raise ValueError(f"the {what} would be negative: it was subtracted from less")
     if operation is np.add and (result < a).any():
         raise ValueError(f"the {what} is more than a uint64 holds")
     return np.asarray(result, np.uint64)

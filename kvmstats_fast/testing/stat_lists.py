@@ -154,7 +154,7 @@ def stats_of(arch: str, kind: str, *, merged: bool, options: Collection[str]) ->
 
 
 def placed(stats: Iterable[Stat]) -> tuple[Stat, ...]:
-    """Give each statistic that has no offset of its own (-1) the place behind the one before."""
+    """Return the statistics with offsets: one without (-1) follows the one before it."""
     result: list[Stat] = []
     for stat in stats:
         end = result[-1].offset + 8 * result[-1].size if result else 0

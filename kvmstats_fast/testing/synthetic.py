@@ -41,7 +41,7 @@ class SyntheticStats(Closing):
         ``CONFIG_CPU_LOONGSON64``.
     stats : iterable of Stat, optional
         Statistics of your own instead of the architecture's. One with offset -1, and in the v2 and v5 layouts, which
-        have no offsets, each one, stands behind the one before.
+        have no offsets, each of them, follows the one before it.
     value_size : {8, 4}
         4: a VM file of a 32-bit kernel, in the v2 and v5 layouts.
     vcpu_id, pid : int
@@ -180,7 +180,7 @@ class SyntheticStats(Closing):
         return os.pread(self.fileno(), os.fstat(self._fd).st_size, 0)
 
     def set(self, name: str, value: int | Iterable[int]) -> None:
-        """Give a statistic a value, or a histogram its counts.
+        """Set the value of a statistic, or the counts of a histogram.
 
         Raises
         ------
@@ -243,7 +243,7 @@ def _encode(name: str) -> bytes:
 def _numbers(value: int | Iterable[int]) -> tuple[int, ...]:
     """Return one integer or several, of whatever integer type, as Python's."""
     if isinstance(value, (str, bytes)):
-        raise TypeError(f"{value!r} is no integer and no row of them")
+        raise TypeError(f"{value!r} is neither an integer nor several")
     try:
         return (operator.index(value),)  # type: ignore[arg-type]
     except TypeError:
@@ -275,4 +275,4 @@ def _check(stat: Stat) -> None:
     if stat.offset % 8:
         raise ValueError(f"{stat.name}: offset is {stat.offset}; it must be a multiple of 8")
     if not stat.name or "\0" in stat.name:
-        raise ValueError(f"{stat.name!r} is no name: it must not be empty or contain NUL")
+        raise ValueError(f"{stat.name!r} is not a name: it must not be empty or contain NUL")

@@ -75,8 +75,8 @@ class TinyGuest(Closing):
 
     Notes
     -----
-    One thread may run one vCPU while another runs another, or reads statistics. Open a vCPU's stats file while nobody
-    runs it: the ioctl waits for ``KVM_RUN`` to end.
+    One thread may run one vCPU while another runs another, or reads statistics. Open a vCPU's stats file while it does
+    not run: the ioctl waits for ``KVM_RUN`` to end.
     """
 
     def __init__(self, vcpus: int = 1) -> None:
