@@ -441,17 +441,17 @@ def test_a_program_that_makes_no_vm_is_ended_and_said_so():
 @pytest.mark.real_vm
 def test_a_vmm_that_could_not_hold_its_files_is_not_said_to_have_made_no_vm(capsys):
     """One that may not open an fd where the hold library would put it: what was made is told from what is held."""
-    code = "import resource, time\nfrom kvmstats_fast.testing import TinyGuest\n"
-    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\nguest = TinyGuest(1)\n"
+    code = "import fcntl, os, resource, time\nresource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
+    code += "vm = fcntl.ioctl(os.open('/dev/kvm', os.O_RDWR), 0xAE01, 0)\nvcpu = fcntl.ioctl(vm, 0xAE41, 0)\n"
     with pytest.raises(kf.AttachError, match=r"has made 1 vCPUs, of which it holds the stats files of 0, .*ulimit -n"):
-        kf.launch([sys.executable, "-c", code + "time.sleep(60)"], timeout=2)
+        kf.launch([sys.executable, "-c", code + "time.sleep(60)"], timeout=4)
     assert main(["run", "--", sys.executable, "-c", code]) == 0
     assert "the hold library could not keep the files" in capsys.readouterr().err
 
 
 @pytest.mark.real_vm
 def test_launch_counts_vcpus_and_not_their_files():
-    """A VMM that opens its vCPU's file itself, as QEMU 8.1 does, has one vCPU with two files; none is no number."""
+    """A VMM that opens its vCPU's file itself, as QEMU 8.1 does, has a vCPU with two files; a bad number is refused."""
     code = """
 import time
 from kvmstats_fast.testing import TinyGuest

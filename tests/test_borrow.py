@@ -180,7 +180,7 @@ def test_an_fd_that_is_closed_meanwhile_is_left_out(monkeypatch, then):
 
 
 def test_a_thread_and_no_pid_are_refused():
-    """A pidfd is of a process: a thread's id is refused with the way to the right one, and so is no pid at all."""
+    """A pidfd is of a process: the id of a thread is refused with the way to the right one, and so are others."""
     end = threading.Event()
     tids = []
     thread = threading.Thread(target=lambda: (tids.append(threading.get_native_id()), end.wait()))
