@@ -105,6 +105,28 @@ def test_a_run_that_ended_by_itself_was_not_interrupted(files):
     assert sampler.stop() is False
 
 
+ASYNC = """
+import asyncio, signal
+
+async def main():
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        await asyncio.to_thread(sampler.run, 0.01)
+    finally:
+        print(sampler.stop())
+
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    print("Ctrl-C")
+"""
+
+
+def test_ctrl_c_ends_an_asyncio_program_that_awaits_a_run():
+    """The run is in a thread that asyncio waits for: stop, called when the task is cancelled, ends it."""
+    assert in_a_process(ASYNC).split() == ["True", "Ctrl-C"]
+
+
 # ---- threads
 
 

@@ -652,6 +652,54 @@ static void test_time_after_a_chunk(void)
     }
 }
 
+/* A run in a thread of its own: what a reader that waits for it gets, how it is ended, and that it can fail to begin. */
+static void test_thread(void)
+{
+    for (int k = 0; k < 3; ++k) {
+        struct sampler *s = new_sampler(3, 2, 4, 2);
+        struct kvmstats_run *run = &s->run;
+        struct reading reading = {.s = s};
+        unsigned long no_cpus = 0;
+
+        snprintf(context, sizeof context, "thread, way %d", k);
+        run->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        need(run->event_fd >= 0, "eventfd");
+        kvmstats_join(run); /* there is none */
+        CHECK(kvmstats_wait(run, 0, 0) == 0);
+        run->ticks = k == 0 ? 10 : UINT64_MAX >> 2;
+        run->interval = 1000000;
+        if (k == 2) {
+            run->cpus = &no_cpus;
+            run->cpu_words = 1;
+        }
+        CHECK(kvmstats_start(run) == 0);
+        if (k == 1) { /* a stop ends it, and nothing else does */
+            CHECK(kvmstats_wait(run, UINT64_MAX, 50) == 0);
+            kvmstats_stop(run);
+        }
+        for (;;) {
+            while (!kvmstats_wait(run, reading.chunks, 1000))
+                ;
+            if (kvmstats_ready(run) <= reading.chunks)
+                break;
+            read_chunk(&reading);
+            CHECK(run->chunks[reading.chunks % run->depth].wall_offset > INT64_MAX / 100); /* later than 1972 */
+            kvmstats_release(run, ++reading.chunks);
+        }
+        CHECK(__atomic_load_n(&run->ended, __ATOMIC_ACQUIRE) == 1);
+        CHECK(kvmstats_wait(run, UINT64_MAX, 0) == 1);
+        kvmstats_join(run);
+        kvmstats_join(run);
+        CHECK(run->joinable == 0);
+        CHECK(run->status == (k == 2 ? -EINVAL : 0));
+        CHECK(k == 2 ? run->taken == 0 : run->taken > 0);
+        if (k == 0)
+            check_accounts(&reading, 10);
+        close(run->event_fd);
+        end_sampler(s);
+    }
+}
+
 static void test_timer_slack(void)
 {
     struct sampler *s = new_sampler(1, 2, 4, 1);
@@ -679,6 +727,7 @@ int main(void)
     test_event();
     test_time_after_a_chunk();
     test_timer_slack();
+    test_thread();
 
     if (failures) {
         printf("test_run: %lu checks, %lu failed\n", checks, failures);
