@@ -321,6 +321,17 @@ def test_large_pages_are_weighed_by_their_size_as_they_were_at_the_end(rows, fai
     assert "large_page_share" not in x.vcpu.figures()
 
 
+@pytest.mark.parametrize("name", ["pages_4k", "pages_2m", "pages_1g"])
+@pytest.mark.parametrize("below", [1, 2**40, 2**63])
+def test_a_count_of_pages_below_0_has_no_share(name, below):
+    """KVM's counters are signed inside: one that fell below 0 is no count of 2^64 pages. Other VMs keep their share."""
+    values = {stat.name: np.array([[512, 512]], np.uint64) for stat in PAGES}
+    values[name][0, 0] = 2**64 - below
+    share = run_of(group_of(PAGES, [0, 1], values, kind="vm")).figures()["large_page_share"].values.tolist()
+    assert math.isnan(share[0])
+    assert share[1] == (2**21 + 2**30) / (2**12 + 2**21 + 2**30)
+
+
 def test_pages_of_one_size_alone_say_nothing():
     """PowerPC counts large pages, but not the small ones: no share."""
     for arch in ("powerpc-book3s", "arm64", "s390"):
