@@ -67,6 +67,12 @@ def find_steps(offsets: Mapping[int, int], sweeps: int) -> tuple[int, tuple[tupl
     return first, tuple(steps)
 
 
+def spread_offsets(wall_offset: int, steps: Sequence[tuple[int, int]], sweeps: int) -> npt.NDArray[np.int64]:
+    """Return the wall-clock offset of each sweep, int64 (T,); `steps` beyond the last sweep hold for none."""
+    starts = np.minimum([0, *(sweep for sweep, _ in steps), sweeps], sweeps)
+    return np.repeat(np.array([wall_offset, *(offset for _, offset in steps)], np.int64), np.diff(starts))
+
+
 def _check_follows(before: Samples, after: Samples) -> None:
     """Raise ValueError if these samples cannot be joined, with what disagrees."""
     if after.files != before.files:

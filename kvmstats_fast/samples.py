@@ -10,7 +10,7 @@ import numpy as np
 from kvmstats_fast import changes
 from kvmstats_fast._arguments import check_all
 from kvmstats_fast.groups import find_columns, find_groups
-from kvmstats_fast.joining import find_steps, join_samples
+from kvmstats_fast.joining import find_steps, join_samples, spread_offsets
 
 if TYPE_CHECKING:
     import os
@@ -121,10 +121,9 @@ class Samples:
 
         It follows the wall clock, which may be set: unlike `time` it can jump, and go backwards.
         """
-        wall = self.time + self.wall_offset
-        for sweep, offset in self.wall_steps:
-            np.add(self.time[sweep:], offset, out=wall[sweep:])
-        return wall
+        if not self.wall_steps:
+            return self.time + self.wall_offset
+        return self.time + spread_offsets(self.wall_offset, self.wall_steps, len(self))
 
     @property
     def vm(self) -> Samples:

@@ -16,6 +16,7 @@ from kvmstats_fast.formats.limits import check_memory
 from kvmstats_fast.formats.metadata import INT64, UINT64, Wrong, listed, row, whole
 from kvmstats_fast.formats.origin import BATCH_FIELDS, read_field
 from kvmstats_fast.groups import Columns
+from kvmstats_fast.joining import spread_offsets
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
@@ -67,27 +68,44 @@ def _check_rowless(value: Any) -> None:
         raise Wrong(value, "three lists of the same length")
 
 
-def read_happened(metadata: Mapping[bytes, bytes] | None, origin: Origin, source: str) -> dict[str, Any]:
-    """Return what the metadata of a batch says, checked."""
-    metadata = metadata or {}
-    happened: dict[str, Any] = {"rowless": [[], [], []], "wall_steps": []}
-    checks = BATCH_FIELDS | {"sweeps": whole(0, INT64[1]), "errors": check_errors(len(origin.files))}
-    if origin.format == 1:  # one offset for the whole recording
-        happened["wall_offset"] = origin.wall_offset
-        checks = {name: check for name, check in checks.items() if not name.startswith("wall_")}
-    if b"kvmstats.rowless" in metadata:
-        checks["rowless"] = _check_rowless
-    happened |= {name: read_field(metadata, name, check, source) for name, check in checks.items()}
-    return happened
+class Happened:
+    """Reads what the metadata of the batches of a file says of each; what does not change from batch to batch, once."""
+
+    def __init__(self, origin: Origin) -> None:
+        self._checks = BATCH_FIELDS | {"sweeps": whole(0, INT64[1]), "errors": check_errors(len(origin.files))}
+        self._absent: dict[str, Any] = {"rowless": [[], [], []], "wall_steps": []}
+        if origin.format == 1:  # one offset for the whole recording
+            self._absent["wall_offset"] = origin.wall_offset
+            self._checks = {name: check for name, check in self._checks.items() if not name.startswith("wall_")}
+        self._keys = {name: f"kvmstats.{name}".encode() for name in (*self._checks, "rowless")}
+        self._last: dict[str, tuple[bytes | None, Any]] = {}
+
+    def read(self, metadata: Mapping[bytes, bytes] | None, source: str) -> dict[str, Any]:
+        """Return what the metadata of a batch says, checked; its values are shared with other batches."""
+        metadata = dict(metadata or {})
+        checks = self._checks
+        if self._keys["rowless"] in metadata:
+            checks = checks | {"rowless": _check_rowless}
+        happened = dict(self._absent)
+        for name, check in checks.items():
+            raw = metadata.get(self._keys[name])
+            if raw is None or self._last.get(name, (None, None))[0] != raw:
+                self._last[name] = (raw, read_field(metadata, name, check, source))
+            happened[name] = self._last[name][1]
+        return happened
 
 
-def check_clock(happened: dict[str, Any], time: npt.NDArray[np.int64], source: str) -> None:
-    """Raise KvmStatsError unless time ascends, and the steps of the wall clock are at ascending sweeps."""
+def check_steps(happened: dict[str, Any], sweeps: int, source: str) -> None:
+    """Raise KvmStatsError unless the steps of the wall clock are at ascending sweeps."""
+    places = [0, *(sweep for sweep, _ in happened["wall_steps"]), sweeps]
+    if len(places) > 2 and any(after <= before for before, after in pairwise(places)):
+        raise KvmStatsError(f"{source}: wall_steps are not at ascending sweeps, from 1 to {sweeps - 1}")
+
+
+def check_order(time: npt.NDArray[np.int64], source: str) -> None:
+    """Raise KvmStatsError unless time ascends."""
     if (time[1:] < time[:-1]).any():
         raise KvmStatsError(f"{source}: 'time' is not in the order of time")
-    sweeps = [0, *(sweep for sweep, _ in happened["wall_steps"]), len(time)]
-    if len(sweeps) > 2 and any(after <= before for before, after in pairwise(sweeps)):
-        raise KvmStatsError(f"{source}: wall_steps are not at ascending sweeps, from 1 to {len(time) - 1}")
 
 
 @dataclass(frozen=True)
@@ -143,7 +161,7 @@ def to_samples(batch: Any, stats: Sequence[Stat], happened: dict[str, Any], orig
     stats : sequence of Stat
         What `stats_of` returned.
     happened : dict
-        What `read_happened` returned.
+        What `Happened.read` returned.
     origin : Origin
     source : str
         For messages.
@@ -183,9 +201,10 @@ def to_samples(batch: Any, stats: Sequence[Stat], happened: dict[str, Any], orig
         if values is None:
             raise KvmStatsError(f"{source}: column {name!r} has several values in one sweep")
         clock[name] = values
+    check_steps(happened, sweeps, source)
     clock["time"] = _to_monotonic(clock["time"], happened, source)
     clock = {name: np.concatenate([clock[name], np.array(more, clock[name].dtype)]) for name, more in rowless.items()}
-    check_clock(happened, clock["time"], source)
+    check_order(clock["time"], source)
     arrays = tuple(rows.spread(as_numpy(column)) for column in batch.columns[len(batch.columns) - len(stats) :])
     places = {stat.name: (stat, place) for place, stat in enumerate(stats)}
     return Samples(
@@ -204,9 +223,7 @@ def to_samples(batch: Any, stats: Sequence[Stat], happened: dict[str, Any], orig
 
 def _to_monotonic(wall: npt.NDArray[np.int64], happened: dict[str, Any], source: str) -> npt.NDArray[np.int64]:
     """Return CLOCK_MONOTONIC of the sweeps that have rows."""
-    offsets = np.full(len(wall), happened["wall_offset"], np.int64)
-    for sweep, offset in happened["wall_steps"]:
-        offsets[sweep:] = offset
+    offsets = spread_offsets(happened["wall_offset"], happened["wall_steps"], len(wall))
     if len(wall):
         lowest, highest = int(wall.min()) - int(offsets.max()), int(wall.max()) - int(offsets.min())
         if lowest < INT64[0] or highest > INT64[1]:

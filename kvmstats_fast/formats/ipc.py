@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 
+_SIZE = struct.Struct("<q")
 _CONTINUATION = 0xFFFFFFFF
 _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # of the union MessageHeader; a dictionary comes before the batch that uses it
 
@@ -17,8 +18,8 @@ class NoMessageError(Exception):
     """No whole message is there: the stream is torn, or these bytes are something else."""
 
 
-def measure_next(stream: memoryview, start: int) -> tuple[int, int] | None:
-    """Return how many bytes the next record batch claims to decompress to, and in how many they are stored.
+def measure_next(stream: memoryview, start: int) -> tuple[int, int, int] | None:
+    """Return how many bytes the next record batch claims to decompress to, in how many they are stored, and its end.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def measure_next(stream: memoryview, start: int) -> tuple[int, int] | None:
         raise NoMessageError from None
 
 
-def _measure_next(stream: memoryview, start: int) -> tuple[int, int] | None:
+def _measure_next(stream: memoryview, start: int) -> tuple[int, int, int] | None:
     claimed = stored = 0
     while True:
         if start == len(stream):
@@ -66,19 +67,19 @@ def _measure_next(stream: memoryview, start: int) -> tuple[int, int] | None:
         stored += body
         start += body
         if kind == _RECORD_BATCH:
-            return claimed, stored
+            return claimed, stored, start
 
 
 def _measure_body(batch: _Table, body: memoryview) -> int:
     """Return to how many bytes the compressed buffers of a RecordBatch decompress; others are read in place."""
     if batch.table(3) is None:  # not compressed
         return 0
-    claimed = 0
+    claimed, end, unpack = 0, len(body), _SIZE.unpack_from
     for offset, length in batch.pairs(2):
-        if offset < 0 or length < 0 or offset + length > len(body):
+        if offset < 0 or length < 0 or offset + length > end:
             raise NoMessageError
         if length:
-            (size,) = struct.unpack_from("<q", body, offset)
+            (size,) = unpack(body, offset)
             if size < -1:
                 raise NoMessageError
             claimed += max(size, 0)  # -1: this buffer is not compressed

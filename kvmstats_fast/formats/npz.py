@@ -17,7 +17,7 @@ import numpy as np
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.file_info import FileInfo, identify
 from kvmstats_fast.formats._put import put_directory, put_file
-from kvmstats_fast.formats.batches import check_clock
+from kvmstats_fast.formats.batches import check_order, check_steps
 from kvmstats_fast.formats.errors import check_errors, describe, restore
 from kvmstats_fast.formats.limits import check_size
 from kvmstats_fast.formats.metadata import INT64, Check, listed, mapping, read_json, whole
@@ -149,7 +149,8 @@ class _Npz:
         about = self._read_about()
         time = self._array("time", np.int64)
         sweep_ns, tick = self._array("sweep_ns", np.int64, time.shape), self._array("tick", np.uint64, time.shape)
-        check_clock(about, time, str(self._path))
+        check_steps(about, len(time), str(self._path))
+        check_order(time, str(self._path))
         return Samples(
             self._read_groups(about, len(time)),
             identify([FileInfo(*info) for info in about["files"]], about["host"]),

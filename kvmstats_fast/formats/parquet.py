@@ -18,6 +18,7 @@ from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories, put_file
 from kvmstats_fast.formats.limits import MOST_DATES
 from kvmstats_fast.formats.recording import Recording, read_batches
+from kvmstats_fast.formats.steps import STEP_BYTES
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
         source = Recording(source)
     name = _name(source) if isinstance(source, Samples) else source.recording
     writer = _Parquet(Path(root), host, name, encoding, overwrite=overwrite, mode=mode)
-    for samples in read_batches(source):
+    for samples in read_batches(source, min(STEP_BYTES, _ROWS_BYTES)):
         for part in samples.split():
             writer.add(part)
     writer.flush()

@@ -5,28 +5,27 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError, RecordingWarning
 from kvmstats_fast.formats import need
+from kvmstats_fast.formats.steps import STEP_BYTES, to_samples_joined
 from kvmstats_fast.formats.stream_file import StreamFile
+from kvmstats_fast.formats.whole import Whole
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Sequence
 
-    import numpy.typing as npt
-
     from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.formats.origin import Origin
-    from kvmstats_fast.groups import Columns
+    from kvmstats_fast.formats.steps import Batch
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -153,13 +152,21 @@ class Recording:
 
     def __iter__(self) -> Iterator[Samples]:
         """Give the batches in turn; their arrays are the file's memory where it is not compressed."""
+        return (samples for samples, _ in self._read(0, in_place=True))
+
+    def read(self, size: int) -> Iterator[Samples]:
+        """Give the batches in turn, small ones put together until their values take `size` bytes."""
+        return (samples for samples, _ in self._read(size, in_place=False))
+
+    def _read(self, size: int, *, in_place: bool) -> Iterator[tuple[Samples, int]]:
+        """Give Samples, and how many bytes they take in their files."""
         lost = [f"{error}; it was left out" for error in self._refused]
         seen = []
         for number, files in sorted(self._parts.items()):
             there = {}
             for file in files:
                 with suppress(FileNotFoundError):  # deleted since the recording was opened
-                    there[file] = file.read(lost)
+                    there[file] = file.read(lost, in_place=in_place)
             if not there:
                 continue
             seen.append(number)
@@ -170,7 +177,7 @@ class Recording:
                     "same sweeps, was left out and can be read by itself"
                 )
                 continue
-            yield from self._join_kinds(there, lost)
+            yield from self._join_kinds(there, size, lost)
         if self.path.is_dir():
             lost[:0] = _name_gaps(seen, max(self._parts))
             if self._kinds_gone and not self._refused:
@@ -179,18 +186,24 @@ class Recording:
             _warn(f"{self.path}: not all of this recording could be read: {'; '.join(lost)}")
 
     def _join_kinds(
-        self, there: dict[StreamFile, Iterator[tuple[Samples, dict[str, Any]]]], lost: list[str]
-    ) -> Iterator[Samples]:
-        """Put the batches of the kinds together, which were sampled together."""
+        self, there: dict[StreamFile, Iterator[Batch]], size: int, lost: list[str]
+    ) -> Iterator[tuple[Samples, int]]:
+        """Put the batches of the kinds together, which were sampled together, and those that follow each other."""
+        files = list(there)
+        waiting: list[list[Batch]] = []
+        waiting_size = 0
         while True:
             read = {file: next(batches, None) for file, batches in there.items()}
             present = [batch for batch in read.values() if batch is not None]
             if len(present) < len(read):
                 break
-            for file, batch in zip(read, present, strict=True):
-                _check_same_sweeps(file, batch, present[0])
-            first, _ = present[0]
-            yield first.restrict([group for batch, _ in present for group in batch.groups], self._kept)
+            waiting.append(present)
+            waiting_size += sum(batch.size for batch in present)
+            if waiting_size >= size:
+                yield from self._to_samples(files, waiting)
+                waiting, waiting_size = [], 0
+        if waiting:
+            yield from self._to_samples(files, waiting)
         if present:
             ahead = _join(file.path for file, batch in read.items() if batch is not None)
             lost.append(
@@ -200,6 +213,26 @@ class Recording:
             for batches in there.values():
                 for _ in batches:
                     pass  # so that what is lost of each is told
+
+    def _to_samples(self, files: Sequence[StreamFile], waiting: list[list[Batch]]) -> Iterator[tuple[Samples, int]]:
+        """Give batches of all files as one; one by one where they do not go together, or where one is damaged."""
+        try:
+            kinds = [
+                to_samples_joined(batches, file.stats, file.origin)
+                for file, batches in zip(files, zip(*waiting, strict=True), strict=True)
+            ]
+            _check_same_sweeps(files, kinds)
+            for batches in waiting:
+                _check_same_happened(files, batches)
+        except KvmStatsError:
+            if len(waiting) == 1:
+                raise
+        else:
+            whole = kinds[0].restrict([group for samples in kinds for group in samples.groups], self._kept)
+            yield whole, sum(batch.stored for batches in waiting for batch in batches)
+            return
+        for batches in waiting:
+            yield from self._to_samples(files, [batches])
 
     def load(self) -> Samples:
         """Return all of it as one Samples; of a single uncompressed batch without a copy.
@@ -211,40 +244,63 @@ class Recording:
         KvmStatsError
             If there is no whole batch in it.
         """
-        parts = list(self)
-        if not parts:
+        pool = need("pyarrow", "arrow").default_memory_pool()
+        whole = Whole(sum(file.size for part in self._parts.values() for file in part))
+        # A single batch stays where it is; more are copied once, each let go of as soon as that is done.
+        for samples, stored in self._read(STEP_BYTES, in_place=self._has_one_batch()):
+            with self._calling_it_damaged():
+                whole.add(samples, stored)
+            del samples
+            pool.release_unused()  # it would keep what batches were read and decompressed to
+        with self._calling_it_damaged():
+            joined = whole.join()
+        if joined is None:
             raise KvmStatsError(f"{self.path}: there is no whole batch in this recording")
-        if len(parts) == 1:
-            return parts[0]
+        return joined
+
+    def _has_one_batch(self) -> bool:
+        with suppress(FileNotFoundError):
+            return len(self._parts) == 1 and all(file.has_one_batch() for part in self._parts.values() for file in part)
+        return False
+
+    @contextmanager
+    def _calling_it_damaged(self) -> Iterator[None]:
         try:
-            return _concatenate(parts)
+            yield
         except ValueError as error:
             raise KvmStatsError(f"{self.path}: this recording is damaged: {error}") from error
 
 
-def read_batches(source: Samples | Recording | str | os.PathLike[str]) -> Iterator[Samples]:
-    """Give Samples, or those of a recording batch by batch; KvmStatsError if it has none."""
+def read_batches(source: Samples | Recording | str | os.PathLike[str], size: int = STEP_BYTES) -> Iterator[Samples]:
+    """Give Samples, or those of a recording in steps of about `size` bytes; KvmStatsError if it has none."""
     if isinstance(source, Samples):
         yield source
         return
     recording = source if isinstance(source, Recording) else Recording(source)
     empty = True
-    for samples in recording:
+    for samples in recording.read(size):
         empty = False
         yield samples
     if empty:
         raise KvmStatsError(f"{recording.path}: there is no whole batch in this recording")
 
 
-def _check_same_sweeps(file: StreamFile, batch: tuple[Samples, dict[str, Any]], first: tuple[Samples, Any]) -> None:
-    """Raise KvmStatsError unless two batches say the same of when and how they were sampled."""
-    (samples, happened), (others, expected) = batch, first
-    for name in ("time", "tick", "sweep_ns"):
-        if not np.array_equal(getattr(samples, name), getattr(others, name)):
-            raise KvmStatsError(f"{file.path}: column {name!r} is not that of the other kinds: not of the same sweeps")
-    for name, value in happened.items():
-        if name != "rowless" and value != expected[name]:
-            raise KvmStatsError(f"{file.path}: kvmstats.{name} of a batch is not that of the other kinds")
+def _check_same_sweeps(files: Sequence[StreamFile], kinds: Sequence[Samples]) -> None:
+    """Raise KvmStatsError unless samples of several kinds say the same of when they were taken."""
+    for file, samples in zip(files, kinds, strict=True):
+        for name in ("time", "tick", "sweep_ns"):
+            if not np.array_equal(getattr(samples, name), getattr(kinds[0], name)):
+                raise KvmStatsError(
+                    f"{file.path}: column {name!r} is not that of the other kinds: not of the same sweeps"
+                )
+
+
+def _check_same_happened(files: Sequence[StreamFile], batches: Sequence[Batch]) -> None:
+    """Raise KvmStatsError unless batches of several kinds say the same of how they were sampled."""
+    for file, batch in zip(files, batches, strict=True):
+        for name, value in batch.happened.items():
+            if name != "rowless" and value != batches[0].happened[name]:
+                raise KvmStatsError(f"{file.path}: kvmstats.{name} of a batch is not that of the other kinds")
 
 
 def _join(names: Iterable[object]) -> str:
@@ -259,30 +315,3 @@ def _name_gaps(seen: Sequence[int], last: int) -> list[str]:
     named = [str(low) if low == high else f"{low} to {high}" for low, high in gaps]
     one = len(gaps) == 1 and gaps[0][0] == gaps[0][1]
     return [f"{'part' if one else 'parts'} {', '.join(named)} {'is' if one else 'are'} missing"]
-
-
-def _concatenate(parts: list[Samples]) -> Samples:
-    """Concatenate Columns, letting go of them statistic by statistic, so that memory is needed only once."""
-    every = [[cast("Columns", group) for group in part.groups] for part in parts]
-    heads = [replace(group, arrays=()) for group in every[0]]
-    if any([group.signature for group in groups] != [head.signature for head in heads] for groups in every):
-        raise ValueError("its parts are of different statistics")
-    columns = [
-        [list(arrays) for arrays in zip(*(group.arrays for group in groups), strict=True)]
-        for groups in zip(*every, strict=True)
-    ]
-    every.clear()
-    parts[:] = [replace(part, groups=()) for part in parts]
-    whole = Samples.concatenate(parts)
-    groups = tuple(
-        replace(head, arrays=tuple(_concatenate_arrays(arrays) for arrays in group))
-        for head, group in zip(heads, columns, strict=True)
-    )
-    return replace(whole, groups=groups)
-
-
-def _concatenate_arrays(arrays: list[npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:
-    whole = np.concatenate(arrays)
-    arrays.clear()
-    need("pyarrow", "arrow").default_memory_pool().release_unused()  # it would keep what batches were decompressed to
-    return whole
