@@ -60,7 +60,9 @@ class Originals:
             ("c", x[:2], "lz4"),
             ("d", x.vcpu[:2], None),
         ):
-            with kf.Recorder(room / name, compression=compression, rotate_bytes=1 if name == "b" else None) as recorder:
+            with kf.Recorder(
+                room / name, compression=compression, rotate_bytes=1 if name == "b" else None, flush_seconds=0
+            ) as recorder:
                 recorder.write(samples[:1])
                 recorder.write(samples[1:])
             self.recordings.append({one.name: one.read_bytes() for one in (room / name).iterdir()})

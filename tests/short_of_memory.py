@@ -35,7 +35,7 @@ class Room:
         self.files = [self.made.open() for _ in range(FILES)]
         self.samples = kf.Sampler(self.files).run(0, count=SWEEPS)
         self.recording = folder / "recording"
-        with kf.Recorder(self.recording) as recorder:
+        with kf.Recorder(self.recording, flush_seconds=0) as recorder:
             for start in range(0, SWEEPS, BATCH):
                 recorder.write(self.samples[start : start + BATCH])
         kf.to_parquet(self.samples[:2], folder / "warm up")  # what is loaded when first used, of modules and in them
@@ -59,7 +59,7 @@ class Room:
 
     def record(self, path):
         """Record; what was written before memory was short can be read, which is looked at later."""
-        with kf.Recorder(path) as recorder:
+        with kf.Recorder(path, flush_seconds=0) as recorder:
             for start in range(0, SWEEPS, BATCH):
                 recorder.write(self.samples[start : start + BATCH])
 

@@ -238,7 +238,7 @@ def test_files_are_their_owners_unless_asked_otherwise(umask, asked, folder, tmp
     try:
         for name, write in WRITERS.items():
             write(X, tmp_path / name, **options)
-        with kf.Recorder(tmp_path / "a" / "b", rotate_bytes=1, **options) as recorder:
+        with kf.Recorder(tmp_path / "a" / "b", rotate_bytes=1, flush_seconds=0, **options) as recorder:
             recorder.write(X[:2])
             recorder.write(X[2:])
         kf.to_parquet(X, tmp_path / "set", **options)

@@ -38,7 +38,7 @@ def test_at_every_limit_the_result_is_right_or_a_memory_error():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_memory_that_arrow_lacks_is_not_called_damage(error, batch, tmp_path, monkeypatch):
     """In whatever form it says so, at whichever batch: no part of the recording is returned, and none called torn."""
-    with kf.Recorder(tmp_path / "run") as recorder:
+    with kf.Recorder(tmp_path / "run", flush_seconds=0) as recorder:
         recorder.write(X[:4])
         recorder.write(X[4:])
     read = stream_file.measure_next
@@ -72,7 +72,7 @@ def test_memory_that_arrow_lacks_to_open_a_file_is_not_called_damage(tmp_path, m
 
 def test_a_recorder_without_memory_says_so_and_ends_readable(tmp_path, monkeypatch):
     """What it had written can be read."""
-    recorder = kf.Recorder(tmp_path / "run")
+    recorder = kf.Recorder(tmp_path / "run", flush_seconds=0)
     recorder.write(X[:4])
     with monkeypatch.context() as patched:
 
