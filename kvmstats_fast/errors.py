@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from enum import IntEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._kvmstats import lib
@@ -141,7 +140,7 @@ def unknown_stat(name: str, known: Iterable[str], where: str) -> KeyError:
     return KeyError(f"no statistic {name!r} in {where}; {hint}")
 
 
-_PACKAGE = f"{Path(__file__).parent}/"
+_PACKAGE = __file__.rpartition("/")[0] + "/"
 
 
 def warn_caller(text: str, category: type[Warning]) -> None:

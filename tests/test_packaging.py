@@ -97,6 +97,12 @@ def test_the_import_of_the_package_loads_neither_numpy_nor_the_core():
     assert "numpy" in loaded_by("import kvmstats_fast; kvmstats_fast.StatsFile")
 
 
+def test_a_stats_file_loads_nothing_slow_beyond_numpy():
+    """Modules that only an error or a rare call needs are imported by these."""
+    own = loaded_by("import numpy, kvmstats_fast; kvmstats_fast.StatsFile") - loaded_by("import numpy")
+    assert own.isdisjoint({"pathlib", "difflib", "hashlib", "unicodedata", "inspect", "subprocess", "pyarrow"})
+
+
 def test_a_child_forked_while_a_name_is_imported_can_use_it():
     """The fork waits until another thread has imported what it uses for the first time."""
     code = (
