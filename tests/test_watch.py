@@ -303,3 +303,39 @@ def test_a_borrower_is_no_vmm(vmm):
                     kf.attach(pid)
         finally:
             other.kill()
+
+
+GREEN = """
+import signal, subprocess, sys, time
+import kvmstats_fast as kf
+pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+vmm = subprocess.Popen([sys.executable, "-W", "ignore", "-c", sys.argv[1]], **pipes)
+vmm.stdout.readline()
+vmm.stdin.write(b"guest, files = boot()\\n")
+vmm.stdin.flush()
+vmm.stdout.readline()
+machine = kf.attach(vmm.pid)
+kf.Sampler(machine).sweep()
+print(len(machine.vcpus), len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+vmm.stdin.close()
+vmm.wait()
+while not all(file.closed for file in machine):
+    time.sleep(0.01)
+print(machine.alive)
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "patch"),
+    [
+        ("gevent", "from gevent import monkey; monkey.patch_all()"),
+        ("eventlet", "import eventlet; eventlet.monkey_patch()"),
+    ],
+)
+def test_a_vmm_is_watched_under_green_threads(library, patch):
+    """After monkey-patching: attach works, by a watch in a thread of its own that sees the VMM's end."""
+    pytest.importorskip(library)
+    code = f"import warnings; warnings.simplefilter('ignore')\n{patch}\n{GREEN}"
+    command = [sys.executable, "-W", "ignore", "-c", code, VMM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["1 0", "False"]), done.stderr

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._resource import Closing, Fd, HasFileno, describe_fd, fd_of
+from kvmstats_fast._unpatched import unpatched
 from kvmstats_fast.errors import FormatError, HandOverError
 from kvmstats_fast.stats_file import StatsFile
 
@@ -262,7 +263,7 @@ def _deadline(timeout: float | None) -> float:
 
 def _wait(connection: socket.SocketType, event: int, deadline: float, progress: str) -> None:
     """Wait until the socket can be read or written; `progress` is for the error."""
-    poll = select.poll()
+    poll = unpatched("select", "poll")()
     poll.register(connection.fileno(), event)
     left = deadline - time.monotonic()
     if not poll.poll(None if left == math.inf else min(max(0, math.ceil(left * 1000)), _LONGEST_POLL)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._resource import Closing, Fd, HasFileno
+from kvmstats_fast._unpatched import unpatched
 from kvmstats_fast.abi import KVM_LINK
 from kvmstats_fast.errors import VmGoneError
 
@@ -63,7 +64,7 @@ def is_own(root: str) -> bool:
 
 
 def _is_readable(pidfd: HasFileno) -> bool:
-    poll = select.poll()
+    poll = unpatched("select", "poll")()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import select
-import threading
 import time
-from _thread import start_new_thread
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._text import printable
+from kvmstats_fast._unpatched import unpatched
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
 from kvmstats_fast.handle import null_fd
 from kvmstats_fast.vmm.mark import Marks, mark_dead
@@ -124,7 +123,7 @@ class Watcher:
 
     def forget(self) -> None:
         """In a forked child: what the parent watches is the parent's."""
-        self.lock = threading.RLock()
+        self.lock = unpatched("_thread", "RLock")()
         self._watched: WeakValueDictionary[int, Watched] = WeakValueDictionary()
         epoll, self._epoll = self._epoll, None
         if epoll is not None:
@@ -135,8 +134,9 @@ class Watcher:
         null_fd()  # now, because a file is revoked even when there are too many open
         with self.lock:
             if self._epoll is None:
-                epoll = select.epoll()
-                start_new_thread(self._work, (epoll,))  # in one step, for the sake of Ctrl-C
+                epoll = unpatched("select", "epoll")()
+                start_thread = unpatched("_thread", "start_new_thread")
+                start_thread(self._work, (epoll,))  # in one step, for the sake of Ctrl-C
                 self._epoll = epoll
             self._epoll.register(watched.process, select.EPOLLIN)
             self._watched[watched.process.fileno()] = watched
