@@ -97,10 +97,11 @@ class Fd(Closing):
 
     def __init__(self, call: Callable[..., int], *arguments: Any, owned: bool = True) -> None:
         self.owned = owned
-        self._held: list[int] = []  # the fd, or nothing: the methods of a list are atomic
-        self._held.extend(map(call, *((argument,) for argument in arguments)))
-        if self._held[0] < 0:
-            error = -self._held.pop()
+        held: list[int] = []  # the fd, or nothing: the methods of a list are atomic
+        self._held = held
+        held.extend(map(call, *zip(arguments)))
+        if held[0] < 0:
+            error = -held.pop()
             raise OSError(error, os.strerror(error))
 
     @classmethod
@@ -138,11 +139,13 @@ class Fd(Closing):
 
     def close(self) -> None:
         """Close the fd if it is owned; a second call does nothing."""
-        with suppress(IndexError):
+        try:
             if self.owned:
                 any(map(os.close, map(list.pop, (self._held,))))
             else:
                 self._held.pop()
+        except IndexError:  # closed already
+            pass
 
     def __del__(self) -> None:
         if getattr(self, "_held", None):

@@ -49,7 +49,7 @@ def null_fd() -> Fd:
     return Fd(os.open, os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Owner:
     """Whose file it is: the VMM that created the VM, as far as that is known.
 
@@ -71,6 +71,9 @@ class Owner:
     fd: int | None = None
 
 
+_UNKNOWN = Owner()
+
+
 class Handle:
     """What a StatsFile has open.
 
@@ -88,18 +91,20 @@ class Handle:
     __slots__ = ("_id", "fd", "lost", "owner", "source")
 
     def __init__(self, fd: Fd, file_id: str, schema: Schema, value_size: int) -> None:
-        self.owner = Owner()
+        self.owner = _UNKNOWN
         self.lost: Exception | None = None
         self.fd = fd
         self._id = file_id
+        encoding = schema.encoding
         self.source: Any = ffi.new(
-            _SOURCE, (fd.fileno(), value_size, schema.encoding.swapped, schema.header.data_offset, schema.num_values)
+            _SOURCE, (fd.fileno(), value_size, encoding.swapped, encoding.header.data_offset, encoding.data_size // 8)
         )
 
     @property
     def closed(self) -> bool:
         """Whether the file was closed or revoked."""
-        return bool(self.source.fd < 0)
+        closed: bool = self.source.fd < 0
+        return closed
 
     def check_open(self) -> None:
         """Raise what keeps the file from being read: why it was revoked, or ValueError if it is closed."""

@@ -304,10 +304,11 @@ class StatsFile(Closing):
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        if not self.closed:
-            self._out, self._own, self._keep = _NO_ARRAY, None, None
-        if hasattr(self, "handle"):
-            self.handle.close()
+        handle = getattr(self, "handle", None)  # missing as in `closed`
+        if handle is not None:
+            if not handle.closed:
+                self._out, self._own, self._keep = _NO_ARRAY, None, None
+            handle.close()
 
     def _prepare(self, out: npt.NDArray[np.uint64]) -> None:
         self.handle.check_open()
@@ -330,7 +331,8 @@ class StatsFile(Closing):
         return self
 
     def __del__(self) -> None:
-        if not self.closed and self.handle.fd.owned:
+        handle = getattr(self, "handle", None)  # missing as in `closed`
+        if handle is not None and handle.fd.owned and not handle.closed:
             text = f"unclosed {self!r}"
             self.close()  # first, because the warning may be an error
             warnings.warn(text, ResourceWarning, 2, source=self)

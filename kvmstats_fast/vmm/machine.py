@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvmstats_fast._arguments import check_integer, check_seconds
@@ -83,8 +84,7 @@ class VirtualMachine(Closing):
         self.vm = machines[0] if len(machines) == 1 else None
         self.vcpus = tuple(file for file in files if file.kind == "vcpu")
         for file in files:
-            owner = file.handle.owner
-            owner.pid, owner.name, owner.machine = self.pid, self.name, self
+            file.handle.owner = replace(file.handle.owner, pid=self.pid, name=self.name, machine=self)
 
     @property
     def alive(self) -> bool:
@@ -133,7 +133,7 @@ class VirtualMachine(Closing):
                     AttachError(errno.ENODEV, f"{printable(file.id)}: process {self.pid} has closed this stats file")
                 )
                 file.close()
-                file.handle.owner.machine = None
+                file.handle.owner = replace(file.handle.owner, machine=None)
             self._watched.watch(sorted([*kept, *fresh], key=by_vcpu), marks)
             self._set(self._watched.files)
             self._about = about
@@ -175,7 +175,7 @@ class VirtualMachine(Closing):
             self._watched.close()
             for file in self.files:
                 file.close()
-                file.handle.owner.machine = None
+                file.handle.owner = replace(file.handle.owner, machine=None)
 
     def _check_alive(self) -> None:
         if not self.alive:
