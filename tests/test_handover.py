@@ -770,7 +770,7 @@ def test_a_stats_file_that_cannot_be_read_is_an_error_and_all_stay_open(listen, 
         resources.callback(os.close, fd)
     monkeypatch.setattr(inherited, "_FIRST", 800)
     listen(LISTEN_PID=os.getpid(), LISTEN_FDS=2, LISTEN_FDNAMES="a:b")
-    with pytest.raises(kf.FormatError, match=r"'b' of LISTEN_FDS: fd 801 .*the defect of the original series"):
+    with pytest.raises(kf.FormatError, match=r"'b' of LISTEN_FDS: fd 801 .*the count defect of the original series"):
         kf.inherited_files()
     assert [fcntl.fcntl(fd, fcntl.F_GETFD) for fd in fds] == [fcntl.FD_CLOEXEC] * 2
     monkeypatch.setenv("LISTEN_FDS", "1")
