@@ -304,8 +304,14 @@ class Process(Closing):
         return sorted(map(int, os.listdir(f"{self.folder}/task")))  # noqa: PTH208 - numbers, not paths
 
     def thread_syscall(self, tid: int) -> list[str]:
-        """Return the words of a thread's ``syscall`` file: number and arguments, or ``running``."""
-        return _contents(f"{self.folder}/task/{tid}/syscall").decode().split()
+        """Return the words of a thread's ``syscall`` file, or ``running``; ProcessLookupError if it has ended."""
+        folder = f"{self.folder}/task/{tid}"
+        try:
+            return _contents(f"{folder}/syscall").decode().split()
+        except PermissionError:  # what has ended, and was not waited for, belongs to root
+            if _contents(f"{folder}/stat").rpartition(b")")[2].split()[0] in (b"Z", b"X"):
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from None
+            raise
 
     def program(self) -> str:
         """Return the name of the file that it runs; empty if it is just ending, which loses that first."""
