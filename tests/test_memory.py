@@ -181,9 +181,9 @@ try:
             sweeps = sum(len(part) for part in stream)
     else:
         sweeps = len(sampler.run(0, count=20))
-    print(sweeps == 20)
+    print(sweeps == 20, flush=True)
 except MemoryError:
-    print("MemoryError")
+    print("MemoryError", flush=True)
 os._exit(0)
 """
 

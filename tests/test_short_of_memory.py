@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 
 import kvmstats_fast as kf
-from kvmstats_fast.formats import stream_file
 
 VCPU = made.schema_of(None, "vcpu")
 X = made.samples([("vm", made.schema_of(None, "vm"), 1), ("vcpu", VCPU, 2)], 9)
@@ -41,16 +40,23 @@ def test_memory_that_arrow_lacks_is_not_called_damage(error, batch, tmp_path, mo
     with kf.Recorder(tmp_path / "run", flush_seconds=0) as recorder:
         recorder.write(X[:4])
         recorder.write(X[4:])
-    read = stream_file.measure_next
+    open_stream = pa.ipc.open_stream
     calls = []
 
-    def measure(*arguments):
-        calls.append(1)
-        if len(calls) == batch:
-            raise error
-        return read(*arguments)
+    class Reader:
+        def __init__(self, *arguments, **options):
+            self.reader = open_stream(*arguments, **options)
 
-    monkeypatch.setattr(stream_file, "measure_next", measure)
+        def __getattr__(self, name):
+            return getattr(self.reader, name)
+
+        def read_next_batch_with_custom_metadata(self):
+            calls.append(1)
+            if len(calls) == batch:
+                raise error
+            return self.reader.read_next_batch_with_custom_metadata()
+
+    monkeypatch.setattr(pa.ipc, "open_stream", Reader)
     for load in (kf.Samples.load, lambda path: kf.to_parquet(path, tmp_path / "set")):
         calls.clear()
         with pytest.raises(MemoryError):
