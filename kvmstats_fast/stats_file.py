@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Buffer, Self
 
-__all__ = ["StatsFile"]
-
 
 _NO_ARRAY = object()  # no caller can pass it
 _read = lib.kvmstats_read  # the hot call: looking it up in lib would cost a tenth of it

@@ -18,8 +18,6 @@ from kvmstats_fast.errors import AttachError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["check_can_hold", "hold_library", "start"]
-
 _PT_INTERP = 3
 _SCRIPTS_DEEP = 5  # what the kernel allows: fs/exec.c, exec_binprm
 

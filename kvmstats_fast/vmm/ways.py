@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["WAYS", "Way", "advise"]
-
 
 class Way(NamedTuple):
     """A way to get at the stats files of a VM.
