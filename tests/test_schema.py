@@ -419,7 +419,6 @@ def test_a_file_can_be_parsed_at_any_step_of_parsing_another(meanwhile):
     """In a signal handler, in a forked child and in another thread: no step holds a lock that these wait for."""
 
     def work():
-        signal.alarm(60)  # the child that hangs is killed
         number, steps = itertools.count(), itertools.count()
 
         def others():
@@ -432,6 +431,7 @@ def test_a_file_can_be_parsed_at_any_step_of_parsing_another(meanwhile):
             frame.f_trace_opcodes = True
             if event == "opcode" and next(steps) % stride == 0:
                 sys.settrace(None)
+                signal.alarm(60)  # a step that hangs is killed; all of them may take longer, where forks are slow
                 meanwhile(others)
                 sys.settrace(trace)
             return trace
