@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from contextlib import suppress
 from itertools import count
@@ -22,8 +23,6 @@ STEP = int(os.environ.get("KVMSTATS_INTERRUPT_STEP", "307"))
 pytestmark = [
     pytest.mark.real_vm,
     pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning"),  # of what the interpreter closes in our place
-    # A Ctrl-C that comes in a __del__ is lost: the interpreter only reports it.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 
@@ -58,6 +57,9 @@ def interrupt_everywhere(work, before=lambda: None, *, least):
     """
 
     def interrupt():
+        # A Ctrl-C that comes in a __del__ is only reported. pytest's report would keep its traceback, and with it all
+        # that the frames of the work own.
+        sys.unraisablehook = lambda _: None
         assert _interrupt(work, before) > least
 
     assert exit_status(forked(interrupt)) == 0
