@@ -12,6 +12,7 @@ from qemu import QEMU, needs_qemu, until
 import kvmstats_fast as kf
 from kvmstats_fast.cli import main
 from kvmstats_fast.vmm.hold import hold_library
+from kvmstats_fast.vmm.ways import HOLD_DOMAIN
 
 ROOT = Path(__file__).parent.parent
 #: Of libvirtd's own: what it has on this host, domains and networks too, is neither seen nor touched.
@@ -221,7 +222,7 @@ def test_a_reboot_keeps_the_process(libvirt, web):
 
 
 def test_a_domain_without_the_library_is_refused_and_injecting_into_it_too(libvirt):
-    """The seccomp filter is the reason that is given, and injection is not what is recommended before or after."""
+    """The reason is the seccomp filter, and what is advised, before and after, is what works for a domain."""
     pid = libvirt.pid("plain")
     with pytest.raises(kf.AttachError, match="LD_PRELOAD") as plain:
         kf.attach(pid)
@@ -229,6 +230,7 @@ def test_a_domain_without_the_library_is_refused_and_injecting_into_it_too(libvi
         kf.attach(pid, inject=True)
     for caught in (plain, refused):
         assert "inject=True" not in str(caught.value)
+        assert HOLD_DOMAIN.advice in str(caught.value)
 
 
 def test_what_the_user_of_qemu_cannot_read_is_in_the_log_of_the_domain(libvirt):

@@ -8,7 +8,7 @@ import pytest
 
 from kvmstats_fast import stats_file
 from kvmstats_fast.vmm.refusal import Facts, explain
-from kvmstats_fast.vmm.ways import BORROW, HAND_OVER, HOLD, INJECT, QEMU, WAYS, advise
+from kvmstats_fast.vmm.ways import BORROW, HAND_OVER, HOLD, HOLD_DOMAIN, INHERIT, INJECT, QEMU, WAYS, advise
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +30,17 @@ def test_advice_is_in_order_and_leaves_out_what_would_not_help(inject, vcpus):
     assert places == sorted(places)
     assert -1 not in places
     assert not [way for way in left_out if way.advice in text]
+
+
+@pytest.mark.parametrize("vcpus", [True, False])
+def test_a_domain_of_libvirt_gets_only_what_works_for_it(vcpus):
+    """Nobody starts, or changes, the QEMU of a domain but libvirt; its copy of the library is the guide's."""
+    text = advise(inject=False, vcpus=vcpus, domain=True)
+    assert text.startswith(HOLD_DOMAIN.advice)
+    assert (QEMU.advice in text) is vcpus
+    assert not [way for way in (HOLD, HAND_OVER, INHERIT, INJECT) if way.advice in text]
+    guide = (ROOT / "docs" / "attach.md").read_text()
+    assert all(line in guide for line in re.findall("`(install[^`]*)`", HOLD_DOMAIN.advice))
 
 
 def test_refusals_and_the_hint_for_eio_have_the_same_words():

@@ -183,6 +183,14 @@ def has_vm(files: list[KvmFile]) -> bool:
     return any(not file.is_stats for file in files)
 
 
+def is_domain(process: Process) -> bool:
+    """Return whether libvirt started the process: it names files of its state folder (qemuDomainSetPrivatePaths)."""
+    try:
+        return any("/libvirt/qemu/" in argument for argument in process.arguments())
+    except OSError:
+        return False
+
+
 def vcpus_of(process: Process, files: list[KvmFile]) -> tuple[int, ...]:
     """Return the ids of the vCPUs that a process has open, ascending."""
     groups = process.group(file for file in files if file.kind == "vcpu" and not file.is_stats)

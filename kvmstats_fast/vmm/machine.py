@@ -16,7 +16,7 @@ from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError, VmGoneError
 from kvmstats_fast.vmm import hold
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
-from kvmstats_fast.vmm.find import VmProcess, describe, has_vm, vcpus_of
+from kvmstats_fast.vmm.find import VmProcess, describe, has_vm, is_domain, vcpus_of
 from kvmstats_fast.vmm.hazard import has_filter
 from kvmstats_fast.vmm.mark import Marks
 from kvmstats_fast.vmm.refusal import refused
@@ -159,7 +159,7 @@ class VirtualMachine(Closing):
             lines.append(
                 f"{' and '.join(missing)}: {printable(self.vmm)} (process {self.pid}) does not hold "
                 f"{'it' if vms + len(vcpus) == 1 else 'them'}. What helps, the least intrusive first: "
-                + advise(inject=not self._trouble and not has_filter(self._watched.process), vcpus=bool(vcpus))
+                + _advise(self._watched.process, inject=not self._trouble, vcpus=bool(vcpus))
             )
         if machines > 1:
             lines.append(
@@ -296,13 +296,17 @@ def _nothing(process: Process, about: VmProcess, listed: list[KvmFile], trouble:
         return AttachError(
             errno.ENODATA,
             f"no stats file of process {pid} could be opened: {'; '.join(trouble)}. What helps, the least intrusive "
-            f"first: {advise(inject=False)}",
+            f"first: {_advise(process, inject=False)}",
         )
     return AttachError(
         errno.ENODATA,
         f"{printable(about.vmm)} (process {pid}) holds no stats files, and the kernel opens them only for the process "
-        f"that made the VM. What helps, the least intrusive first: {advise(inject=not has_filter(process))}",
+        f"that made the VM. What helps, the least intrusive first: {_advise(process)}",
     )
+
+
+def _advise(process: Process, *, inject: bool = True, vcpus: bool = True) -> str:
+    return advise(inject=inject and not has_filter(process), vcpus=vcpus, domain=is_domain(process))
 
 
 def launch(

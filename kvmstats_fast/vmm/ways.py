@@ -75,11 +75,18 @@ INJECT = Way(
     "where that is acceptable, attach(pid, inject=True)",
 )
 
+#: `HOLD` for a domain of libvirt, which starts the VMM itself; docs/attach.md has the steps.
+HOLD_DOMAIN = HOLD._replace(
+    advice="it is a domain of libvirt: copy the hold library to where its QEMU can read it (`install -D -m 755 "
+    '"$(kvmstats hold-path)" /usr/lib/kvmstats/libkvmstats-hold.so`), set LD_PRELOAD to the copy with <qemu:env> in '
+    "the domain's XML, then `virsh destroy` and `virsh start` (a reboot keeps the old process)",
+)
+
 #: The least intrusive first.
 WAYS = (BORROW, HOLD, QEMU, HAND_OVER, INHERIT, INJECT)
 
 
-def advise(*, inject: bool = True, vcpus: bool = True) -> str:
+def advise(*, inject: bool = True, vcpus: bool = True, domain: bool = False) -> str:
     """Return what to do about stats files that a VMM does not hold, in order.
 
     Parameters
@@ -88,7 +95,11 @@ def advise(*, inject: bool = True, vcpus: bool = True) -> str:
         Whether injection may be recommended: not to a VMM under a seccomp filter, nor where it was just refused.
     vcpus : bool
         Whether files of vCPUs are among them.
+    domain : bool
+        Whether libvirt started the VMM, which then is a QEMU that nobody changes.
     """
-    ways = [HOLD, *([QEMU] if vcpus else []), HAND_OVER, INHERIT, *([INJECT] if inject else [])]
+    ways = [HOLD_DOMAIN if domain else HOLD, *([QEMU] if vcpus else [])]
+    ways += [] if domain else [HAND_OVER, INHERIT]
+    ways += [INJECT] if inject else []
     *before, last = [way.advice for way in ways]
-    return f"{'; '.join(before)}; or {last}"
+    return f"{'; '.join(before)}; or {last}" if before else last
