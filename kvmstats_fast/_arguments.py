@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from fnmatch import fnmatchcase
 from numbers import Real
 from typing import TYPE_CHECKING, SupportsFloat, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 _T = TypeVar("_T")
 
@@ -75,6 +76,17 @@ def check_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
         if not isinstance(one, str):
             raise TypeError(f"{name} has {article(one)}; {wanted}")
     return names
+
+
+def find_fitting(pattern: str, known: Collection[str]) -> list[str]:
+    """Return what a name or glob fits: the name alone if it is known, for names may look like globs."""
+    return [pattern] if pattern in known else [name for name in known if fnmatchcase(name, pattern)]
+
+
+def check_kind(kind: str | None) -> None:
+    """Raise ValueError if this is no kind of stats file, nor None for both."""
+    if kind not in (None, "vm", "vcpu"):
+        raise ValueError(f"kind is {kind!r}; it must be 'vm' or 'vcpu'")
 
 
 def check_all(name: str, value: Iterable[_T], kind: type[_T]) -> tuple[_T, ...]:

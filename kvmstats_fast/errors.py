@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._kvmstats import lib
+from kvmstats_fast._text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -132,12 +133,21 @@ def truncated(source: str, offset: int, limit: int) -> FormatError:
 
 def unknown_stat(name: str, known: Iterable[str], where: str) -> KeyError:
     """Return the error for a name or glob that fits no statistic in `where`; `known` are those there are."""
+    return unknown_name("statistic", name, known, where)
+
+
+def unknown_name(what: str, name: str, known: Iterable[str], where: str) -> KeyError:
+    """Return the error for a name or glob that fits nothing; it says `what` is named, and what is near."""
     from difflib import get_close_matches  # noqa: PLC0415 - for this message alone
 
     names = list(dict.fromkeys(known))
     near = get_close_matches(name, names, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else f"none of the {len(names)} names there is similar"
-    return KeyError(f"no statistic {name!r} in {where}; {hint}")
+    hint = (
+        f"did you mean {', '.join(map(printable, near))}?"
+        if near
+        else f"none of the {len(names)} names there is similar"
+    )
+    return KeyError(f"no {what} {name!r} in {where}; {hint}")
 
 
 _PACKAGE = __file__.rpartition("/")[0] + "/"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,12 +15,16 @@ from kvmstats_fast._arguments import check_name
 from kvmstats_fast.errors import unknown_stat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from typing import TypeAlias
 
     import numpy.typing as npt
 
     from kvmstats_fast.schema import Schema
     from kvmstats_fast.stat import Stat
+
+    #: Which sweeps or files are taken, ascending.
+    Key: TypeAlias = slice | npt.NDArray[np.intp]
 
 #: Bytes of the rows that are worked on at once: they fit a processor's cache, and numpy's calls do not count.
 BLOCK_BYTES = 1 << 20
@@ -33,19 +37,37 @@ class Group(ABC):
     schema: Schema
     kind: str
     places: dict[str, tuple[Stat, int]]  #: name to the statistic and where its values are
-    columns: npt.NDArray[np.intp]  #: index of each file in ``Samples.files``
+    columns: npt.NDArray[np.intp]  #: index of each file in ``Samples.files``, ascending
 
     @abstractmethod
     def view(self, name: str) -> npt.NDArray[np.uint64]:
         """Return the values of a statistic, (sweeps, files) or (sweeps, files, buckets), without a copy."""
 
     @abstractmethod
-    def take_sweeps(self, key: slice) -> Group:
-        """Return those sweeps, without a copy."""
+    def take_sweeps(self, key: Key) -> Group:
+        """Return those sweeps: a view of a slice, a copy of an array of indices."""
+
+    @abstractmethod
+    def take_files(self, key: Key) -> Group:
+        """Return those of the group's files: a view of a slice, a copy of an array of indices."""
+
+    @abstractmethod
+    def take_stats(self, names: Collection[str]) -> Group:
+        """Return those of the group's statistics, without a copy."""
 
     @abstractmethod
     def contiguous(self) -> list[npt.NDArray[np.uint64]]:
         """Return the values of every statistic as a C-contiguous array, copied only where they are not one."""
+
+    @property
+    def words(self) -> int:
+        """How many values a file has in a sweep."""
+        return sum(stat.size for stat, _ in self.places.values())
+
+    def with_arrays(self, arrays: Iterable[npt.NDArray[np.uint64]], columns: npt.NDArray[np.intp]) -> Columns:
+        """Return a group of these files with an array for each of these statistics."""
+        places = {name: (stat, index) for index, (name, (stat, _)) in enumerate(self.places.items())}
+        return Columns(self.schema, self.kind, places, columns, tuple(arrays))
 
     @property
     def signature(self) -> tuple[str, Schema, tuple[str, ...], tuple[int, ...]]:
@@ -64,9 +86,24 @@ class Block(Group):
         stat, word = self.places[name]
         return self.values[:, :, word : word + stat.size] if stat.shape else self.values[:, :, word]
 
-    def take_sweeps(self, key: slice) -> Block:
+    def take_sweeps(self, key: Key) -> Block:
         """Return those sweeps."""
         return replace(self, values=self.values[key])
+
+    def take_files(self, key: Key) -> Group:
+        """Return those files."""
+        if isinstance(key, slice) or self.is_dense:
+            return replace(self, values=self.values[:, key], columns=self.columns[key])
+        return self.with_arrays((self.view(name)[:, key] for name in self.places), self.columns[key])
+
+    def take_stats(self, names: Collection[str]) -> Block:
+        """Return those statistics, which stay where they are among the others."""
+        return replace(self, places={name: place for name, place in self.places.items() if name in names})
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether most of the array is values of these statistics: a copy of the others would be for nothing."""
+        return bool(2 * self.words > self.values.shape[2])
 
     def contiguous(self) -> list[npt.NDArray[np.uint64]]:
         """Copy every statistic into an array of its own."""
@@ -89,9 +126,19 @@ class Columns(Group):
         """Return the values of a statistic."""
         return self.arrays[self.places[name][1]]
 
-    def take_sweeps(self, key: slice) -> Columns:
+    def take_sweeps(self, key: Key) -> Columns:
         """Return those sweeps."""
         return replace(self, arrays=tuple(array[key] for array in self.arrays))
+
+    def take_files(self, key: Key) -> Columns:
+        """Return those files."""
+        return replace(self, arrays=tuple(array[:, key] for array in self.arrays), columns=self.columns[key])
+
+    def take_stats(self, names: Collection[str]) -> Columns:
+        """Return those statistics."""
+        places = {name: place for name, place in self.places.items() if name in names}
+        arrays = [self.arrays[index] for _, index in places.values()]
+        return replace(self, places=places).with_arrays(arrays, self.columns)
 
     def contiguous(self) -> list[npt.NDArray[np.uint64]]:
         """Return the arrays."""
@@ -101,12 +148,12 @@ class Columns(Group):
 def join_groups(groups: Sequence[Group]) -> Group:
     """Return one group with the sweeps of several that have the same signature, one after the other."""
     first = groups[0]
-    if all(isinstance(group, Block) for group in groups):
-        blocks = cast("Sequence[Block]", groups)
+    blocks = [group for group in groups if isinstance(group, Block) and group.is_dense]
+    rows = {(*block.places.items(), block.values.shape[1:]) for block in blocks}
+    if len(blocks) == len(groups) and len(rows) == 1:
         return replace(blocks[0], values=np.concatenate([block.values for block in blocks]))
-    places = {name: (stat, index) for index, (name, (stat, _)) in enumerate(first.places.items())}
-    arrays = tuple(np.concatenate([group.view(name) for group in groups]) for name in places)
-    return Columns(first.schema, first.kind, places, first.columns, arrays)
+    arrays = (np.concatenate([group.view(name) for group in groups]) for name in first.places)
+    return first.with_arrays(arrays, first.columns)
 
 
 def find_groups(groups: Sequence[Group], name: str) -> list[Group]:
@@ -123,6 +170,14 @@ def find_groups(groups: Sequence[Group], name: str) -> list[Group]:
 def find_columns(groups: Sequence[Group], name: str) -> npt.NDArray[np.intp]:
     """Return the indices of the files that have a statistic, ascending; KeyError as `find_groups`."""
     return np.sort(np.concatenate([group.columns for group in find_groups(groups, name)]))
+
+
+def find_key(indices: npt.NDArray[np.intp]) -> Key:
+    """Return ascending indices as a slice if they are evenly spaced, of which numpy makes a view; else as they are."""
+    steps = np.diff(indices)
+    if not indices.size or (steps != steps[:1]).any():
+        return indices if indices.size else slice(0)
+    return slice(int(indices[0]), int(indices[-1]) + 1, int(steps[0]) if steps.size else 1)
 
 
 def rows_per_block(values: npt.NDArray[np.uint64]) -> int:

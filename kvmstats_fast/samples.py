@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
-from kvmstats_fast import changes
+from kvmstats_fast import changes, selection, spans
 from kvmstats_fast._arguments import check_all
 from kvmstats_fast.groups import find_columns, find_groups
-from kvmstats_fast.joining import find_steps, join_samples, spread_offsets
+from kvmstats_fast.joining import join_samples, spread_offsets
+from kvmstats_fast.selection import Selection
 
 if TYPE_CHECKING:
     import os
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kvmstats_fast.analysis.histogram import Histogram
     from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.groups import Group
+    from kvmstats_fast.spans import When
     from kvmstats_fast.stat import Stat
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
@@ -126,18 +128,107 @@ class Samples:
         return self.time + spread_offsets(self.wall_offset, self.wall_steps, len(self))
 
     @property
+    def elapsed(self) -> float:
+        """Seconds from the first to the last sweep; 0 if there are fewer than two."""
+        return (int(self.time[-1]) - int(self.time[0])) / 1e9 if len(self) else 0.0
+
+    @property
     def vm(self) -> Samples:
         """The same sweeps, of the VM files only."""
-        return self._of_kind("vm")
+        return Selection.of((), None, None, "vm", None).take(self)
 
     @property
     def vcpu(self) -> Samples:
         """The same sweeps, of the vCPU files only."""
-        return self._of_kind("vcpu")
+        return Selection.of((), None, None, "vcpu", None).take(self)
 
-    def _of_kind(self, kind: str) -> Samples:
-        groups = [group for group in self.groups if group.kind == kind]
-        return self.restrict(groups, [index for index, info in enumerate(self.files) if info.kind == kind])
+    def select(
+        self,
+        *names: str,
+        vm: str | Iterable[str] | None = None,
+        vcpu: int | Iterable[int] | None = None,
+        kind: str | None = None,
+        host: str | Iterable[str] | None = None,
+    ) -> Samples:
+        """Return the same sweeps, of some statistics and files.
+
+        Parameters
+        ----------
+        *names : str
+            Names or globs of statistics (``"exits"``, ``"halt_*"``); files that have none of them are left out. Without
+            names, all statistics.
+        vm, host : str or iterable of str, optional
+            Labels of VMs (`vms`), names of hosts; or globs. What is called so comes before what fits as a glob.
+        vcpu : int or iterable of int, optional
+            Numbers of vCPUs: of each VM those with this number.
+        kind : {"vm", "vcpu"}, optional
+
+        Returns
+        -------
+        Samples
+            Statistics and files are in the order they were in. Its arrays are views of these, but where the files are
+            not evenly spaced.
+
+        Raises
+        ------
+        KeyError
+            If a name, VM, vCPU or host is not there, or no file is all that is asked for.
+        TypeError, ValueError
+            If an argument is of a wrong type, or `kind` is neither.
+        """
+        return selection.select(self, Selection.of(names, vm, vcpu, kind, host))
+
+    def by_vm(self) -> dict[str, Samples]:
+        """Return the samples of each VM by its label, in the order of `vms`; views as those of `select`."""
+        return selection.split_by_vm(self)
+
+    def between(self, start: When | None, stop: When | None = None) -> Samples:
+        """Return the sweeps of a range of time, as views: from `start` on, and before `stop`.
+
+        Parameters
+        ----------
+        start, stop : str, datetime.datetime, numpy.datetime64, float or None
+            A time of the wall clock: text in ISO 8601, a datetime or a datetime64, which are UTC if they do not say
+            where, like the times in all tables. Or seconds since the first sweep. None: no limit.
+
+        Returns
+        -------
+        Samples
+            Adjacent ranges share no sweep and leave none out. There may be no sweep in it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If these are no times, or `start` is after `stop`; or if the wall clock was set back, so that the samples
+            pass the range more than once: the message says where.
+        """
+        return spans.between(self, spans.Span.of(start, stop))
+
+    def resample(self, interval: float) -> Samples:
+        """Return the last sweep of each interval, such as each second.
+
+        Parameters
+        ----------
+        interval : float
+            In seconds; no shorter than that of these samples.
+
+        Returns
+        -------
+        Samples
+            With that `interval`, and a `tick` for each one on the schedule of the run (without a schedule, since the
+            first sweep). `missed` counts the intervals that have no sweep. Views, where the sweeps are evenly spaced.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is not a number of seconds, or shorter.
+
+        Notes
+        -----
+        Values are those that were read; nothing is averaged. What a counter lost when it was cleared is known only
+        where that shows between two sweeps: `total` of all sweeps knows of more resets than that of fewer.
+        """
+        return spans.resample(self, interval)
 
     def split(self) -> tuple[Samples, ...]:
         """Return the samples of each kind and schema by themselves, without a copy."""
@@ -145,16 +236,7 @@ class Samples:
 
     def restrict(self, groups: Iterable[Group], files: Sequence[int]) -> Samples:
         """Return the same sweeps, of these groups and files only. Inner to the package."""
-        new = {index: position for position, index in enumerate(files)}
-        return replace(
-            self,
-            groups=tuple(
-                replace(group, columns=np.array([new[index] for index in group.columns.tolist()], np.intp))
-                for group in groups
-            ),
-            files=tuple(self.files[index] for index in files),
-            errors=tuple(error._replace(file=new[error.file]) for error in self.errors if error.file in new),
-        )
+        return selection.restrict(self, groups, files)
 
     def stat(self, name: str) -> Stat:
         """Return the descriptor of a statistic: its type, unit and scale.
@@ -182,7 +264,7 @@ class Samples:
     def __getitem__(self, key: slice) -> Samples: ...
     def __getitem__(self, key: str | slice) -> npt.NDArray[np.uint64] | Samples:
         if isinstance(key, slice):
-            return self._slice(key)
+            return spans.take_sweeps(self, key)
         if isinstance(key, str):
             return self._values(key)
         raise TypeError(f"{key!r} is neither the name of a statistic nor a slice of sweeps")
@@ -199,42 +281,6 @@ class Samples:
             )
         order = np.argsort(np.concatenate([group.columns for group in found]))
         return np.concatenate([group.view(name) for group in found], axis=1)[:, order]
-
-    def _slice(self, key: slice) -> Samples:
-        start, stop, step = key.indices(len(self))
-        if step <= 0:
-            raise ValueError("samples are in the order of time: a slice's step must be positive")
-        part = replace(
-            self,
-            groups=tuple(group.take_sweeps(key) for group in self.groups),
-            time=self.time[key],
-            sweep_ns=self.sweep_ns[key],
-            tick=self.tick[key],
-        )
-        if (start, stop, step) == (0, len(self), 1):
-            return part
-        if self.wall_steps:
-            before = ((sweep, offset) for sweep, offset in self.wall_steps if sweep < stop)
-            offsets = {0: self.wall_offset} | {max(0, -(-(sweep - start) // step)): offset for sweep, offset in before}
-            part.wall_offset, part.wall_steps = find_steps(offsets, len(part))
-        # Ticks that were missed before a sweep go with it, so that parts add up to the whole.
-        part.missed = part.overruns = 0
-        if stop > start:
-            part.missed = self._gaps(max(start - 1, 0), stop)
-            if not start:  # below 0 where a part of a recording is gone, whose ticks were sampled
-                part.missed += max(self.missed - self._gaps(0, len(self)), 0)
-        part.errors = tuple(
-            error._replace(sweep=max(0, -(-(error.sweep - start) // step)))
-            for error in self.errors
-            if error.sweep < stop
-        )
-        return part
-
-    def _gaps(self, start: int, stop: int) -> int:
-        """Return how many ticks were missed between these sweeps; where they fall, a further run counts from 0."""
-        tick = self.tick[start:stop].astype(np.int64)
-        gaps = np.diff(tick) - 1
-        return int(np.where(gaps < 0, tick[1:], gaps).sum())
 
     def delta(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
         """Return the change of a statistic from each sweep to the next, raw.
@@ -272,6 +318,23 @@ class Samples:
         parts = [changes.add_exactly(cast("npt.NDArray[np.uint64]", delta), 0, what) for delta in deltas]
         return changes.add_exactly(np.stack(parts), 0, what)
 
+    def mean_rate(self, name: str) -> npt.NDArray[np.float64]:
+        """Return the change per second in base units over the whole run: `total` by the time it took.
+
+        Returns
+        -------
+        numpy.ndarray
+            float64, shape ``(n,)``, a histogram's ``(n, buckets)``; units as in `rate`. It is right whatever ticks were
+            missed and whenever somebody cleared a counter. Of a file that failed it is the mean until then. NaN where
+            that is no time.
+
+        Raises
+        ------
+        ValueError
+            As `total`.
+        """
+        return spans.mean_rate(self, name)
+
     def resets(self, name: str) -> npt.NDArray[np.bool_]:
         """Return where a statistic that grows fell, because somebody cleared it (through debugfs).
 
@@ -293,6 +356,11 @@ class Samples:
         numpy.ndarray
             float64, the shape of `delta`. ``halt_wait_ns`` gives seconds per second; a histogram counts per second
             and bucket. NaN where a file had failed, and between two sweeps of the same ns.
+
+        Notes
+        -----
+        The mean of these is not the mean rate of the run where ticks were missed: a step of a second weighs no more in
+        it than one of a millisecond. `mean_rate` is.
         """
         return self._blank(name, changes.rate(self._values(name), self.time, self.stat(name)), np.nan)
 
@@ -631,8 +699,8 @@ class Samples:
 
     def __repr__(self) -> str:
         kinds = [info.kind for info in self.files]
-        seconds = (int(self.time[-1]) - int(self.time[0])) / 1e9 if len(self) else 0.0
-        text = f"{len(self)} sweeps of {kinds.count('vm')} VM and {kinds.count('vcpu')} vCPU files in {seconds:.6g} s"
+        text = f"{len(self)} sweeps of {kinds.count('vm')} VM and {kinds.count('vcpu')} vCPU files"
+        text += f" in {self.elapsed:.6g} s"
         text += f", {len(self.names)} statistics, {self.missed} ticks missed"
         if self.errors:
             text += f", {len(self.errors)} files failed"

@@ -11,13 +11,12 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from kvmstats_fast._arguments import check_name, check_names
+from kvmstats_fast._arguments import check_name, check_names, find_fitting
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast.abi import LAYOUT_OF_CODE, Layout, StatUnit, split_flags
 from kvmstats_fast.errors import ErrorCode, format_error, truncated, unknown_stat
@@ -251,9 +250,7 @@ class Schema(Mapping[str, Stat]):
 
     def matches(self, pattern: str) -> dict[str, Stat]:
         """Find the statistics that a name or glob fits, by name; there may be none."""
-        if pattern in self:
-            return {pattern: self[pattern]}
-        return {name: stat for name, stat in self.items() if fnmatchcase(name, pattern)}
+        return {name: self[name] for name in find_fitting(pattern, self)}
 
     def unpack(self, values: npt.NDArray[np.uint64], *, si: bool = False) -> dict[str, Value]:
         """Name the values of one reading.

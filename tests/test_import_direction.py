@@ -17,7 +17,7 @@ LAYERS = (
     ("abi", "errors"),
     ("stat", "schema", "image"),
     ("file_info", "groups", "handle", "stats_file"),
-    ("changes", "joining", "samples", "vmm"),
+    ("changes", "joining", "selection", "spans", "samples", "vmm"),
     ("sampling", "analysis", "formats"),
     ("plot",),
     ("testing",),

@@ -259,6 +259,10 @@ def test_real_vms_are_told_apart_everywhere(vms, resources, tmp_path, plots):
     data = v.to_xarray()[name]
     change = (data.isel(time=-1) - data.isel(time=0)).groupby("vm").sum()
     by_vm = {label: made_exits[label, 0] + made_exits[label, 1] for label in labels}
+    assert {label: int(part.total(name).sum()) for label, part in v.by_vm().items()} == by_vm
+    assert x.select(name, vm=labels[1], vcpu=0).total(name).tolist() == [made_exits[labels[1], 0]]
+    by_sweep = v.select(name).between(0, x.elapsed + 1).resample(1e-9)
+    np.testing.assert_allclose(by_sweep.mean_rate(name) * x.elapsed, [*made_exits.values()])
     assert dict(zip(change["vm"].values.tolist(), change.values.tolist(), strict=True)) == by_vm
     imbalance = x.figures()["exits_imbalance"]
     assert imbalance.vms == tuple(labels)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmstats_fast._arguments import check_kind
 from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.formats._put import PRIVATE, put_file
 from kvmstats_fast.formats.recording import read_batches
@@ -53,8 +54,7 @@ def to_csv(
     are raw. The file is there as a whole or not at all.
     """
     csv = need("pyarrow.csv", "arrow")
-    if kind not in (None, "vm", "vcpu"):
-        raise ValueError(f"kind is {kind!r}; it must be 'vm' or 'vcpu'")
+    check_kind(kind)
     writer = None
     with put_file(Path(path), overwrite=overwrite, mode=mode) as file, ExitStack() as stack:
         for samples in read_batches(source):
