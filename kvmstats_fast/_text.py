@@ -59,6 +59,25 @@ def display_width(text: str) -> int:
     )
 
 
+def format_html(rows: Sequence[Sequence[str]], align: str) -> str:
+    """Return the table that `format_table` gives as text, as HTML; its cells are escaped."""
+    from html import escape  # noqa: PLC0415 - for notebooks alone
+
+    lines = []
+    for tag, row in zip(["th", *["td"] * len(rows)], rows, strict=False):
+        sides = ("left" if side == "<" else "right" for side in align)
+        cells = (
+            f'<{tag} style="text-align:{side}">{escape(cell)}</{tag}>' for cell, side in zip(row, sides, strict=True)
+        )
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def plain_number(value: float) -> float | None:
+    """Return a number that JSON has; None for NaN and infinity."""
+    return value if math.isfinite(value) else None
+
+
 def format_number(value: float, form: str) -> str:
     """Return a number as `format` writes it; ``-`` for NaN."""
     return "-" if math.isnan(value) else format(value, form)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,29 @@ def identify(files: Sequence[FileInfo], host: str) -> tuple[FileInfo, ...]:
         labels = [label + ending if label in shared else label for label, ending in zip(labels, endings, strict=True)]
     found = {index: label for indices, label in zip(vms, labels, strict=True) for index in indices}
     return tuple(replace(info, vm=found[index], host=info.host or host) for index, info in enumerate(files))
+
+
+#: What each file is added to, by the word that says so.
+_BY: dict[str, Callable[[FileInfo], str]] = {
+    "host": lambda info: info.host,
+    "vm": lambda info: info.vm,
+    "vcpu": str,
+}
+
+
+def check_by(by: str) -> None:
+    """Raise ValueError if this is no word for what files are added up by."""
+    if by not in _BY:
+        raise ValueError(f"by is {by!r}; it must be one of {', '.join(map(repr, _BY))}")
+
+
+def group_files(files: Sequence[FileInfo], by: str) -> dict[str, list[int]]:
+    """Return the indices of the files of each VM (`by` is ``"vm"``), host or vCPU, by its label."""
+    check_by(by)
+    groups: dict[str, list[int]] = {}
+    for index, info in enumerate(files):
+        groups.setdefault(_BY[by](info), []).append(index)
+    return groups
 
 
 def _owner(info: FileInfo) -> Hashable:

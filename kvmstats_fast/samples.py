@@ -444,8 +444,14 @@ class Samples:
 
         return duty_cycle.duty_cycle(self, name, confidence)
 
-    def figures(self) -> Figures:
+    def figures(self, by: str = "vcpu") -> Figures:
         """Return derived figures of the run: exits by kind, halt polling, halted time, page faults, large pages.
+
+        Parameters
+        ----------
+        by : {"vcpu", "vm", "host"}
+            Of what there is a value: of each file, or of all files of a VM or host together. Rates are added up; of a
+            fraction the statistics are, so that it is that of the whole.
 
         Returns
         -------
@@ -453,13 +459,18 @@ class Samples:
             A mapping of names to `Figure`, each with values of shape ``(n,)``; ``print`` shows a table. A figure is
             missing if no file has its statistics.
 
+        Raises
+        ------
+        ValueError
+            If `by` is none of these.
+
         Notes
         -----
         A halt is counted when it ends: `halted_fraction` of a short run can be 0, or above 1.
         """
-        from kvmstats_fast.analysis import figures  # noqa: PLC0415 - Samples' methods import rightwards
+        from kvmstats_fast.analysis import formulas  # noqa: PLC0415 - Samples' methods import rightwards
 
-        return figures.figures(self)
+        return formulas.derive_figures(self, by)
 
     def halt_poll_advice(self, settings: Iterable[int] | None = None) -> HaltPollAdvice | None:
         """Return what different settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.

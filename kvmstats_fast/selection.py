@@ -10,6 +10,7 @@ import numpy as np
 
 from kvmstats_fast._arguments import check_integer, check_kind, check_names, find_fitting
 from kvmstats_fast.errors import unknown_name, unknown_stat
+from kvmstats_fast.file_info import group_files
 from kvmstats_fast.groups import find_key
 
 if TYPE_CHECKING:
@@ -128,10 +129,7 @@ def select(samples: Samples, selection: Selection) -> Samples:
 
 def split_by_vm(samples: Samples) -> dict[str, Samples]:
     """Return the samples of each VM by its label; see `Samples.by_vm`."""
-    members: dict[str, list[int]] = {vm: [] for vm in samples.vms}
-    for index, info in enumerate(samples.files):
-        members[info.vm].append(index)
-    return {vm: take_files(samples, files) for vm, files in members.items()}
+    return {vm: take_files(samples, files) for vm, files in group_files(samples.files, "vm").items()}
 
 
 def take_files(samples: Samples, files: Sequence[int]) -> Samples:

@@ -1,6 +1,7 @@
 """Derived figures, duty cycles and advice against plain arithmetic and brute force."""
 
 import itertools
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -47,10 +48,10 @@ EXPECTED = {
     | WAITS
     | per_second(X86_EXITS + " notify_window_exits pf_taken")
     | {f"pf_{name}_share" for name in FAULTS}
-    | {"exits_imbalance"},
+    | {"exits_imbalance", "other_exits/s"},
     "arm64": HALTS
     | per_second("hvc_exit_stat wfe_exit_stat wfi_exit_stat mmio_exit_user mmio_exit_kernel exits")
-    | {"exits_imbalance"},
+    | {"exits_imbalance", "other_exits/s"},
     "s390": HALTS
     | per_second(
         "exit_userspace exit_null exit_external_request exit_io_request exit_external_interrupt exit_stop_request "
@@ -64,7 +65,7 @@ EXPECTED = {
         "dtlb_virt_miss_exits syscall_exits isi_exits dsi_exits emulated_inst_exits dec_exits ext_intr_exits "
         "dbell_exits gdbell_exits"
     )
-    | {"sum_exits_imbalance"},
+    | {"sum_exits_imbalance", "other_exits/s"},
 }
 EXPECTED["powerpc-booke"] = EXPECTED["powerpc-book3s"]
 RISCV = (
@@ -74,15 +75,19 @@ RISCV = (
         "ecall_exit_stat wfi_exit_stat wrs_exit_stat mmio_exit_user mmio_exit_kernel csr_exit_user csr_exit_kernel "
         "signal_exits exits"
     )
-    | {"exits_imbalance"}
+    | {"exits_imbalance", "other_exits/s"}
 )
 OF_CAPTURES = {
     "x86_64-6.1": EXPECTED["x86"],
     "x86_64-6.18-pvm": EXPECTED["x86"],
     "arm64-6.1": EXPECTED["arm64"] | WAITS | per_second("signal_exits"),
     "riscv64-6.12": RISCV,
-    "v2-x86_64": HALTS | per_second(X86_EXITS) | {"exits_imbalance"},
+    "v2-x86_64": HALTS | per_second(X86_EXITS) | {"exits_imbalance", "other_exits/s"},
 }
+
+
+#: No kinds of exits: all of them, and why KVM_RUN returned.
+NO_KIND = ("exits", "sum_exits", "signal_exits", "request_irq_exits", "light_exits")
 
 
 def changed(values, grows=True):
@@ -114,6 +119,11 @@ def expected_of_vcpu(values, seconds):
         words = name.split("_")
         if ("exits" in words or "exit" in words or name == "pf_taken") and "ns" not in words:
             result[f"{name}/s"] = by / seconds
+        if name in ("exits", "sum_exits"):
+            kinds = [one for one in change if {"exit", "exits"} & {*one.split("_")} and one not in NO_KIND]
+            kinds = [one for one in kinds if not one.endswith("_ns")]
+            if kinds:
+                result["other_exits/s"] = max(by - sum(change[one] for one in kinds), 0) / seconds
         if name.startswith("pf_") and name not in ("pf_taken", "pf_guest") and "pf_taken" in change:
             result[f"{name}_share"] = ratio(by, change["pf_taken"])
     if "halt_attempted_poll" in change:
@@ -140,6 +150,8 @@ def check_figures(figures, expected, files):
         np.testing.assert_allclose(figure.values, numbers, rtol=1e-12, err_msg=name)
         assert figure.units == ("1/s" if name.endswith("/s") else "")
         assert (figure.values.dtype, figure.values.shape) == (np.float64, (len(having),))
+        total = sum(number for number in numbers if not math.isnan(number)) if figure.units else math.nan
+        np.testing.assert_allclose(figure.sum, total if np.isfinite(numbers).any() else math.nan, rtol=1e-12)
         if name in totals:
             whole = figures[totals[name]]
             assert (whole.files, whole.units, whole.values.shape) == ((), "", (1,))
@@ -188,18 +200,20 @@ def test_an_architecture_has_the_figures_that_its_statistics_give(arch):
         figures["large_page_share"]
 
 
+def captured(kernel, prefix=""):
+    """Samples of two captures of a real kernel's vCPU, a second apart."""
+    folder = DATA / "captures" / kernel
+    images = [kf.parse((folder / f"{prefix}vcpu0-{when}.bin").read_bytes()) for when in ("before", "after")]
+    return run_of(group_of(images[0].schema.stats, [0], {name: [[one[name]] for one in images] for name in images[0]}))
+
+
 @pytest.mark.parametrize("kernel", OF_CAPTURES)
 def test_the_figures_of_a_real_kernel_follow_from_its_captures(kernel):
     """Two captures a second apart, of which one is the sweep before and one the sweep after."""
     for prefix in ("", "halt-"):
-        images = [
-            kf.parse((DATA / "captures" / kernel / f"{prefix}vcpu0-{when}.bin").read_bytes())
-            for when in ("before", "after")
-        ]
-        plain = {stat.name: stat for stat in images[0].schema.stats if not stat.shape}
-        values = {name: [[image[name]] for image in images] for name in images[0]}
-        x = run_of(group_of(images[0].schema.stats, [0], values))
-        expected = {0: expected_of_vcpu({name: [int(row[0]) for row in values[name]] for name in plain}, 1)}
+        x = captured(kernel, prefix)
+        plain = [name for name in x.names if not x.stat(name).shape]
+        expected = {0: expected_of_vcpu({name: x[name][:, 0].tolist() for name in plain}, 1)}
         assert set(x.figures()) == OF_CAPTURES[kernel]
         check_figures(x.figures(), expected, x.files)
 
@@ -227,13 +241,11 @@ def mixed_runs(draw):
     return kernels, owners, sweeps, failed, list(itertools.accumulate(steps)), seed
 
 
-@examples(120)
-@given(mixed_runs(), st.sampled_from(["block", "columns"]))
-def test_figures_of_any_mix_of_kernels_and_failures_are_those_of_each_file(drawn, storage):
-    """Each file has the figures that its own kernel has parts for, up to the sweep before it failed."""
+def mixed_run(drawn, storage):
+    """The Samples of such a run; and of each file its readings by name, up to where it failed, and over how long."""
     kernels, owners, sweeps, failed, times, seed = drawn
     random = np.random.default_rng(seed)
-    groups, expected = [], {}
+    groups, rows = [], {}
     for kernel, names in enumerate(kernels):
         columns = [file for file, owner in enumerate(owners) if owner == kernel]
         if not columns:
@@ -242,12 +254,20 @@ def test_figures_of_any_mix_of_kernels_and_failures_are_those_of_each_file(drawn
         values = readings(random, stats, sweeps, len(columns))
         for place, file in enumerate(columns):
             end = dict(failed).get(file, sweeps)
-            rows = {name: values[name][:end, place].tolist() for name in names}
-            expected[file] = expected_of_vcpu(rows, (times[end - 1] - times[0]) / 1e9 if end else 0)
+            seconds = (times[end - 1] - times[0]) / 1e9 if end else 0
+            rows[file] = {name: values[name][:end, place].tolist() for name in names}, seconds
             for name in names:
                 values[name][end:, place] = 77  # means nothing
         groups.append(group_of(stats, columns, values, storage=storage))
-    x = run_of(*groups, times=times, failed=failed)
+    return run_of(*groups, times=times, failed=failed), [rows[file] for file in sorted(rows)]
+
+
+@examples(120)
+@given(mixed_runs(), st.sampled_from(["block", "columns"]))
+def test_figures_of_any_mix_of_kernels_and_failures_are_those_of_each_file(drawn, storage):
+    """Each file has the figures that its own kernel has parts for, up to the sweep before it failed."""
+    x, rows = mixed_run(drawn, storage)
+    expected = {file: expected_of_vcpu(of_file, seconds) for file, (of_file, seconds) in enumerate(rows)}
     check_figures(x.figures(), expected, x.files)
 
 
@@ -359,13 +379,127 @@ def test_exponents_that_no_float_reaches_break_no_figures():
 
 
 def test_the_table_has_a_line_for_each_figure():
-    """min, mean and max of the known values, units, and whose they are."""
+    """Sum, min, mean and max of the known values, units, and whose they are; fractions have no sum."""
     x = run_of(group_of(counters("exits"), range(3), {"exits": [[0, 0, 0], [1, 2, 0], [3, 6, 0]]}), failed=[(2, 1)])
     head, exits, imbalance = (line.split() for line in str(x.figures()).splitlines())
-    assert head == ["min", "mean", "max"]
-    assert exits == ["exits/s", "1.5", "2.25", "3", "1/s", "of", "3", "files:", "exits"]
-    assert imbalance[:7] == ["exits_imbalance", *["0.3333"] * 3, "of", "1", "VM:"]
-    assert " ".join(imbalance[7:]) == "max / mean - 1 of exits/s in a VM"
+    assert head == ["sum", "min", "mean", "max"]
+    assert exits == ["exits/s", "4.5", "1.5", "2.25", "3", "1/s", "of", "3", "files:", "exits"]
+    assert imbalance[:8] == ["exits_imbalance", "-", *["0.3333"] * 3, "of", "1", "VM:"]
+    assert " ".join(imbalance[8:]) == "max / mean - 1 of exits/s in a VM"
+
+
+def test_exits_by_kind_and_those_of_no_kind_add_up():
+    """No exit is left out; what has two kinds makes the rest smaller, never negative; signals are no kind of exit."""
+    names = ("exits", "io_exits", "halt_exits", "signal_exits", "request_irq_exits")
+    rows = [(10, 4, 3, 5, 5), (10, 10, 3, 0, 0), (10, 0, 0, 99, 0), (0, 0, 0, 7, 7)]
+    x = run_of(
+        group_of(
+            counters(*names),
+            range(4),
+            {name: [[0] * 4, one] for name, one in zip(names, np.transpose(rows), strict=True)},
+        )
+    )
+    figures = x.figures()
+    other = figures["other_exits/s"]
+    assert other.values.tolist() == [3, 0, 10, 0]
+    assert other.formula == "max(exits - (io_exits + halt_exits), 0)"
+    assert other.sum == 13
+    (pvm,) = captured("x86_64-6.18-pvm").figures()["other_exits/s"].values
+    assert pvm == 1000  # port I/O, which this kind of KVM counts as nothing
+    only = run_of(group_of(counters("exits", "signal_exits"), [0], {"exits": [[1], [2]]}))
+    assert "other_exits/s" not in only.figures()
+
+
+#: Of what each fraction is the sum, by the sum of what; of counters in ns both are.
+FRACTIONS = {
+    "halt_poll_success_ratio": (["halt_successful_poll"], ["halt_attempted_poll"]),
+    "halt_poll_time_ratio": (["halt_poll_success_ns"], HALT_NS[1:]),
+    "halted_fraction": (HALT_NS, ["elapsed"]),
+    "pf_fixed_share": (["pf_fixed"], ["pf_taken"]),
+}
+
+
+@examples(100)
+@given(mixed_runs(), st.sampled_from(["vm", "host"]))
+def test_figures_of_a_vm_are_those_of_all_its_files_together(drawn, by):
+    """Rates add up; a fraction is that of the sums, of the files that have one; a host is all its VMs."""
+    x, rows = mixed_run(drawn, "block")
+    x.files = tuple(replace(info, vm=f"vm-{i % 2}") for i, info in enumerate(x.files))
+    changes = [
+        {name: changed(values) if len(values) > 1 else math.nan for name, values in of_file.items()}
+        | {"elapsed": time * 10**9 if len(next(iter(of_file.values()))) > 1 and time else math.nan}
+        for of_file, time in rows
+    ]
+    of_files, figures = x.figures(), x.figures(by=by)
+    assert set(figures) == {name for name in of_files if by == "vm" or not name.endswith("_imbalance")}
+    for name, figure in figures.items():
+        each = of_files[name]
+        if name.endswith("_imbalance"):
+            np.testing.assert_array_equal(figure.values, each.values)
+            continue
+        members = {}
+        for place, info in enumerate(each.files):
+            members.setdefault(info.vm if by == "vm" else info.host, []).append(place)
+        assert (figure.labels, figure.files, figure.formula) == (tuple(members), (), each.formula)
+        assert figure.hosts == ("here",) * len(members)
+        expected = []
+        for places in members.values():
+            if name.endswith("/s"):
+                known = [each.values[place] for place in places if not math.isnan(each.values[place])]
+                expected.append(sum(known) if known else math.nan)
+                continue
+            parts = [changes[x.files.index(each.files[place])] for place in places]
+            sums = [[sum(of_file[part] for part in some) for some in FRACTIONS[name]] for of_file in parts]
+            sums = [pair for pair in sums if not any(map(math.isnan, pair))]
+            expected.append(ratio(*map(sum, zip(*sums, strict=True))) if sums else math.nan)
+        np.testing.assert_allclose(figure.values, expected, rtol=1e-9, err_msg=name)
+
+
+def test_figures_are_plain_python_and_frames_and_html():
+    """All have every value and whose it is; what is not defined is None, NaN, or a dash."""
+    exits = {"exits": [[0, 0, 0], [10, 1000, 30]], "io_exits": [[0, 0, 0], [1, 2, 3]]}
+    pages = {stat.name: [[5], [512]] for stat in PAGES}
+    x = run_of(
+        group_of(counters("exits", "io_exits"), range(3), exits),
+        group_of(PAGES, [3], pages, kind="vm"),
+        failed=[(2, 1)],
+    )
+    x.files = tuple(
+        replace(info, vm=vm, vcpu_id=vcpu)
+        for info, vm, vcpu in zip(x.files, ("<web>", "db", "db", "db"), (0, 0, 1, None), strict=True)
+    )
+    figures = x.figures()
+    plain = figures.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["exits/s"] == {
+        "units": "1/s",
+        "formula": "exits",
+        "sum": 1010.0,
+        "of": ["<web>/0", "db/0", "db/1"],
+        "values": [10.0, 1000.0, None],
+    }
+    assert plain["exits_imbalance"]["of"] == ["<web>", "db"]
+    assert plain["large_page_share"]["sum"] is None
+    frame = figures.to_pandas()
+    assert list(frame.columns) == list(figures)
+    assert frame.index.names == ["host", "vm", "vcpu"]
+    assert frame["exits/s"].dropna().to_dict() == {("here", "<web>", 0): 10, ("here", "db", 0): 1000}
+    assert frame["exits_imbalance"].dropna().to_dict() == {("here", "<web>", -1): 0, ("here", "db", -1): 0}
+    assert frame.loc[("here", "db", -1), "large_page_share"] == figures["large_page_share"].values[0]
+    assert (frame.attrs["units"]["exits/s"], frame.attrs["formulas"]["exits/s"]) == ("1/s", "exits")
+    by_vm = x.figures(by="vm").to_pandas()
+    assert by_vm.index.names == ["host", "vm"]
+    assert by_vm.loc[("here", "db"), "exits/s"] == 1000
+    assert x.figures("host").to_pandas()["exits/s"].to_dict() == {"here": 1010}
+    html = figures._repr_html_()
+    assert html.count("<tr>") == 1 + len(figures)
+    assert "exits/s" in html
+    x.files = tuple(replace(info, vm="web", vcpu_id=0) for info in x.files)
+    assert sorted(x.figures().to_pandas()["exits/s"].dropna()) == [10, 1000]
+    none = x[:0].vm.select("pages_4k").figures()
+    assert (none.to_dict(), len(none.to_pandas()), "no figures" in none._repr_html_()) == ({}, 0, True)
+    with pytest.raises(ValueError, match="by is 'guest'; it must be one of 'host', 'vm', 'vcpu'"):
+        x.figures("guest")
 
 
 def test_imbalance_is_of_each_vm():

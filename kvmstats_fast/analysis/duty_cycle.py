@@ -9,6 +9,7 @@ import numpy as np
 from kvmstats_fast._arguments import check_fraction
 from kvmstats_fast.abi import StatType, StatUnit
 from kvmstats_fast.groups import find_columns
+from kvmstats_fast.spans import last_sweeps
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -43,9 +44,7 @@ def duty_cycle(samples: Samples, name: str, confidence: float = 0.95) -> DutyCyc
     most = int(values.max(initial=0))
     if why := _why_no_boolean(samples.stat(name), most):
         raise ValueError(f"{name} is not a boolean: {why}")
-    lives = np.full(len(samples.files), len(values))
-    for error in samples.errors:
-        lives[error.file] = min(error.sweep, len(values))
+    lives = last_sweeps(samples) + 1
     from statistics import NormalDist  # noqa: PLC0415 - imports half of the library
 
     z = NormalDist().inv_cdf((1 + confidence) / 2)

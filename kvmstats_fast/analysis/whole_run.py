@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.abi import StatType, StatUnit
+from kvmstats_fast.spans import last_sweeps, read_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,14 +46,8 @@ class WholeRun:
         self.names = list(dict.fromkeys(stat.name for stat in stats if not stat.shape))
         counts = (stat for stat in stats if (stat.type, stat.unit) == (StatType.CUMULATIVE, StatUnit.NONE))
         self.counts = list(dict.fromkeys(stat.name for stat in counts if not stat.shape))
-        sweeps = len(samples)
-        last = np.full(len(self.files), sweeps - 1)
-        for error in chosen.errors:
-            last[error.file] = min(error.sweep, sweeps) - 1
-        self._last = last
-        time = samples.time if sweeps else np.zeros(1, np.int64)
-        self.seconds = (time[np.maximum(last, 0)] - time[0]) / 1e9
-        self.seconds[self.seconds <= 0] = np.nan
+        self._last = last_sweeps(chosen)
+        self.seconds = read_seconds(chosen)
 
     def change(self, name: str) -> Values:
         """Return the change of a statistic, (n,)."""
