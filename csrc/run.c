@@ -219,14 +219,17 @@ static int is_full(const struct kvmstats_run *run)
 
 static void loop(struct kvmstats_run *run, struct worker *workers, int n)
 {
-    uint64_t alive = 0, tick = 0, missed = 0, overruns = 0; /* the last two: since the last sweep */
-    struct kvmstats_chunk *chunk = NULL;                    /* the one that is being filled, if any */
-    uint64_t first_slot = 0;                                /* of that chunk */
+    uint64_t alive = 0, tick = run->first_tick;
+    uint64_t missed = 0, overruns = 0;   /* since the last sweep */
+    struct kvmstats_chunk *chunk = NULL; /* the one that is being filled, if any */
+    uint64_t first_slot = 0;             /* of that chunk */
 
     for (uint64_t i = 0; i < run->num_files; ++i)
         alive += run->files[i].error == 0;
     /* The end of a sweep is also the time from which the next one is waited for, or begins. */
-    int64_t now = run->start = now_ns();
+    int64_t now = now_ns();
+    if (!run->start)
+        run->start = now;
     while (tick < run->ticks && alive && !is_stopped(run)) {
         if (run->interval) {
             now = wait_until(run, run->start + (int64_t)tick * run->interval, now);

@@ -3,7 +3,9 @@
  * run.h - sweeps on a schedule
  *
  * Tick t is due at start + t * interval. A late tick is taken late; ticks that were overtaken in the meantime are
- * counted as missed, so at any moment taken + missed is the number of ticks so far.
+ * counted as missed, so at any moment taken + missed is the number of ticks so far, from first_tick on. A run that is
+ * given the start of another, and as its first tick the one after the other's last, goes on with its schedule: what was
+ * overtaken between the two is missed, and so counted.
  *
  * The sweeps are kept in a ring of `depth` chunks of `chunk` sweeps. Sweep j of chunk c is slot (c % depth) * chunk + j
  * of every row and of time, sweep_ns and tick. A reader takes the chunks in order: chunk c may be read once
@@ -39,8 +41,8 @@ struct kvmstats_run {
     uint64_t *scratch; /* scratch_size values for each of `threads`; NULL if no file gathers */
     uint64_t scratch_size;
     int64_t interval; /* ns; 0: as fast as possible */
-    uint64_t ticks;   /* in all; the run ends after the last */
-    int64_t duration; /* ns, after which the run ends too; 0: no limit */
+    uint64_t ticks;   /* of the schedule, from tick 0 on; the run ends after the last */
+    int64_t duration; /* ns from `start`, after which the run ends too; 0: no limit */
     int64_t spin_ns;
     int32_t wait; /* enum kvmstats_wait */
     uint32_t threads;
@@ -54,7 +56,8 @@ struct kvmstats_run {
     int64_t *time;                 /* depth * chunk: CLOCK_MONOTONIC at the start of the sweep, ns */
     int64_t *sweep_ns;             /* depth * chunk: how long it took */
     uint64_t *tick;                /* depth * chunk: its tick */
-    int64_t start;                 /* set by the run: when tick 0 was due */
+    uint64_t first_tick;           /* the run begins with it; those before it are another run's */
+    int64_t start;                 /* when tick 0 is due, or was; 0: now, which the run then sets */
     uint64_t taken;                /* set by the run: sweeps */
     uint64_t missed, overruns;     /* set by the run: totals, including ticks after the last sweep */
     uint64_t head;                 /* set by the run: chunks that are ready */

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import errno
 import itertools
+import math
 import mmap
 import os
 import resource
+import time
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -142,9 +144,23 @@ class Run(Closing):
         """In a forked child: the run goes on in the parent, and is over here."""
         self._failure = RuntimeError("this run or stream stayed in the parent process; start one of your own")
 
+    def resume(self, start: int, tick: int) -> None:
+        """Before the run starts: go on with a schedule whose tick 0 was due at `start` (ns), from this tick on."""
+        self._c.start, self._c.first_tick = start, tick
+
     def stop(self) -> None:
         """Ask the run to end, even before it has begun. From any thread."""
         lib.kvmstats_stop(self._c)
+
+    def is_due(self, number: int, timeout: float) -> bool:
+        """Wait for a chunk, or for the end, but no longer than `timeout` seconds; return whether either is there."""
+        deadline = time.monotonic() + timeout
+        left_ms = timeout * 1000
+        while not lib.kvmstats_wait(self._c, number, math.ceil(max(min(left_ms, _WAIT_MS), 0))):
+            left_ms = (deadline - time.monotonic()) * 1000
+            if left_ms <= 0:
+                return False
+        return True
 
     def wait(self, number: int = _NO_CHUNK) -> bool:
         """Wait for a chunk, by default for the end; False if the run ended without it.
@@ -170,9 +186,15 @@ class Run(Closing):
         return self._c.missed, self._c.overruns
 
     @property
+    def next_tick(self) -> int:
+        """The tick after those that were taken or missed up to now."""
+        next_tick: int = self._c.first_tick + self._c.taken + self._c.missed
+        return next_tick
+
+    @property
     def interrupted(self) -> bool:
         """Whether the run was stopped before its last tick."""
-        return bool(self._c.stop) and self._c.taken + self._c.missed < self._c.ticks
+        return bool(self._c.stop) and self.next_tick < self._c.ticks
 
     def finish(self, collect: Callable[[], Samples]) -> Samples:
         """Return what `collect` does, which waits for the end of the run; Ctrl-C stops the run, and calls it again."""

@@ -19,6 +19,56 @@ if TYPE_CHECKING:
     from kvmstats_fast.sampling.schedule import Schedule
 
 
+class ChunkReader:
+    """Reads the chunks of a run that has been started, in order."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._number = 0
+        self._reported = [0, 0]
+
+    def is_due(self, timeout: float) -> bool:
+        """Wait until `take` need not wait, but no longer than `timeout` seconds; return whether that is so."""
+        return self._run.is_due(self._number, timeout)
+
+    def take(self) -> Samples | None:
+        """Return the next chunk, None at the end. The last one may have no sweep, but ticks that were missed."""
+        run = self._run
+        is_chunk = run.wait(self._number)
+        # Ticks missed after the last sweep; and a run that took no sweep still says of which files.
+        rest = [total - reported for total, reported in zip(run.totals, self._reported, strict=True)]
+        if not is_chunk and self._number and not any(rest):
+            return None
+        samples = run.copy_chunk(self._number)
+        if not is_chunk:
+            samples.missed, samples.overruns = rest
+        run.warn()  # before the chunk is given back: where warnings are errors, the next call returns it
+        self._number += 1
+        run.release(self._number)
+        self._reported = [self._reported[0] + samples.missed, self._reported[1] + samples.overruns]
+        return samples
+
+
+class Turn:
+    """The turn to read, which one thread has at a time: a ``with`` block, in which another one gets RuntimeError."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._free = [None]  # pop() is atomic, and no fork finds it half done
+
+    def __enter__(self) -> None:
+        try:
+            self._free.pop()
+        except IndexError:
+            what = self._what
+            raise RuntimeError(f"another thread is reading this {what}; a {what} has one reader") from None
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._free.append(None)
+
+
 class Stream(Unique):
     """An iterator over the Samples of a run in the background: made by `Sampler.stream`, used with ``with``.
 
@@ -34,10 +84,8 @@ class Stream(Unique):
         self._make = partial(Run, live, schedule, chunk, depth, strict=strict)
         self._run: Run | None = None
         self._strict = strict
-        self._number = 0
-        self._reported = [0, 0]
         self._error: Exception | None = None
-        self._turn = ["the reader's"]  # of one reader at a time: pop() is atomic, and no fork finds it half done
+        self._turn = Turn("stream")
         self.missed = self.overruns = 0
 
     def __enter__(self) -> Self:
@@ -45,6 +93,7 @@ class Stream(Unique):
             raise RuntimeError("a stream runs once; ask the Sampler for another one")
         run = self._make()
         run.__enter__()
+        self._chunks = ChunkReader(run)
         self._run = run
         return self
 
@@ -71,31 +120,13 @@ class Stream(Unique):
 
     def __next__(self) -> Samples:
         run = self._running()
-        try:
-            turn = self._turn.pop()
-        except IndexError:
-            raise RuntimeError("another thread is reading this stream; a stream has one reader") from None
-        try:
-            return self._take(run)
-        finally:
-            self._turn.append(turn)
-
-    def _take(self, run: Run) -> Samples:
-        if self._error is not None:
-            raise self._error
-        is_chunk = run.wait(self._number)
-        # Ticks missed after the last sweep; and a run that took no sweep still says of which files.
-        rest = [total - reported for total, reported in zip(run.totals, self._reported, strict=True)]
-        if not is_chunk and self._number and not any(rest):
-            raise StopIteration
-        samples = run.copy_chunk(self._number)
-        if not is_chunk:
-            samples.missed, samples.overruns = rest
-        run.warn()  # before the chunk is given back: where warnings are errors, the next call returns it
-        self._number += 1
-        run.release(self._number)
-        self._reported = [self._reported[0] + samples.missed, self._reported[1] + samples.overruns]
-        self.missed, self.overruns = run.totals
-        if self._strict and samples.errors:
-            self._error = first_error(samples)
-        return samples
+        with self._turn:
+            if self._error is not None:
+                raise self._error
+            samples = self._chunks.take()
+            if samples is None:
+                raise StopIteration
+            self.missed, self.overruns = run.totals
+            if self._strict and samples.errors:
+                self._error = first_error(samples)
+            return samples

@@ -303,7 +303,7 @@ static void check_accounts(const struct reading *r, uint64_t ticks)
 {
     const struct kvmstats_run *run = &r->s->run;
     CHECK(run->status == 0);
-    CHECK(run->taken + run->missed == ticks);
+    CHECK(run->first_tick + run->taken + run->missed == ticks);
     CHECK(run->overruns <= run->missed);
     CHECK(r->sweeps == run->taken);
     CHECK(r->chunks == run->head && r->chunks == run->tail);
@@ -434,6 +434,52 @@ static void test_schedule(void)
                 CHECK(r.last_time >= s->run.start + 99 * intervals[i]);
                 end_sampler(s);
             }
+}
+
+/* A run that goes on where another ended: its ticks are due when they would have been, and none is lost between them. */
+static void test_resumed(void)
+{
+    static const int64_t intervals[] = {0, 100000, 2000000};
+
+    for (size_t i = 0; i < LENGTH(intervals); ++i) {
+        uint64_t next = 0, missed = 0;
+        int64_t start = 0;
+        for (int k = 0; k < 3; ++k) {
+            struct sampler *s = new_sampler(3, 1, 4, 64);
+            struct reading r = {.s = s, .most = UINT64_MAX};
+            snprintf(context, sizeof context, "resumed, interval %d ns, run %d", (int)intervals[i], k);
+            s->run.interval = intervals[i];
+            s->run.first_tick = next;
+            s->run.start = start;
+            s->run.ticks = (uint64_t)(k + 1) * 10;
+            int64_t began = now_ns();
+            CHECK(run_with(&r, NULL) == 0);
+            check_accounts(&r, s->run.ticks);
+            CHECK(k == 0 ? s->run.start >= began : s->run.start == start);
+            CHECK(s->run.tick[0] == next + s->run.chunks[0].missed);
+            next = s->run.first_tick + s->run.taken + s->run.missed;
+            start = s->run.start;
+            missed += r.missed;
+            CHECK(r.missed == s->run.missed);
+            end_sampler(s);
+            nap(5 * intervals[i]);
+        }
+        CHECK(next == 30);
+        CHECK(intervals[i] ? missed >= 8 : missed == 0); /* at least 4 ticks are due in each nap */
+    }
+
+    /* After its last tick there is nothing to do; the duration counts from the start, too. */
+    for (int k = 0; k < 2; ++k) {
+        struct sampler *s = new_sampler(1, 1, 4, 2);
+        snprintf(context, sizeof context, "resumed after the end, way %d", k);
+        s->run.start = now_ns() - 1000;
+        s->run.first_tick = s->run.ticks = k ? 7 : UINT64_MAX >> 2;
+        s->run.ticks += k ? 0 : 1;
+        s->run.duration = k ? 0 : 1000;
+        CHECK(kvmstats_run(&s->run) == 0);
+        CHECK(s->run.taken == 0 && s->run.missed == 0 && s->run.head == 0);
+        end_sampler(s);
+    }
 }
 
 /* A reader that is slow, or stops reading: the ring overruns, and every missed tick is counted. */
@@ -721,6 +767,7 @@ int main(void)
     test_kinds();
     test_interval_0();
     test_schedule();
+    test_resumed();
     test_overruns();
     test_failures();
     test_stop();
