@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvmstats_fast.analysis.figures import Figure, Figures
     from kvmstats_fast.analysis.halt_poll import HaltPollAdvice
     from kvmstats_fast.analysis.histogram import Histogram
+    from kvmstats_fast.encoding import Header
     from kvmstats_fast.errors import (
         AttachError,
         ErrorCode,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from kvmstats_fast.sampling.measure import measure
     from kvmstats_fast.sampling.sampler import Sampler
     from kvmstats_fast.sampling.stream import Stream
-    from kvmstats_fast.schema import Header, Schema
+    from kvmstats_fast.schema import Schema
     from kvmstats_fast.stat import Stat
     from kvmstats_fast.stats_file import StatsFile
     from kvmstats_fast.vmm.find import HeldFile, VmProcess, find_vms
@@ -102,6 +103,7 @@ _ROOMS = {
     "analysis.figures": ("Figure", "Figures"),
     "analysis.halt_poll": ("HaltPollAdvice",),
     "analysis.histogram": ("Histogram",),
+    "encoding": ("Header",),
     "errors": (
         "AttachError",
         "ErrorCode",
@@ -122,7 +124,7 @@ _ROOMS = {
     "sampling.measure": ("measure",),
     "sampling.sampler": ("Sampler",),
     "sampling.stream": ("Stream",),
-    "schema": ("Header", "Schema"),
+    "schema": ("Schema",),
     "stat": ("Stat",),
     "stats_file": ("StatsFile",),
     "vmm.find": ("HeldFile", "VmProcess", "find_vms"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from contextlib import suppress
+from itertools import starmap
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from kvmstats_fast._text import printable
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_pop = list.pop
+
+
 class HasFileno(Protocol):
     """Anything with a ``fileno()``."""
 
@@ -25,6 +29,8 @@ class HasFileno(Protocol):
 
 def fd_of(file: int | HasFileno) -> int:
     """Return the number of a file descriptor, or of an object that has one."""
+    if type(file) is int:  # nearly always: to look for fileno() in it would take as long as all the rest
+        return file
     fileno = getattr(file, "fileno", None)
     if fileno is not None:
         return int(fileno())
@@ -99,7 +105,7 @@ class Fd(Closing):
         self.owned = owned
         held: list[int] = []  # the fd, or nothing: the methods of a list are atomic
         self._held = held
-        held.extend(map(call, *zip(arguments)))
+        held += starmap(call, (arguments,))
         if held[0] < 0:
             error = -held.pop()
             raise OSError(error, os.strerror(error))
@@ -107,7 +113,10 @@ class Fd(Closing):
     @classmethod
     def adopt(cls, fd: int, owned: bool = True) -> Self:
         """Return the owner of an fd that is open already; with ``owned=False`` it only keeps the number."""
-        return cls(operator.index, fd, owned=owned)
+        self = cls.__new__(cls)
+        self.owned = owned
+        self._held = [fd]
+        return self
 
     @property
     def closed(self) -> bool:
@@ -133,7 +142,7 @@ class Fd(Closing):
         with suppress(IndexError):
             fd = self._held[0]
             try:
-                self._held.extend(map(os.dup2, (other,), map(list.pop, (self._held,)), (False,)))
+                self._held.extend(map(os.dup2, (other,), map(_pop, (self._held,)), (False,)))
             except OSError:  # the number is above a limit that was lowered in the meantime
                 os.close(fd)
 
@@ -141,7 +150,8 @@ class Fd(Closing):
         """Close the fd if it is owned; a second call does nothing."""
         try:
             if self.owned:
-                any(map(os.close, map(list.pop, (self._held,))))
+                for _ in map(os.close, map(_pop, (self._held,))):
+                    pass
             else:
                 self._held.pop()
         except IndexError:  # closed already

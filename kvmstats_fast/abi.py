@@ -55,6 +55,8 @@ class Layout(str, Enum):
     V9 = "v9"  #: series v9 to v11
     MERGED = "merged"  #: Linux 5.14 and later
 
+    __hash__ = str.__hash__  # as the text that it is equal to; Enum's own is Python code
+
     def __str__(self) -> str:
         return self.value
 

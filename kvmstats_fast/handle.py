@@ -6,17 +6,11 @@ import errno
 import os
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-from kvmstats_fast._kvmstats import ffi
 from kvmstats_fast._resource import Fd, describe_fd
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import truncated
-
-if TYPE_CHECKING:
-    from kvmstats_fast.schema import Schema
-
-_SOURCE = ffi.typeof("struct kvmstats_source *")
 
 _NOT_A_STATS_FILE = "this is not a stats file; to open that of a VM or vCPU fd, use StatsFile.open(fd)"
 _READ_HINTS = {
@@ -74,6 +68,25 @@ class Owner:
 _UNKNOWN = Owner()
 
 
+class ThisProcess:
+    """Whose files this process opens itself: its own, because the kernel opens those of the caller's VMs only.
+
+    Attributes
+    ----------
+    owner : Owner
+        Kept, because a system call and an object for each file would add a tenth to what it takes to open it.
+    """
+
+    owner: ClassVar[Owner] = Owner(os.getpid())
+
+
+def _follow_fork() -> None:
+    ThisProcess.owner = Owner(os.getpid())
+
+
+os.register_at_fork(after_in_child=_follow_fork)
+
+
 class Handle:
     """What a StatsFile has open.
 
@@ -90,15 +103,12 @@ class Handle:
 
     __slots__ = ("_id", "fd", "lost", "owner", "source")
 
-    def __init__(self, fd: Fd, file_id: str, schema: Schema, value_size: int) -> None:
+    def __init__(self, fd: Fd, source: Any, file_id: str) -> None:
         self.owner = _UNKNOWN
         self.lost: Exception | None = None
         self.fd = fd
+        self.source = source
         self._id = file_id
-        encoding = schema.encoding
-        self.source: Any = ffi.new(
-            _SOURCE, (fd.fileno(), value_size, encoding.swapped, encoding.header.data_offset, encoding.data_size // 8)
-        )
 
     @property
     def closed(self) -> bool:

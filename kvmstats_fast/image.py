@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Buffer
 
-    from kvmstats_fast.schema import Header, Schema, Value
+    from kvmstats_fast.encoding import Header
+    from kvmstats_fast.schema import Schema, Value
     from kvmstats_fast.stat import Stat
 
 

@@ -1,122 +1,30 @@
-"""What one kind of stats file holds: Header, Schema, and the cache of schemas.
+"""What one kind of stats file holds: Schema, and the cache of schemas.
 
-The walk over header and descriptors is C (``csrc/layout.c``); this module calls it, turns what it finds into objects
-once per kernel and kind of file, and hands out the same `Schema` object for every further file of that kind.
+What is worked out of header and descriptors is worked out once per kernel and kind of file, as late as possible; every
+further file of that kind gets the same `Schema` object.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from kvmstats_fast._arguments import check_name, check_names, find_fitting
-from kvmstats_fast._kvmstats import ffi, lib
-from kvmstats_fast.abi import LAYOUT_OF_CODE, Layout, StatUnit, split_flags
-from kvmstats_fast.errors import ErrorCode, format_error, truncated, unknown_stat
-from kvmstats_fast.stat import Stat, decode
+from kvmstats_fast._kvmstats import ffi
+from kvmstats_fast.abi import Layout, StatUnit, split_flags
+from kvmstats_fast.encoding import Encoding, read_descriptors, read_header
+from kvmstats_fast.errors import ErrorCode, FormatError, format_error, unknown_stat
+from kvmstats_fast.stat import Stat, decode, is_row
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 #: A value as `Schema.unpack` gives it: a histogram is an array of counts.
 Value: TypeAlias = "int | bool | float | npt.NDArray[np.uint64]"
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The header of a stats file (``struct kvm_stats_header``), the same fields for every layout.
-
-    Attributes
-    ----------
-    layout : Layout
-    byteorder : str
-        ``"little"`` or ``"big"``: of the host that made the file.
-    flags : int
-        0, the only value defined so far.
-    name_size : int
-        Bytes of a name's field; descriptors are ``16 + name_size`` bytes apart.
-    num_desc : int
-        Number of descriptors (for a repaired file the true one, not what its header says).
-    id_offset, desc_offset, data_offset : int
-        Byte of the file where each block starts.
-    """
-
-    layout: Layout
-    byteorder: Literal["little", "big"]
-    flags: int
-    name_size: int
-    num_desc: int
-    id_offset: int
-    desc_offset: int
-    data_offset: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoding:
-    """How the bytes of a file of one schema are recognised and read. Inner to the package.
-
-    Attributes
-    ----------
-    header : Header
-    swapped : bool
-        Whether the file is in the other byte order than this machine.
-    repaired : bool
-        Whether the file has the count defect, and so no values.
-    id_size : int
-        Bytes of the room for the id.
-    data_size : int
-        Bytes of all values as uint64, words that no descriptor names included.
-    prefix : bytes
-        The file up to the end of its descriptors, with everything blanked that does not make the schema: the id, and
-        gaps between blocks. `schema_of` makes the schema of it again.
-    windows : tuple of (slice, bytes)
-        What `prefix` has that is not blank: the header without the id, and the descriptors.
-    """
-
-    header: Header
-    swapped: bool
-    repaired: bool
-    id_size: int
-    data_size: int
-    prefix: bytes
-    windows: tuple[tuple[slice, bytes], ...]
-
-    def fits(self, blob: bytes) -> bool:
-        """Whether `blob`, the start of a file, has this header and these descriptors (and room for an id)."""
-        for window, raw in self.windows:  # all() of a generator takes three times as long
-            if blob[window] != raw:
-                return False
-        return len(blob) >= len(self.prefix)
-
-    def read_id(self, blob: bytes) -> str:
-        """Return the id in `blob`, the start of a file: to its NUL or to the end of its room, whichever is first."""
-        start = self.header.id_offset
-        return decode(blob[start : start + self.id_size].partition(b"\0")[0])
-
-    @property
-    def data_end(self) -> int:
-        """Byte of the file where the values end, if each has 8 bytes."""
-        return self.header.data_offset + self.data_size
-
-    def value_size(self, file_end: int, file_id: str, source: str) -> int:
-        """Return the bytes of a value in a file that ends at byte `file_end`: 8, or 4 of an old 32-bit kernel.
-
-        Before the merge, VM statistics were ``unsigned long`` (from v8 u64), vCPU statistics u64. Nothing follows
-        them, so half the size means 4-byte values: a file of 8-byte values cut at exactly half looks the same.
-        """
-        if file_end >= self.data_end or not self.data_size:
-            return 8
-        positional = self.header.layout in (Layout.V2, Layout.V5)
-        if positional and file_end - self.header.data_offset == self.data_size // 2 and kind_of(file_id)[0] == "vm":
-            return 4
-        raise truncated(source, file_end, self.data_end)
 
 
 class Schema(Mapping[str, Stat]):
@@ -127,7 +35,6 @@ class Schema(Mapping[str, Stat]):
 
     Attributes
     ----------
-    stats : tuple of Stat
     header : Header
     data_size : int
         Bytes of all values as uint64, words that no descriptor names included.
@@ -135,57 +42,51 @@ class Schema(Mapping[str, Stat]):
         Inner to the package: how the bytes of a file are recognised and read. It may change in any version.
     """
 
-    __slots__ = (
-        "_by_name",
-        "_dtype",
-        "_places",
-        "data_size",
-        "encoding",
-        "header",
-        "stats",
-    )
+    __slots__ = ("_dtype", "_index", "_places", "_stats", "_unpacking", "data_size", "encoding", "header")
 
-    def __init__(self, blob: bytes, parsed: Any, stats: tuple[Stat, ...]) -> None:
-        swapped = bool(parsed.swapped)
-        self.header = Header(
-            layout=LAYOUT_OF_CODE[parsed.layout],
-            byteorder="little" if (sys.byteorder == "little") != swapped else "big",
-            flags=parsed.flags,
-            name_size=parsed.name_size,
-            num_desc=parsed.num_desc,
-            id_offset=parsed.id_offset,
-            desc_offset=parsed.desc_offset,
-            data_offset=parsed.data_offset,
-        )
-        self.stats = stats
-        self.data_size: int = parsed.data_size
-        self._by_name = {stat.name: stat for stat in stats}
+    def __init__(self, encoding: Encoding, index: dict[str, int]) -> None:
+        self.header = encoding.header
+        self.data_size = encoding.data_size
+        self._index = index
+        self._stats: list[tuple[Stat, ...]] = []
         self._dtype: np.dtype[np.void] | None = None
-        self._places: list[tuple[Stat, str, int, int, bool, str]] | None = None
-        # What makes a schema: the header without the id, and the table. Everything else of the file is blanked.
-        windows = [
-            slice(parsed.key_offset, parsed.key_offset + parsed.key_size),
-            slice(parsed.desc_offset, parsed.desc_end),
-        ]
-        if self.layout is not Layout.MERGED:
-            windows.append(slice(parsed.id_offset, parsed.id_offset + 4))  # "kvm-": these layouts are known by it
-        prefix = bytearray(parsed.prefix_size)
-        for window in windows:
-            prefix[window] = blob[window]
-        self.encoding = Encoding(  # last: from here on nothing can be changed
-            self.header,
-            swapped,
-            bool(parsed.count_defect),
-            parsed.id_size,
-            self.data_size,
-            bytes(prefix),
-            tuple((window, blob[window]) for window in windows),
-        )
+        self._places: dict[str, tuple[Stat, int]] | None = None
+        self._unpacking: list[tuple[str, int, int, bool]] | None = None
+        self.encoding = encoding  # last: from here on nothing can be changed
 
     def __setattr__(self, name: str, value: object) -> None:
         if hasattr(self, "encoding") and not name.startswith("_"):
             raise AttributeError(f"a Schema is shared by all files of its kind: {name} cannot be changed")
         super().__setattr__(name, value)
+
+    @property
+    def stats(self) -> tuple[Stat, ...]:
+        """The statistics, in the order of the descriptors. Made when they are first asked for."""
+        if not self._stats:
+            self._stats.append(self._make_stats())  # of two threads that do so the first one's count
+        return self._stats[0]
+
+    def _make_stats(self) -> tuple[Stat, ...]:
+        return tuple(
+            Stat(name, *split_flags(flags), exponent, size, offset, bucket_size)
+            for name, (_, _, flags, exponent, size, offset, bucket_size) in zip(
+                self._index, self._read_descriptors(), strict=True
+            )
+        )
+
+    def _read_descriptors(self) -> list[tuple[int, ...]]:
+        """Return the fields of each ``struct kvmstats_desc``; they are not kept, for few are looked at again."""
+        encoding = self.encoding
+        parsed = read_header(encoding.prefix, "", repair=encoding.repaired)
+        fields: list[tuple[int, ...]] = read_descriptors(encoding.prefix, parsed, "").tolist()
+        return fields
+
+    @property
+    def places(self) -> dict[str, tuple[Stat, int]]:
+        """By name each statistic, and the value at which its own start. Inner to the package; not to be changed."""
+        if self._places is None:
+            self._places = {stat.name: (stat, stat.offset // 8) for stat in self.stats}
+        return self._places
 
     @property
     def layout(self) -> Layout:
@@ -250,7 +151,8 @@ class Schema(Mapping[str, Stat]):
 
     def matches(self, pattern: str) -> dict[str, Stat]:
         """Find the statistics that a name or glob fits, by name; there may be none."""
-        return {name: self[name] for name in find_fitting(pattern, self)}
+        stats = self.stats
+        return {name: stats[self._index[name]] for name in find_fitting(pattern, self._index)}
 
     def unpack(self, values: npt.NDArray[np.uint64], *, si: bool = False) -> dict[str, Value]:
         """Name the values of one reading.
@@ -274,9 +176,10 @@ class Schema(Mapping[str, Stat]):
         if values.shape != (self.num_values,):
             raise ValueError(f"values have shape {values.shape}, this schema has ({self.num_values},)")
         plain = values.tolist()
+        stats = self.stats if si else ()
         result: dict[str, Value] = {}
-        for stat, name, word, end, is_boolean, unknown in self._unpacking():
-            if si and unknown:
+        for place, (name, word, end, is_boolean) in enumerate(self._make_unpacking()):
+            if stats and (unknown := stats[place].unknown):
                 warnings.warn(f"{name} is left as it is: unknown {unknown}", RuntimeWarning, 3)
             if end:
                 result[name] = values[word:end]
@@ -284,37 +187,37 @@ class Schema(Mapping[str, Stat]):
             value = plain[word]
             if is_boolean and value <= 1:
                 value = bool(value)
-            elif si:
-                value = stat.to_base_units(value)
+            elif stats:
+                value = stats[place].to_base_units(value)
             result[name] = value
         return result
 
-    def _unpacking(self) -> list[tuple[Stat, str, int, int, bool, str]]:
-        """Per statistic its name, its place among the values (end 0: a plain number), and what its codes are."""
-        if self._places is None:
-            places = []
-            for stat in self.stats:
-                word = stat.offset // 8
-                end = word + stat.size if stat.shape else 0
-                places.append((stat, stat.name, word, end, stat.unit == StatUnit.BOOLEAN, stat.unknown))
-            self._places = places  # whole: other threads share this schema
-        return self._places
+    def _make_unpacking(self) -> list[tuple[str, int, int, bool]]:
+        """Per statistic its name, its place among the values (end 0: a plain number), and whether it is a boolean."""
+        if self._unpacking is None:
+            unpacking = []
+            for name, (_, _, flags, _, size, offset, _) in zip(self._index, self._read_descriptors(), strict=True):
+                type_, unit, _ = split_flags(flags)
+                word = offset // 8
+                unpacking.append((name, word, word + size if is_row(type_, size) else 0, unit == StatUnit.BOOLEAN))
+            self._unpacking = unpacking  # whole: other threads share this schema
+        return self._unpacking
 
     def __getitem__(self, name: str) -> Stat:
         try:
-            return self._by_name[name]
+            return self.stats[self._index[name]]
         except (KeyError, TypeError):
             check_name(name)
             raise unknown_stat(name, self, "this file") from None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._by_name
+        return name in self._index
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name)
+        return iter(self._index)
 
     def __len__(self) -> int:
-        return len(self.stats)
+        return len(self._index)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -332,15 +235,6 @@ class Schema(Mapping[str, Stat]):
 
     def __repr__(self) -> str:
         return f"<Schema {self.layout} {self.byteorder}-endian: {len(self)} stats, {self.num_values} values>"
-
-
-_ID = re.compile(r"(?:.*/)?vcpu-([0-9]+)", re.DOTALL)
-
-
-def kind_of(file_id: str) -> tuple[Literal["vm", "vcpu"], int | None]:
-    """``("vcpu", 3)`` for ``kvm-PID/vcpu-3``, else ``("vm", None)``."""
-    match = _ID.fullmatch(file_id)
-    return ("vcpu", int(match[1])) if match else ("vm", None)
 
 
 class _Entry:
@@ -419,52 +313,34 @@ class SchemaCache:
 #: More kinds of files than one process meets: two per kernel, with at most 98 statistics, and those of recordings.
 CACHE = SchemaCache(capacity=64, size=8 << 20)
 
-# The C struct's fields as numpy sees them, so that all descriptors become Python numbers in one call.
-_DESC_CTYPE = ffi.typeof("struct kvmstats_desc")
-_DESC_DTYPE = np.dtype(
-    {
-        "names": [name for name, _ in _DESC_CTYPE.fields],
-        "formats": [field.type.cname.removesuffix("_t") for _, field in _DESC_CTYPE.fields],
-        "offsets": [field.offset for _, field in _DESC_CTYPE.fields],
-        "itemsize": ffi.sizeof("struct kvmstats_desc"),
-    }
-)
-
-
-def read_header(blob: bytes, source: str, *, repair: bool = False) -> Any:
-    """Return the C core's ``struct kvmstats_header`` of the file that starts with `blob`."""
-    header = ffi.new("struct kvmstats_header *")
-    fault = ffi.new("struct kvmstats_fault *")
-    code = lib.kvmstats_read_header(ffi.from_buffer("char[]", blob), len(blob), repair, header, fault)
-    if code:
-        raise format_error(code, fault, source)
-    return header
-
 
 def schema_of(blob: bytes, source: str, repair: bool = False) -> Schema:
     """Return the schema of the file that starts with `blob`, which reaches at least to the end of the descriptors."""
     known = CACHE.find(blob)
     if known is not None:
         return known
-    header = read_header(blob, source, repair=repair)
-    fault = ffi.new("struct kvmstats_fault *")
-    # Before the table is known to be there, nothing is allocated for it.
-    room = header.num_desc if header.desc_end <= len(blob) else 0
-    descs = ffi.new("struct kvmstats_desc[]", room)
-    code = lib.kvmstats_read_descriptors(ffi.from_buffer("char[]", blob), len(blob), header, descs, fault)
-    if code:
-        raise format_error(code, fault, source)
-    stats = []
-    seen: dict[str, int] = {}
-    for index, (name_offset, name_length, flags, exponent, size, offset, bucket_size) in enumerate(
-        np.frombuffer(ffi.buffer(descs), _DESC_DTYPE).tolist()
-    ):
-        name = decode(blob[name_offset : name_offset + name_length])
-        if name in seen:
-            fault.offset, fault.value, fault.index = name_offset, seen[name], index
-            raise format_error(ErrorCode.DUPLICATE, fault, source, name=name)
-        seen[name] = name_offset
-        stats.append(Stat(name, *split_flags(flags), exponent, size, offset, bucket_size))
-    schema = Schema(blob, header, tuple(stats))
+    parsed = read_header(blob, source, repair=repair)
+    descs = read_descriptors(blob, parsed, source)
+    schema = Schema(Encoding(blob, parsed), _index(blob, descs, source))
     # A repaired schema must never be found for a file that is opened to be read: its data is not its own.
-    return schema if header.count_defect else CACHE.add(schema)
+    return schema if schema.encoding.repaired else CACHE.add(schema)
+
+
+def _index(blob: bytes, descs: npt.NDArray[Any], source: str) -> dict[str, int]:
+    """Return which descriptor has which name; FormatError if two have the same."""
+    ends = zip(descs["name_offset"].tolist(), descs["name_length"].tolist(), strict=True)
+    names = [decode(blob[at : at + length]) for at, length in ends]
+    index = dict(zip(names, range(len(names)), strict=True))
+    if len(index) < len(names):
+        raise _duplicate(names, descs["name_offset"].tolist(), source)
+    return index
+
+
+def _duplicate(names: list[str], offsets: list[int], source: str) -> FormatError:
+    """Return the error for the first name that an earlier descriptor has too."""
+    seen: dict[str, int] = {}
+    place = next(place for place, name in enumerate(names) if seen.setdefault(name, place) != place)
+    name = names[place]
+    fault = ffi.new("struct kvmstats_fault *")
+    fault.offset, fault.value, fault.index = offsets[place], offsets[seen[name]], place
+    return format_error(ErrorCode.DUPLICATE, fault, source, name=name)

@@ -27,6 +27,11 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def is_row(type_: int, size: int) -> bool:
+    """Whether a statistic of this type has an array of values, even of one: histograms, and all of another size."""
+    return size != 1 or type_ in _HISTOGRAMS
+
+
 @dataclass(frozen=True, slots=True)
 class Stat:
     """One statistic, as its descriptor says (``struct kvm_stats_desc``).
@@ -59,7 +64,7 @@ class Stat:
     @property
     def is_histogram(self) -> bool:
         """Whether the values are bucket counts."""
-        return self.type in (StatType.LINEAR_HIST, StatType.LOG_HIST)
+        return self.type in _HISTOGRAMS
 
     @property
     def grows(self) -> bool:
@@ -69,7 +74,7 @@ class Stat:
     @property
     def shape(self) -> tuple[int, ...]:
         """``()`` for a plain number, ``(size,)`` for a histogram or any other statistic of several values."""
-        return (self.size,) if self.size != 1 or self.is_histogram else ()
+        return (self.size,) if is_row(self.type, self.size) else ()
 
     @property
     def unknown(self) -> str:
@@ -185,7 +190,8 @@ class Stat:
         return edges
 
 
-_GROWING = (StatType.CUMULATIVE, StatType.PEAK, StatType.LINEAR_HIST, StatType.LOG_HIST)
+_HISTOGRAMS = (StatType.LINEAR_HIST, StatType.LOG_HIST)
+_GROWING = (StatType.CUMULATIVE, StatType.PEAK, *_HISTOGRAMS)
 _LARGEST = 10**270  # times any uint64, over a ns, it is still a float
 _VANISHING = 1200  # a power of 2 or 10 by which any uint64 is divided to 0.0, and multiplied to inf
 _SYMBOLS = {StatUnit.NONE: "", StatUnit.BYTES: "B", StatUnit.SECONDS: "s", StatUnit.CYCLES: "cycles"}

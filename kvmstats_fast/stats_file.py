@@ -14,8 +14,9 @@ from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._resource import Closing, Fd, HasFileno, describe_fd, fd_of
 from kvmstats_fast._text import printable
 from kvmstats_fast.abi import Layout, ioctl_number
-from kvmstats_fast.handle import Handle, Owner, read_refused, refused
-from kvmstats_fast.schema import CACHE, Header, Schema, Value, kind_of, read_header, schema_of
+from kvmstats_fast.encoding import Header, kind_of, read_header
+from kvmstats_fast.handle import Handle, ThisProcess, read_refused, refused
+from kvmstats_fast.schema import CACHE, Schema, Value, schema_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -45,31 +46,23 @@ _OPEN_HINTS = {
 }
 
 
-def _pread(fd: int, size: int, position: int) -> bytes:
-    try:
-        return os.pread(fd, size, position)
-    except OSError as error:
-        raise read_refused(error.errno or 0, fd) from None
-
-
 def _read_on(fd: int, blob: bytes, end: int) -> bytes:
     """Return `blob`, the start of the file, continued to byte `end` or to the end of the file."""
-    # Twice as much each time: a header that promises more than there is must not make us allocate it.
-    while len(blob) < end and (more := _pread(fd, min(end, 2 * len(blob)) - len(blob), len(blob))):
-        blob += more
+    try:
+        # Twice as much each time: a header that promises more than there is must not make us allocate it.
+        while len(blob) < end and (more := os.pread(fd, min(end, 2 * len(blob)) - len(blob), len(blob))):
+            blob += more
+    except OSError as error:
+        raise read_refused(error.errno or 0, fd) from None
     return blob
 
 
-def _read_schema(fd: int) -> tuple[bytes, Schema]:
-    """Return the start of the file, at least to the end of its descriptors, and its schema."""
-    blob = _pread(fd, _FIRST_READ, 0)
-    schema = CACHE.find(blob)
-    if schema is None:
-        source = describe_fd(fd)
-        if len(blob) == _FIRST_READ:
-            blob = _read_on(fd, blob, read_header(blob, source).prefix_size)
-        schema = schema_of(blob, source)
-    return blob, schema
+def _learn(fd: int, blob: bytes) -> tuple[bytes, Schema]:
+    """Return the start of a file of a new kind, at least to the end of its descriptors, and its schema."""
+    source = describe_fd(fd)
+    if len(blob) == _FIRST_READ:
+        blob = _read_on(fd, blob, read_header(blob, source).prefix_size)
+    return blob, schema_of(blob, source)
 
 
 class StatsFile(Closing):
@@ -111,8 +104,15 @@ class StatsFile(Closing):
     __slots__ = ("_id", "_keep", "_out", "_own", "handle", "schema")
 
     def __init__(self, stats_fd: int | HasFileno, closefd: bool = True) -> None:
-        fd = fd_of(stats_fd)
-        blob, schema = _read_schema(fd)
+        held = stats_fd if isinstance(stats_fd, Fd) else None
+        fd = fd_of(stats_fd) if held is None else held.fileno()
+        try:
+            blob = os.pread(fd, _FIRST_READ, 0)
+        except OSError as error:
+            raise read_refused(error.errno or 0, fd) from None
+        schema = CACHE.find(blob)
+        if schema is None:
+            blob, schema = _learn(fd, blob)
         self.schema = schema
         encoding = schema.encoding
         self._id = file_id = encoding.read_id(blob)
@@ -122,8 +122,8 @@ class StatsFile(Closing):
         self._own: npt.NDArray[np.uint64] | None = None
         self._out: object = _NO_ARRAY
         self._keep: Any = None
-        held = stats_fd if isinstance(stats_fd, Fd) else Fd.adopt(fd, closefd)
-        self.handle = Handle(held, file_id, schema, value_size)
+        source = encoding.make_source(fd, value_size)
+        self.handle = Handle(held or Fd.adopt(fd, closefd), source, file_id)
 
     @classmethod
     def open(cls, kvm_fd: int | HasFileno, layout: Layout | str = Layout.MERGED) -> Self:
@@ -156,13 +156,13 @@ class StatsFile(Closing):
         runs, or from its own thread.
         """
         fd = fd_of(kvm_fd)
-        call, number = ioctl_number(Layout(layout))
+        call, number = ioctl_number(layout if isinstance(layout, Layout) else Layout(layout))
         try:
             stats_fd = Fd(fcntl.ioctl, fd, number)
         except OSError as error:
             raise refused(error.errno or 0, call, fd, _OPEN_HINTS) from None
         file = cls(stats_fd)
-        file.handle.owner = Owner(os.getpid())  # the kernel opens the files of the caller's own VMs only
+        file.handle.owner = ThisProcess.owner  # the kernel opens the files of the caller's own VMs only
         return file
 
     @classmethod
@@ -304,8 +304,7 @@ class StatsFile(Closing):
         """Close the file; a second call does nothing."""
         handle = getattr(self, "handle", None)  # missing as in `closed`
         if handle is not None:
-            if not handle.closed:
-                self._out, self._own, self._keep = _NO_ARRAY, None, None
+            self._out, self._own, self._keep = _NO_ARRAY, None, None
             handle.close()
 
     def _prepare(self, out: npt.NDArray[np.uint64]) -> None:
@@ -330,7 +329,7 @@ class StatsFile(Closing):
 
     def __del__(self) -> None:
         handle = getattr(self, "handle", None)  # missing as in `closed`
-        if handle is not None and handle.fd.owned and not handle.closed:
+        if handle is not None and handle.source.fd >= 0 and handle.fd.owned:
             text = f"unclosed {self!r}"
             self.close()  # first, because the warning may be an error
             warnings.warn(text, ResourceWarning, 2, source=self)

@@ -491,11 +491,12 @@ def test_threads_that_meet_a_schema_at_once_all_get_every_statistic():
             stats = [replace(PLAIN, name=f"s{attempt}n{i}", offset=-1) for i in range(150)]
             with SyntheticStats(stats=stats) as made:
                 image = kf.parse(made.to_bytes())
-            barrier, sizes = threading.Barrier(4), []
+            barrier, sizes, found = threading.Barrier(4), [], []
 
-            def work(image=image, barrier=barrier, sizes=sizes):
+            def work(image=image, barrier=barrier, sizes=sizes, found=found):
                 barrier.wait()
                 sizes.append(len(image.snapshot()))
+                found.append(image.schema.stats)
 
             threads = [threading.Thread(target=work) for _ in range(4)]
             for thread in threads:
@@ -503,8 +504,23 @@ def test_threads_that_meet_a_schema_at_once_all_get_every_statistic():
             for thread in threads:
                 thread.join()
             assert sizes == [150] * 4
+            assert len({id(stats) for stats in found}) == 1
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_file_can_be_opened_and_read_without_an_object_for_each_statistic(monkeypatch):
+    """They are made when one is asked for; names are there before, and equal ones are refused at once."""
+    data = image_of(0xABCD, 3)
+    with monkeypatch.context() as no_stats:
+        no_stats.setattr("kvmstats_fast.schema.Stat", None)
+        with kf.StatsFile.from_bytes(data) as file:
+            assert file.read().tolist() == [0, 0, 0]
+            names = list(file.schema)
+            assert (len(names), names[2] in file.schema, "m" in file.schema) == (3, True, False)
+        with pytest.raises(kf.FormatError, match="descriptor 2 has the name 'nnnnnn1', as the one at byte 72 has"):
+            kf.parse(image_of(0xABCD, 3, 8).replace(b"n2", b"n1"))
+    assert [stat.name for stat in kf.parse(data).schema.stats] == names
 
 
 def test_a_schema_cannot_be_changed():

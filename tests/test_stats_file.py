@@ -330,6 +330,12 @@ def test_a_long_file_of_4_byte_values_is_recognised():
         ("kvm-1/vcpu-0", "vcpu", 0),
         ("kvm-4194304/vcpu-1023", "vcpu", 1023),
         ("a\n/vcpu-2", "vcpu", 2),
+        ("vcpu-7", "vcpu", 7),
+        ("kvm-1/vcpu-3/vcpu-4", "vcpu", 4),
+        ("kvm-1/vcpu-", "vm", None),
+        ("kvm-1/vcpu-0x", "vm", None),
+        ("kvm-1-vcpu-0", "vm", None),
+        ("kvm-1/vcpu-\u0661", "vm", None),
     ],
 )
 def test_kind_and_number_come_from_the_id(file_id, kind, vcpu):
@@ -337,6 +343,12 @@ def test_kind_and_number_come_from_the_id(file_id, kind, vcpu):
     data = REAL[:24] + file_id.encode().ljust(48, b"\0") + REAL[72:]
     with kf.StatsFile.from_bytes(data) as file:
         assert (file.id, file.kind, file.vcpu_id) == (file_id, kind, vcpu)
+
+
+def test_a_layout_is_found_by_its_text():
+    """What is equal has one hash, so that a table by layouts can be asked with the text, and the other way round."""
+    for layout in kf.Layout:
+        assert {layout: 1}[str(layout)] == {str(layout): 1}[layout]
 
 
 def test_an_id_without_nul_ends_with_its_field():
@@ -348,7 +360,7 @@ def test_an_id_without_nul_ends_with_its_field():
 def test_the_next_file_of_a_kind_is_not_parsed(monkeypatch):
     """Opening a second file with known descriptors calls no parser: the bytes are only compared."""
     with kf.StatsFile.from_bytes(REAL) as first:
-        monkeypatch.setattr("kvmstats_fast.schema.lib", None)
+        monkeypatch.setattr("kvmstats_fast.encoding.lib", None)
         other = REAL[:24] + b"kvm-2/vcpu-9".ljust(48, b"\0") + REAL[72:]
         with kf.StatsFile.from_bytes(other) as second:
             assert second.schema is first.schema
