@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -55,10 +55,27 @@ class FileInfo:
         return vm if self.vcpu_id is None else f"{vm}/{self.vcpu_id}"
 
 
+class Known(NamedTuple):
+    """What is known of a file before its VM has a label: fields of `FileInfo`."""
+
+    id: str
+    kind: str
+    vcpu_id: int | None
+    pid: int | None
+    name: str
+    vm: str
+
+
 def identify(files: Sequence[FileInfo], host: str) -> tuple[FileInfo, ...]:
     """Return files with `vm` and `host`, where they have none yet; `FileInfo` has the rule."""
     if all(info.vm and info.host for info in files):
         return tuple(files)
+    labels = label_vms(files)
+    return tuple(replace(info, vm=vm, host=info.host or host) for info, vm in zip(files, labels, strict=True))
+
+
+def label_vms(files: Sequence[FileInfo | Known]) -> list[str]:
+    """Return the label of each file's VM, by the rule in `FileInfo`."""
     owners: dict[Hashable, list[int]] = {}
     for index, info in enumerate(files):
         owners.setdefault(_owner(info) or index, []).append(index)
@@ -68,18 +85,28 @@ def identify(files: Sequence[FileInfo], host: str) -> tuple[FileInfo, ...]:
             vms.append(indices)
         else:
             vms.extend([index] for index in indices)
-    firsts = [files[indices[0]] for indices in vms]
-    pids = Counter(info.pid for info in firsts)
-    labels, endings = [], []
-    for (index, *_), info in zip(vms, firsts, strict=True):
-        labels.append(_describe(info) or f"file {index}")
+    labels = [_describe(files[first]) or f"file {first}" for first, *_ in vms]
+    if len(set(labels)) < len(vms):
+        labels = _make_unique(labels, [first for first, *_ in vms], files)
+    found = [""] * len(files)
+    for indices, label in zip(vms, labels, strict=True):
+        for index in indices:
+            found[index] = label
+    return found
+
+
+def _make_unique(labels: list[str], firsts: list[int], files: Sequence[FileInfo | Known]) -> list[str]:
+    """Return labels that differ, by the pids of VMs that share one, or by the place of each VM's first file."""
+    pids = Counter(files[first].pid for first in firsts)
+    endings = []
+    for first in firsts:
+        info = files[first]
         by_pid = info.pid is not None and pids[info.pid] == 1
-        endings.append("" if info.vm else f" (pid {info.pid})" if by_pid else f" (file {index})")
+        endings.append("" if info.vm else f" (pid {info.pid})" if by_pid else f" (file {first})")
     # No two endings are the same, so each turn leaves at least one label less to change.
     while shared := {label for label, count in Counter(labels).items() if count > 1}:
         labels = [label + ending if label in shared else label for label, ending in zip(labels, endings, strict=True)]
-    found = {index: label for indices, label in zip(vms, labels, strict=True) for index in indices}
-    return tuple(replace(info, vm=found[index], host=info.host or host) for index, info in enumerate(files))
+    return labels
 
 
 #: What each file is added to, by the word that says so.
@@ -105,14 +132,14 @@ def group_files(files: Sequence[FileInfo], by: str) -> dict[str, list[int]]:
     return groups
 
 
-def _owner(info: FileInfo) -> Hashable:
+def _owner(info: FileInfo | Known) -> Hashable:
     """Return what the files of a VM have in common; None if nothing is known."""
     if info.vm:
         return ("vm", info.vm)
     return ("pid", info.pid) if info.pid is not None else _describe(info) or None
 
 
-def _describe(info: FileInfo) -> str:
+def _describe(info: FileInfo | Known) -> str:
     """Return the label of a VM, which need not be the only one of that label; empty if nothing is known."""
     if info.vm:
         return info.vm
@@ -121,6 +148,6 @@ def _describe(info: FileInfo) -> str:
     return text.encode("utf-8", "backslashreplace").decode()  # no table or file takes surrogates
 
 
-def _may_be_one_vm(files: Sequence[FileInfo]) -> bool:
+def _may_be_one_vm(files: Sequence[FileInfo | Known]) -> bool:
     """Whether no two files are of the same thing; those whose label was given are."""
     return bool(files[0].vm) or len({(info.kind, info.vcpu_id) for info in files}) == len(files)

@@ -88,7 +88,11 @@ class Block(Group):
 
     def take_sweeps(self, key: Key) -> Block:
         """Return those sweeps."""
-        return replace(self, values=self.values[key])
+        return self.with_values(self.values[key])
+
+    def with_values(self, values: npt.NDArray[np.uint64]) -> Block:
+        """Return other values of the same files."""
+        return Block(self.schema, self.kind, self.places, self.columns, values)  # replace() takes four times as long
 
     def take_files(self, key: Key) -> Group:
         """Return those files."""

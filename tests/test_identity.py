@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import hypothesis
 import pytest
-from helpers import examples
+from helpers import examples, exit_status, forked
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
 from kvmstats_fast.file_info import identify
-from kvmstats_fast.testing import SyntheticStats
+from kvmstats_fast.testing import SyntheticStats, TinyGuest
 
 HOST = os.uname().nodename
 
@@ -197,3 +197,16 @@ def test_the_files_of_ones_own_vm_have_ones_own_pid(stats):
     """Only the process that made a VM can open them; so they are joined whichever thread made them."""
     pid = os.getpid()
     assert {(one.vm, one.pid, one.host) for one in kf.Sampler(stats).files} == {(f"pid {pid}", pid, HOST)}
+
+
+@pytest.mark.real_vm
+def test_the_files_of_a_forked_childs_vm_have_its_pid():
+    """Not that of the parent, which opened files of its own before."""
+
+    def work():
+        with TinyGuest(1) as guest:
+            for file in guest.open_stats():
+                with file:
+                    assert [one.pid for one in kf.Sampler([file]).files] == [os.getpid()]
+
+    assert exit_status(forked(work)) == 0

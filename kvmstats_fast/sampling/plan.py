@@ -6,9 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import replace
-from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
@@ -16,8 +15,9 @@ import numpy as np
 from kvmstats_fast._arguments import article, check_integer, check_names
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._text import printable
+from kvmstats_fast.encoding import kind_of
 from kvmstats_fast.errors import unknown_stat
-from kvmstats_fast.file_info import FileInfo, identify
+from kvmstats_fast.file_info import FileInfo, Known, label_vms
 from kvmstats_fast.groups import Block
 from kvmstats_fast.samples import SampleError, Samples
 from kvmstats_fast.stats_file import StatsFile
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Iterable[StatsFile | Iterable[StatsFile]] | Mapping[str, StatsFile | Iterable[StatsFile | Iterable[StatsFile]]]
     )
 
+_FILES = ffi.typeof("struct kvmstats_file[]")
 #: Bytes that a sweep takes besides its values: its time, how long it took, its tick.
 _CLOCK_BYTES = 24
 IN_USE = "this Sampler is in use by a run, a stream or another thread; each needs a Sampler of its own"
@@ -40,6 +41,12 @@ IN_USE = "this Sampler is in use by a run, a stream or another thread; each need
 
 class _Selection:
     """What is read of a file of one schema, and which of it is kept.
+
+    Parameters
+    ----------
+    schema : Schema
+    found : iterable of dict, optional
+        The statistics that each pattern fits; None: all.
 
     Attributes
     ----------
@@ -49,30 +56,45 @@ class _Selection:
         The words of the file's data that are read.
     gather : numpy.ndarray or None
         Which of these make the row; None: all.
+    indices : uint32_t *
+        The same for the C core.
     width : int
         Words of the row.
     """
 
-    def __init__(self, schema: Schema, patterns: tuple[str, ...] | None) -> None:
+    def __init__(self, schema: Schema, found: Iterable[dict[str, Stat]] | None) -> None:
         self.first = 0
         self.count = self.width = schema.num_values
         self.gather: npt.NDArray[np.uint32] | None = None
-        if patterns is None:
-            self.places = {stat.name: (stat, stat.offset // 8) for stat in schema.stats}
+        self.indices = ffi.NULL
+        if found is None:
+            self.places = schema.places
             return
         chosen: dict[str, Stat] = {}
-        for pattern in patterns:
-            chosen.update(schema.matches(pattern))
-        starts = accumulate((stat.size for stat in chosen.values()), initial=0)
-        self.places = {name: (stat, start) for (name, stat), start in zip(chosen.items(), starts, strict=False)}
+        for stats in found:
+            chosen.update(stats)
+        self.places = {}
+        words: list[int] = []
+        for name, stat in chosen.items():
+            self.places[name] = stat, len(words)
+            start = stat.offset // 8
+            words.extend(range(start, start + stat.size))
         if not chosen:
             return
-        words = np.concatenate([np.arange(stat.size) + stat.offset // 8 for stat in chosen.values()])
-        self.first = int(words.min())
-        self.count = int(words.max()) - self.first + 1
+        self.first = min(words)
+        self.count = max(words) - self.first + 1
         self.width = len(words)
-        if not np.array_equal(words, np.arange(self.first, self.first + self.width)):
-            self.gather = (words - self.first).astype(np.uint32)
+        if words != list(range(self.first, self.first + self.width)):
+            self.gather = np.array(words, np.uint32) - np.uint32(self.first)
+            self.indices = ffi.from_buffer("uint32_t[]", self.gather)
+
+
+class _Origin(NamedTuple):
+    """Attributes of Samples that say where they come from."""
+
+    files: tuple[FileInfo, ...]
+    host: str
+    kernel: str
 
 
 class Plan:
@@ -80,8 +102,8 @@ class Plan:
 
     Attributes
     ----------
-    files : tuple of FileInfo
-        Those that have one of the chosen statistics, in the order given.
+    num_files : int
+        How many have one of the chosen statistics.
     groups : tuple of Block
         The files of one kind and schema each, without room for a sweep.
     threads : int
@@ -90,8 +112,6 @@ class Plan:
         Size of one sweep, its times included.
     scratch_words : int
         Room that each thread needs to pick the words of a row out of what it read.
-    host, kernel : str
-        As in `Samples`.
 
     Raises
     ------
@@ -101,20 +121,28 @@ class Plan:
 
     def __init__(self, files: StatsFiles, stats: str | Iterable[str] | None, threads: int) -> None:
         by_vm = _check_files(files)
-        opened = [file for some in by_vm.values() for file in some]
         self.threads = check_integer("threads", threads, 1, lib.KVMSTATS_MAX_THREADS)
-        selections = _select(dict.fromkeys(file.schema for file in opened), stats)
-        self._files = [file for file in opened if selections[file.schema].places]
-        if not self._files:
-            raise ValueError("there is nothing to sample: no files, or none with statistics")
-        machine = os.uname()
-        self.host, self.kernel = machine.nodename, f"{machine.release} {machine.machine}"
+        opened = [(file, vm, file.schema) for vm, some in by_vm.items() for file in some]
+        selections = _select(dict.fromkeys(schema for _, _, schema in opened), stats)
+        self._files: list[StatsFile] = []
         # Of all that were given, so that what is chosen of them does not change their labels.
-        infos = identify([_describe(file, vm) for vm, some in by_vm.items() for file in some], self.host)
-        self.files = tuple(info for file, info in zip(opened, infos, strict=True) if selections[file.schema].places)
+        self._known: list[Known] = []
+        self._chosen: list[int] = []
+        self._origin: _Origin | None = None
         members: dict[tuple[Schema, str], list[int]] = {}
-        for index, file in enumerate(self._files):
-            members.setdefault((file.schema, file.kind), []).append(index)
+        fields: list[tuple[Any, ...]] = []
+        for place, (file, vm, schema) in enumerate(opened):
+            known, selection, source = _describe(file, vm), selections[schema], file.handle.source
+            self._known.append(known)
+            if selection.places:
+                members.setdefault((schema, known.kind), []).append(len(fields))
+                self._files.append(file)
+                self._chosen.append(place)
+                position = source.position + selection.first * source.value_size
+                fields.append((source, position, selection.count, selection.indices, selection.width))
+        if not fields:
+            raise ValueError("there is nothing to sample: no files, or none with statistics")
+        self.num_files = len(fields)
         self.groups = tuple(
             Block(
                 schema,
@@ -128,21 +156,22 @@ class Plan:
         words = sum(len(group.columns) * group.values.shape[2] for group in self.groups)
         self.sweep_bytes = 8 * words + _CLOCK_BYTES
         self.scratch_words = max((one.count for one in selections.values() if one.gather is not None), default=0)
-        self._gathers = {
-            schema: ffi.NULL if one.gather is None else ffi.from_buffer("uint32_t[]", one.gather)
-            for schema, one in selections.items()
-        }
-        self._structs = ffi.new("struct kvmstats_file[]", len(self._files))
-        for struct, file in zip(self._structs, self._files, strict=True):
-            selection, source = selections[file.schema], file.handle.source
-            struct.source = source
-            struct.position = source.position + selection.first * source.value_size
-            struct.count, struct.width = selection.count, selection.width
-            struct.gather = self._gathers[file.schema]
+        self._selections = selections  # the C structs point into what they keep
+        self._structs = ffi.new(_FILES, fields)
+
+    @property
+    def origin(self) -> _Origin:
+        """Where the samples come from. Worked out when first asked for."""
+        if self._origin is None:
+            machine, vms = os.uname(), label_vms(self._known)
+            host, kernel = machine.nodename, f"{machine.release} {machine.machine}"
+            files = tuple(FileInfo(*self._known[place][:-1], vms[place], host) for place in self._chosen)
+            self._origin = _Origin(files, host, kernel)
+        return self._origin
 
     def copy_structs(self) -> Any:
         """Return a ``struct kvmstats_file[]`` of the files, none of which has failed or has rows yet."""
-        structs = ffi.new("struct kvmstats_file[]", len(self._files))
+        structs = ffi.new(_FILES, self.num_files)
         ffi.memmove(structs, self._structs, ffi.sizeof(structs))
         return structs
 
@@ -175,19 +204,20 @@ class Rows:
         self.plan = plan
         # Filled, so that every page is there before a run's clock starts: a page fault costs more than a read.
         self.groups = tuple(
-            replace(group, values=np.full((slots, *group.values.shape[1:]), 0, np.uint64)) for group in plan.groups
+            group.with_values(_filled((slots, *group.values.shape[1:]), np.uint64)) for group in plan.groups
         )
-        self.time, self.sweep_ns = np.full(slots, 0, np.int64), np.full(slots, 0, np.int64)
-        self.tick = np.full(slots, 0, np.uint64)
-        scratch = np.full(plan.scratch_words * plan.threads, 0, np.uint64)
+        self.time, self.sweep_ns = _filled(slots, np.int64), _filled(slots, np.int64)
+        self.tick = _filled(slots, np.uint64)
+        scratch = _filled(plan.scratch_words * plan.threads, np.uint64)
         self.scratch = ffi.from_buffer("uint64_t[]", scratch, True) if scratch.size else ffi.NULL
-        self.structs = plan.copy_structs()
+        structs = self.structs = plan.copy_structs()
         self._keep = [ffi.from_buffer("uint64_t[]", group.values, True) for group in self.groups]
         for group, base in zip(self.groups, self._keep, strict=True):
             _, columns, width = group.values.shape
+            step = columns * width
             for place, index in enumerate(group.columns.tolist()):
-                self.structs[index].row = base + place * width
-                self.structs[index].step = columns * width
+                struct = structs[index]
+                struct.row, struct.step = base + place * width, step
 
     def find_errors(self, start: int, stop: int) -> tuple[SampleError, ...]:
         """Return the files that had failed by sweep `stop` of a run; the sweeps they name count from `start`."""
@@ -202,10 +232,10 @@ class Rows:
         groups = tuple(group.take_sweeps(slots) for group in self.groups)
         time, sweep_ns, tick = self.time[slots], self.sweep_ns[slots], self.tick[slots]
         if copy:
-            groups = tuple(replace(group, values=group.values.copy()) for group in groups)
+            groups = tuple(group.with_values(group.values.copy()) for group in groups)
             time, sweep_ns, tick = time.copy(), sweep_ns.copy(), tick.copy()
-        host, kernel = self.plan.host, self.plan.kernel
-        return Samples(groups, self.plan.files, time, sweep_ns, tick, host=host, kernel=kernel, **about)
+        files, host, kernel = self.plan.origin
+        return Samples(groups, files, time, sweep_ns, tick, host=host, kernel=kernel, **about)
 
 
 class LiveRow(Rows):
@@ -220,7 +250,7 @@ class LiveRow(Rows):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, 1)
         self.c = ffi.new(
-            "struct kvmstats_sweep *", (self.structs, len(plan.files), self.scratch, plan.scratch_words, 0, 0)
+            "struct kvmstats_sweep *", (self.structs, plan.num_files, self.scratch, plan.scratch_words, 0, 0)
         )
         _LIVE_ROWS.add(self)
 
@@ -228,7 +258,7 @@ class LiveRow(Rows):
         """Raise what is wrong with a sweep for which ``lib.kvmstats_sweep`` returned `status`."""
         if status < 0:
             raise RuntimeError(IN_USE)
-        if status == len(self.plan.files) or (strict and status):
+        if status == self.plan.num_files or (strict and status):
             raise self.find_errors(0, 1)[0].error
 
 
@@ -242,6 +272,13 @@ def _unlock_all() -> None:
 
 
 os.register_at_fork(after_in_child=_unlock_all)
+
+
+def _filled(shape: int | tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
+    """Return an array of zeros whose pages are there, unlike those of `numpy.zeros`."""
+    array = np.empty(shape, dtype)
+    array.fill(0)
+    return array
 
 
 def _check_files(files: StatsFiles) -> dict[str, list[StatsFile]]:
@@ -285,15 +322,18 @@ def _flatten(name: str, files: Iterable[StatsFile | Iterable[StatsFile]]) -> lis
     return chosen
 
 
-def _describe(file: StatsFile, vm: str) -> FileInfo:
-    owner = file.handle.owner
-    return FileInfo(file.id, file.kind, file.vcpu_id, owner.pid, owner.name, vm)
+def _describe(file: StatsFile, vm: str) -> Known:
+    owner, file_id = file.handle.owner, file.id
+    return Known(file_id, *kind_of(file_id), owner.pid, owner.name, vm)
 
 
 def _select(schemas: Iterable[Schema], stats: str | Iterable[str] | None) -> dict[Schema, _Selection]:
     """Return what is read of the files of each schema; KeyError for a pattern that fits no statistic of any."""
-    patterns = None if stats is None else check_names("stats", stats)
-    for pattern in patterns or ():
-        if not any(schema.matches(pattern) for schema in schemas):
+    if stats is None:
+        return {schema: _Selection(schema, None) for schema in schemas}
+    patterns = check_names("stats", stats)
+    found = {schema: [schema.matches(pattern) for pattern in patterns] for schema in schemas}
+    for place, pattern in enumerate(patterns):
+        if not any(some[place] for some in found.values()):
             raise unknown_stat(pattern, chain.from_iterable(schemas), "these files")
-    return {schema: _Selection(schema, patterns) for schema in schemas}
+    return {schema: _Selection(schema, some) for schema, some in found.items()}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.samples import SampleError
     from kvmstats_fast.sampling.plan import StatsFiles
 
@@ -45,11 +46,6 @@ class Sampler(Unique):
     threads : int
         How many threads share each sweep of a run or stream, for hosts with hundreds of vCPUs and processors to spare.
 
-    Attributes
-    ----------
-    files : tuple of FileInfo
-        The files that are sampled, in the order given.
-
     Raises
     ------
     KeyError
@@ -72,7 +68,11 @@ class Sampler(Unique):
     ) -> None:
         self._live = LiveRow(Plan(files, stats, threads))
         self._c = self._live.c
-        self.files = self._live.plan.files
+
+    @property
+    def files(self) -> tuple[FileInfo, ...]:
+        """The files that are sampled, in the order given."""
+        return self._live.plan.origin.files
 
     def sweep(self, *, strict: bool = False) -> None:
         """Read every file once; `view` shows what was read.
