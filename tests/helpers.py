@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import struct
 import sys
 import warnings
@@ -93,6 +94,12 @@ def forked(work, uid=None, capabilities=0):
 def exit_status(pid):
     """Wait for a forked child."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def names_thread(stats_id, tid):
+    """Whether the id of a stats file names this thread; in a pid namespace, the host's number of it is not known."""
+    first = Path("/proc/self/ns/pid").readlink() == Path("pid:[4026531836]")  # PROC_PID_INIT_INO, linux/proc_ns.h
+    return re.fullmatch(rf"kvm-{tid if first else '[0-9]+'}(/vcpu-[0-9]+)?", stats_id)
 
 
 class CtrlC:

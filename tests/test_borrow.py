@@ -14,7 +14,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from helpers import CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, NOBODY, exit_status, forked, open_fds
+from helpers import CAP_DAC_READ_SEARCH, CAP_SYS_PTRACE, NOBODY, exit_status, forked, names_thread, open_fds
 from holder import Holder
 
 import kvmstats_fast as kf
@@ -48,7 +48,7 @@ def test_borrowed_files_give_the_values_of_the_vm_as_it_runs():
     counter = exit_counter()
     with Holder() as other, borrowed(other.pid) as files:
         assert [(file.kind, file.vcpu_id) for file in files] == [("vm", None), ("vcpu", 0), ("vcpu", 1)]
-        assert files[0].id == f"kvm-{other.pid}"
+        assert names_thread(files[0].id, other.pid)
         assert not any(os.get_inheritable(file.fileno()) for file in files)
         before = [file.snapshot()[counter] for file in files[1:]]
         other.do("guest.run(500, vcpu=1)")

@@ -210,8 +210,9 @@ def test_a_vmm_under_valgrind_and_the_library_is_clean(vmm, mode):
         pytest.skip("there is no valgrind")
     # Its words go nowhere: it does not know KVM's ioctls, and says so.
     options = ["--error-exitcode=99", "--leak-check=full", "--log-file=/dev/null"]
+    _, own = run(valgrind, *options, vmm, mode)  # valgrind's fds are below the limit, and so may be among those counted
     _, held = run(valgrind, *options, vmm, mode, preload=LIBRARY)
-    assert held == HELD[mode]
+    assert [with_library - without for with_library, without in zip(held, own, strict=True)] == HELD[mode]
 
 
 def test_the_library_asks_little_of_a_libc():
