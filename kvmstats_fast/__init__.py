@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 # tests/test_packaging.py compares them.
 if TYPE_CHECKING:
     from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
+    from kvmstats_fast.analysis.compare import Change, Comparison, compare
     from kvmstats_fast.analysis.duty_cycle import DutyCycle
     from kvmstats_fast.analysis.figures import Figure, Figures
     from kvmstats_fast.analysis.halt_poll import HaltPollAdvice
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttachError",
+    "Change",
+    "Comparison",
     "DutyCycle",
     "ErrorCode",
     "Figure",
@@ -85,6 +88,7 @@ __all__ = [
     "VmGoneError",
     "VmProcess",
     "attach",
+    "compare",
     "find_vms",
     "inherited_files",
     "launch",
@@ -99,6 +103,7 @@ __all__ = [
 
 _ROOMS = {
     "abi": ("Layout", "StatBase", "StatType", "StatUnit"),
+    "analysis.compare": ("Change", "Comparison", "compare"),
     "analysis.duty_cycle": ("DutyCycle",),
     "analysis.figures": ("Figure", "Figures"),
     "analysis.halt_poll": ("HaltPollAdvice",),
