@@ -81,3 +81,16 @@ def plain_number(value: float) -> float | None:
 def format_number(value: float, form: str) -> str:
     """Return a number as `format` writes it; ``-`` for NaN."""
     return "-" if math.isnan(value) else format(value, form)
+
+
+def format_si(value: float, unit: str) -> str:
+    """Write a value with at most three digits and the prefix that suits it, ``16.4 µs``; a mere number as it is."""
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else "∞"
+    if not unit:
+        return f"{value:.6g}"
+    value = float(f"{value:.3g}")  # 999.6 µs is 1 ms
+    if value == 0:
+        return f"0 {unit}"
+    power = min(max(math.floor(math.log10(abs(value)) / 3), -4), 4)
+    return f"{value / 10.0 ** (3 * power):.3g} {'pnµm kMGT'[power + 4].strip()}{unit}"

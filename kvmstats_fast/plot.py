@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmstats_fast._text import format_si
 from kvmstats_fast.formats import need
 
 if TYPE_CHECKING:
@@ -147,24 +148,11 @@ def histogram(hist: Histogram, ax: Any = None) -> Any:
     ax.bar(np.arange(first, last) + 0.5, whole.counts[first:last].astype(np.float64), width=1.0, edgecolor="white")
     step = -(-(last - first) // 16)
     ticks = range(first, last + 1, step)
-    ax.set_xticks(list(ticks), [_si(whole.edges[i], whole.units) for i in ticks], rotation=45, ha="right")
+    ax.set_xticks(list(ticks), [format_si(whole.edges[i], whole.units) for i in ticks], rotation=45, ha="right")
     ax.set(xlabel=whole.stat.name, ylabel="count", xlim=(first, last))
     has_mean = whole.mean is not None and whole.count > 0
-    ax.set_title(f"{int(whole.count)} counted" + (f", mean {_si(whole.mean, whole.units)}" if has_mean else ""))
+    ax.set_title(f"{int(whole.count)} counted" + (f", mean {format_si(whole.mean, whole.units)}" if has_mean else ""))
     return ax
-
-
-def _si(value: float, unit: str) -> str:
-    """Write a value with at most three digits and the prefix that suits it, ``16.4 µs``; a mere number as it is."""
-    if not np.isfinite(value):
-        return "∞"
-    if not unit:
-        return f"{value:.6g}"
-    value = float(f"{value:.3g}")  # 999.6 µs is 1 ms
-    if value == 0:
-        return f"0 {unit}"
-    power = int(np.clip(np.floor(np.log10(abs(value)) / 3), -4, 4))
-    return f"{value / 10.0 ** (3 * power):.3g} {'pnµm kMGT'[power + 4].strip()}{unit}"
 
 
 def heatmap(samples: Samples, name: str, ax: Any = None) -> Any:

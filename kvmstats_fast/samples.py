@@ -472,24 +472,26 @@ class Samples:
 
         return formulas.derive_figures(self, by)
 
-    def halt_poll_advice(self, settings: Iterable[int] | None = None) -> HaltPollAdvice | None:
+    def halt_poll_advice(self, settings: Iterable[int] | None = None, most_vain: float = 0.01) -> HaltPollAdvice | None:
         """Return what different settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.
 
         Parameters
         ----------
         settings : iterable of int, optional
             In ns. Default: from 0 to 2 ms.
+        most_vain : float
+            Of the vCPUs' time, the most that the setting it calls the best may poll in vain.
 
         Returns
         -------
         HaltPollAdvice or None
-            ``print(advice)`` is a table. None if these files lack a halt histogram (kernels before 5.15); vCPUs that do
-            so are not in it.
+            ``print(advice)`` is a table, ``advice.best`` a setting. None if these files lack a halt histogram (kernels
+            before 5.15); vCPUs that do so are not in it.
 
         Raises
         ------
         TypeError, ValueError
-            If `settings` are not whole numbers, or negative, or empty.
+            If `settings` are not whole numbers, or negative, or empty; or `most_vain` is not from 0 to 1.
 
         Notes
         -----
@@ -500,7 +502,7 @@ class Samples:
         """
         from kvmstats_fast.analysis import halt_poll  # noqa: PLC0415 - Samples' methods import rightwards
 
-        return halt_poll.halt_poll_advice(self, settings)
+        return halt_poll.halt_poll_advice(self, settings, most_vain)
 
     def _blank(self, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:
         """Overwrite the changes of files that had failed, in an array of our own, and return it."""

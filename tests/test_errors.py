@@ -111,7 +111,8 @@ def test_what_is_not_a_name_is_a_type_error_with_a_sentence(call, wrong):
     [
         (lambda: x().histogram("hist")[0].quantile("0.5"), TypeError, "q is a str; it must be a number from 0 to 1"),
         (lambda: x().histogram("hist").quantile(None), TypeError, "q is a NoneType; it must be a number from 0 to 1"),
-        (lambda: x().histogram("hist").quantile([0.5]), TypeError, "q is a list; it must be a number from 0 to 1"),
+        (lambda: x().histogram("hist").quantile([[0.5]]), TypeError, "q is a list; it must be a number from 0 to 1"),
+        (lambda: x().histogram("hist").quantile([0.5, 2]), ValueError, "q is 2; it must be from 0 to 1"),
         (lambda: x().histogram("hist").quantile(1.5), ValueError, "q is 1.5; it must be from 0 to 1"),
         (lambda: x().histogram("hist").quantile(float("nan")), ValueError, "q is nan; it must be from 0 to 1"),
         (lambda: x().histogram("hist", "1"), TypeError, "sweep is a str; it must be a whole number, from -3 to 2"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from made import group_of, run_of
 
 import kvmstats_fast as kf
+from kvmstats_fast.analysis import halt_poll
 from kvmstats_fast.testing import SyntheticStats
 
 COUNTER = kf.Stat("", kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, -1)
@@ -754,7 +756,10 @@ def test_advice_contains_what_each_setting_would_have_done(vcpus, settings, elap
     ordered = np.sort(advice.rows, order="halt_poll_ns")
     for name in ("caught_low", "caught_high", "poll_low", "poll_high"):
         assert (np.diff(ordered[name]) >= -ROUNDING * np.abs(ordered[name][1:])).all() or not halts, name
-    assert str(advice).count("\n") == 1 + len(settings)
+    assert str(advice).count("\n") == 2 + len(settings)
+    cheap = [row for row in advice.rows if halts and row["vain_high"] <= 0.01]
+    assert advice.best == min((-row["caught_low"], int(row["halt_poll_ns"])) for row in cheap)[1] if cheap else True
+    assert (advice.best is None) == (not cheap)
 
 
 def naive_bounds(vcpus, setting):
@@ -819,8 +824,53 @@ def test_advice_has_default_settings_and_a_table():
     assert advice.rows["halt_poll_ns"].tolist() == [0, *(n * 1000 for n in (10, 25, 50, 100, 200, 500, 1000, 2000))]
     lines = str(advice).splitlines()
     assert lines[0].startswith("4 halts; as it was set, polling caught 75.0 % of them")
-    assert len(lines) == 11
-    assert "75.0 to 75.0 %" in lines[3]
+    assert lines[1] == "2000000 catches most of the settings that poll in vain for at most 1 % of the vCPUs' time"
+    assert len(lines) == 12
+    assert "75.0 to 75.0 %" in lines[4]
+
+
+def test_advice_names_the_setting_that_catches_most_for_at_most_so_much_in_vain():
+    """The least of equals; a tighter limit takes a smaller one, down to none at all."""
+    halts = [(600, 1000)] * 30 + [(40_000, 1000)] * 20 + [(10**9, 0)] * 50
+    x = run_of(halted([halts]), times=[0, 10**9])
+    assert x.halt_poll_advice().best == 100_000
+    assert x.halt_poll_advice(most_vain=0.001).best == 10_000
+    assert x.halt_poll_advice(most_vain=0).best == 0
+    assert x.halt_poll_advice([500, 10_000], most_vain=1e-9).best is None
+    assert x.halt_poll_advice(reversed([2_000_000, 1_000_000]), most_vain=1).best == 1_000_000
+    assert run_of(halted([[]]), times=[0, 10**9]).halt_poll_advice().best is None
+    for wrong, error in ((1.5, ValueError), ("1 %", TypeError), (math.nan, ValueError)):
+        with pytest.raises(error, match="most_vain is"):
+            x.halt_poll_advice(most_vain=wrong)
+
+
+def test_advice_says_what_is_set_on_this_host_now(monkeypatch, tmp_path):
+    """As KVM's module parameter says; nothing of another host, or where it cannot be read."""
+    parameter = tmp_path / "halt_poll_ns"
+    monkeypatch.setattr(halt_poll, "PARAMETER", parameter)
+    here = run_of(halted([[(5, 9)]]), host=os.uname().nodename)
+    assert here.halt_poll_advice().present is None
+    parameter.write_text("123456\n")
+    assert here.halt_poll_advice().present == 123_456
+    assert "; halt_poll_ns is 123456 now" in str(here.halt_poll_advice())
+    assert run_of(halted([[(5, 9)]]), host="there").halt_poll_advice().present is None
+    parameter.write_text("many")
+    assert here.halt_poll_advice().present is None
+
+
+def test_advice_is_plain_python_and_a_frame_and_html():
+    """With every row, and what is not defined as None."""
+    advice = run_of(halted([[(600, 1000)] * 3, []], POLL_STATS[:3]), times=[0, 10**9]).halt_poll_advice([0, 1024])
+    plain = advice.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert (plain["halts"], plain["caught"], plain["poll"], plain["best"]) == (3, 1.0, None, 1024)
+    assert [row["halt_poll_ns"] for row in plain["rows"]] == [0, 1024]
+    frame = advice.to_pandas()
+    assert frame["caught_low"].to_dict() == {0: 0.0, 1024: 1.0}
+    assert (frame.attrs["best"], frame.attrs["halts"]) == (1024, 3)
+    assert advice._repr_html_().count("<tr>") == 3
+    nothing = run_of(halted([[]])).halt_poll_advice([7])
+    assert nothing.to_dict()["rows"][0]["caught_low"] is None
 
 
 def test_advice_needs_all_three_histograms():

@@ -1,6 +1,7 @@
 """Histograms against the samples they were made of: what they say contains the truth, and no more is said."""
 
 import doctest
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -204,6 +205,88 @@ def test_the_mean_is_between_its_bounds_and_they_are_no_wider_than_the_buckets(d
         assert h.mean == about(true)
         assert h.total == about(sum(values) * scale)
         assert (type(h.mean), type(h.total), type(low)) == (float, float, float)
+
+
+OWNERS = [
+    kf.FileInfo(f"id {i}", "vcpu", i, vm=vm, host=host)
+    for i, (vm, host) in enumerate([("<web>", "a"), ("db", "a"), ("<web>", "a"), ("db", "b")])
+]
+
+
+@examples(60)
+@given(hist_stats(), st.lists(VALUE_LISTS, min_size=1, max_size=4), st.lists(st.floats(0, 1), max_size=4))
+def test_several_quantiles_are_each_of_them(drawn, files, qs):
+    """An axis of quantiles comes first, as numpy has it."""
+    stat, _ = drawn
+    h = kf.Histogram(stat, [counts_of(stat, values) for values in files])
+    for what, shape in ((h, (len(qs), len(files))), (h[0], (len(qs),))):
+        low, high = what.quantile(qs)
+        assert low.shape == high.shape == shape
+        for each, q in zip(zip(low, high, strict=True), qs, strict=True):
+            np.testing.assert_array_equal(each, what.quantile(q))
+    np.testing.assert_array_equal(h.quantile(np.array(qs)), h.quantile(tuple(qs)))
+
+
+@examples(60)
+@given(st.lists(VALUE_LISTS, min_size=4, max_size=4), st.sampled_from(["vm", "host", "vcpu"]), st.booleans())
+def test_the_histogram_of_a_vm_is_that_of_all_its_files(values, by, summed):
+    """Counts and totals are added up by the label of the VM, host or vCPU."""
+    totals = [sum(row) % 2**60 for row in values] if summed else None
+    h = kf.Histogram(LOG, [counts_of(LOG, row) for row in values], totals, OWNERS)
+    label = {"vm": lambda one: one.vm, "host": lambda one: one.host, "vcpu": str}[by]
+    parts = h.by(by)
+    assert list(parts) == list(dict.fromkeys(map(label, OWNERS)))
+    for name, part in parts.items():
+        rows = [i for i, one in enumerate(OWNERS) if label(one) == name]
+        assert part.counts.tolist() == counts_of(LOG, [value for i in rows for value in values[i]])
+        assert part.raw_total is None if totals is None else int(part.raw_total) == sum(totals[i] for i in rows)
+        assert part.files == tuple(OWNERS[i] for i in rows)
+    assert (h[1:3].files, h[-1].files, h[[0, 3]].files) == (tuple(OWNERS[1:3]), (OWNERS[3],), (OWNERS[0], OWNERS[3]))
+    assert ((h + h).files, (h[:2] + h[2:]).files, h.sum().files) == (tuple(OWNERS), (), tuple(OWNERS))
+
+
+def test_a_histogram_without_files_has_no_vms():
+    """What has one row, whose rows are nobody's, or a wrong word is refused by name."""
+    h = kf.Histogram(LOG, [[1, 0, 0, 0, 0]] * 4)
+    with pytest.raises(ValueError, match="not known whose these counts are"):
+        h.by("vm")
+    with pytest.raises(TypeError, match="of one file, or summed up"):
+        h.sum().by("vm")
+    with pytest.raises(ValueError, match="by is 'guest'; it must be one of"):
+        replace(h, files=OWNERS).by("guest")
+    with pytest.raises(ValueError, match="files are 3, the counts are of 4"):
+        replace(h, files=OWNERS[:3])
+
+
+def test_a_histogram_is_plain_python_and_a_frame_and_a_table():
+    """With every count and whose it is, and what is not defined as None or a dash."""
+    counts = [[1, 0, 90, 8, 1], [0] * 5, [0, 0, 0, 5, 0], [1, 0, 0, 0, 0]]
+    h = kf.Histogram(LOG, counts, [500, 0, 30, 0], OWNERS)
+    plain = h.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain["of"] == ["<web>/0", "db/1", "<web>/2", "db/3"]
+    assert (plain["counts"], plain["count"]) == (counts, [100, 0, 5, 1])
+    assert plain["mean"] == [5e-9, None, pytest.approx(6e-9), 0.0]
+    assert (plain["units"], plain["edges"]) == ("s", [0.0, 1e-9, 2e-9, 4e-9, 8e-9, None])
+    one = h[0].to_dict()
+    assert (one["of"], one["counts"], one["count"], one["mean"]) == (["<web>/0"], counts[0], 100, 5e-9)
+    assert kf.Histogram(LOG, counts[0]).to_dict()["mean"] is None
+    frame = h.to_pandas()
+    assert frame["a", "<web>", 0].tolist() == counts[0]
+    assert (frame.columns.names, frame.to_numpy().dtype) == (["host", "vm", "vcpu"], np.uint64)
+    assert (frame.index[2].left, frame.index[2].right, frame.index.closed) == (2e-9, 4e-9, "left")
+    assert h.sum().to_pandas()["count"].tolist() == np.sum(counts, axis=0).tolist()
+    assert replace(h, files=()).to_pandas()[3].tolist() == counts[3]
+    lines = str(h).splitlines()
+    assert lines[0].split() == ["wait_hist", "count", "mean", "50", "%", "90", "%", "99", "%"]
+    assert [line.split()[0] for line in lines[1:]] == ["<web>/0", "db/1", "<web>/2", "db/3", "all"]
+    assert " ".join(lines[1].split()) == "<web>/0 100 5 ns 2 ns to 4 ns 2 ns to 4 ns 4 ns to 8 ns"
+    assert lines[2].split()[1:] == ["0", *"----"]
+    assert str(h[0]).splitlines()[1].split()[0] == "all"
+    assert "&lt;web&gt;/0" in h._repr_html_()
+    many = kf.Histogram(LOG, np.eye(70, 5, dtype=np.uint64))
+    assert str(many).splitlines()[-1].split()[:4] == ["all,", "also", "20", "more"]
+    assert len(str(many).splitlines()) == 52
 
 
 def test_without_a_counter_that_adds_the_values_up_there_is_no_mean():

@@ -107,6 +107,9 @@ CALLS = {
     "Stat.scale_array": lambda: FILE.schema["halt_wait_ns"].scale_array(OUT),
     "Histogram": lambda: (HISTOGRAM + HISTOGRAM) - HISTOGRAM,
     "Histogram.sum": HISTOGRAM.sum,
+    "Histogram.by": lambda: HISTOGRAM.by("vm"),
+    "Histogram.to_dict": HISTOGRAM.to_dict,
+    "Histogram.to_pandas": HISTOGRAM.to_pandas,
     "Histogram.quantile": lambda: HISTOGRAM[0].quantile(0.9),
     "Histogram.cdf": HISTOGRAM.cdf,
     "Histogram.mean_bounds": HISTOGRAM.mean_bounds,
@@ -126,7 +129,7 @@ CALLS |= {
     "Samples.load": lambda: kf.Samples.load(ROOM / "load")["exits"],
 }
 #: These take milliseconds.
-SLOW = {"Samples.figures", "Samples.halt_poll_advice", "Samples.save", "Samples.load"}
+SLOW = {"Samples.figures", "Samples.halt_poll_advice", "Samples.save", "Samples.load", "Histogram.to_pandas"}
 SLOW |= {f"Samples.to_{name}" for name in ("arrow", "pandas", "xarray", "csv", "parquet")}
 
 
@@ -178,7 +181,7 @@ def test_every_public_method_is_in_the_list():
         "float_factor",
     }
     exempt |= {"stats", "places", "names", "vm", "vcpu", "stat", "columns"}
-    exempt |= {"counts", "raw_total", "count", "edges"}
+    exempt |= {"counts", "raw_total", "count", "edges", "files"}
     for cls in (kf.StatsFile, kf.Schema, kf.Stat, kf.Samples, kf.Histogram):
         slots = set(getattr(cls, "__slots__", ()))
         public = {name for name in dir(cls) if not name.startswith("_")} - slots - exempt

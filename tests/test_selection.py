@@ -1,7 +1,9 @@
 """Which statistics of which files: what is selected is what the whole has, and everything else works on it."""
 
 import itertools
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import made
 import numpy as np
@@ -33,7 +35,7 @@ def samples_of(owners, sweeps=6, storage="block", failed=()):
         kind, stats = KERNELS[kernel]
         columns = [i for i, (one, *_) in enumerate(owners) if one == kernel]
         shape = (sweeps, len(columns))
-        values = {one.name: random.integers(0, 2**60, (*shape, *one.shape), np.uint64) for one in stats}
+        values = {one.name: random.integers(0, 2**50, (*shape, *one.shape), np.uint64) for one in stats}
         for file, sweep in failed:
             for column in values.values():
                 column[sweep:, [i for i, index in enumerate(columns) if index == file]] = 0
@@ -172,6 +174,23 @@ def test_what_is_selected_can_be_saved_joined_and_tabled(storage, tmp_path):
     whole, part = x.figures()["exits/s"], y.figures()["exits/s"]
     assert part.files == y.files
     assert part.values.tolist() == [whole.values[whole.files.index(info)] for info in y.files]
+
+
+def test_the_recipes_of_the_guide_give_what_they_say():
+    """Those of docs/analysis.md about VMs, times and histograms, on two VMs."""
+    text = (Path(__file__).parents[1] / "docs" / "analysis.md").read_text(encoding="utf-8")
+    part = text[text.index("## Which VM, which time") : text.index("## Derived figures")]
+    x = samples_of([(kernel, vm, vcpu) for vm in ("web", "db") for kernel, vcpu in ((2, 0), (0, 0), (0, 1))], 20)
+    x.wall_offset = 1795788000 * 10**9  # 14:00
+    names = {"x": x}
+    for block in re.findall(r"```python\n(.*?)```", part, re.DOTALL):
+        exec(block, names)
+    assert [str(info) for info in names["web"].files] == ["web/0"]
+    assert names["web"].names == ("exits", "halt_wait_ns", "halt_wait_hist")
+    assert len(names["later"]) == 20
+    assert list(names["totals"]) == list(names["p99"]) == ["web", "db"]
+    assert names["totals"]["db"] == x.total("exits")[2:].sum()
+    assert len(names["seconds"]) == 20
 
 
 def test_a_copy_of_what_is_selected_takes_no_room_for_the_rest():

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvmstats_fast._text import format_html, format_number, format_table, plain_number
 from kvmstats_fast.formats import need
-from kvmstats_fast.formats.arrow import NONE, readable
+from kvmstats_fast.formats.arrow import NONE, readable, row_key
 
 if TYPE_CHECKING:
     from kvmstats_fast.analysis.whole_run import Values
@@ -151,9 +151,7 @@ def _count(figure: Figure) -> str:
 
 def _keys(figure: Figure) -> list[tuple[str, str, int]]:
     """Return host, VM and number of the vCPU of each value."""
+    if figure.files:
+        return [row_key(info) for info in figure.files]
     vms = figure.vms or ("",) * len(figure.hosts)
-    vcpus = [info.vcpu_id for info in figure.files] or [None] * len(figure.hosts)
-    return [
-        (readable(host), readable(vm), NONE if vcpu is None else vcpu)
-        for host, vm, vcpu in zip(figure.hosts, vms, vcpus, strict=True)
-    ]
+    return [(readable(host), readable(vm), NONE) for host, vm in zip(figure.hosts, vms, strict=True)]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import operator
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmstats_fast._text import format_number, format_table
+from kvmstats_fast._arguments import check_fraction
+from kvmstats_fast._text import format_html, format_number, format_table, plain_number
 from kvmstats_fast.analysis.whole_run import WholeRun
+from kvmstats_fast.formats import need
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -40,33 +44,95 @@ class HaltPollAdvice:
     caught, poll : float
         The fraction of halts that polling caught, and of the vCPUs' time that it took, as it was set. NaN without a
         halt or without time; `poll` also where ``halt_poll_success_ns`` and ``halt_poll_fail_ns`` were not sampled.
+    most_vain : float
+        Of the vCPUs' time, the most that `best` may poll in vain.
+    present : int or None
+        What the host's KVM has as ``halt_poll_ns`` now; None if the samples are of another host, or it cannot be read.
+        A VMM may have set another for its VM (``KVM_CAP_HALT_POLL``).
     """
 
     rows: npt.NDArray[np.void]
     halts: int
     caught: float
     poll: float
+    most_vain: float = 0.01
+    present: int | None = None
+
+    @property
+    def best(self) -> int | None:
+        """The setting that catches most, of those that cost little.
+
+        Of the settings whose polling in vain takes at most `most_vain` of the vCPUs' time (``vain_high``), the one that
+        catches the largest fraction of halts for certain (``caught_low``); of several, the least. None if there is no
+        such setting, or were no halts.
+        """
+        cheap = self.rows[self.rows["vain_high"] <= self.most_vain]
+        if not self.halts or not len(cheap):
+            return None
+        return int(min(cheap["halt_poll_ns"][cheap["caught_low"] == cheap["caught_low"].max()]))
 
     def __str__(self) -> str:
+        return "\n".join((*self._summary(), format_table(self._rows(), _ALIGN)))
+
+    def _repr_html_(self) -> str:
+        return f"<p>{'<br>'.join(self._summary())}</p>{format_html(self._rows(), _ALIGN)}"
+
+    def _summary(self) -> tuple[str, str]:
+        caught, poll = format_number(100 * self.caught, ".1f"), format_number(100 * self.poll, ".2f")
+        first = (
+            f"{self.halts} halts; as it was set, polling caught {caught} % of them and took {poll} % of the vCPUs' time"
+        )
+        best = "none is the best" if self.best is None else f"{self.best} catches most"
+        rule = f"of the settings that poll in vain for at most {100 * self.most_vain:g} % of the vCPUs' time"
+        return first, f"{best} {rule}" + ("" if self.present is None else f"; halt_poll_ns is {self.present} now")
+
+    def _rows(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = [("halt_poll_ns", "catches", "polls", "of it in vain")]
         for row in self.rows.tolist():
             setting, *bounds = row
             pairs = zip(bounds[::2], bounds[1::2], strict=True)
             percent = ((format_number(100 * low, ".1f"), format_number(100 * high, ".1f")) for low, high in pairs)
             table.append((f"{setting}", *(f"{low} to {high} %" for low, high in percent)))
-        caught, poll = format_number(100 * self.caught, ".1f"), format_number(100 * self.poll, ".2f")
-        first = (
-            f"{self.halts} halts; as it was set, polling caught {caught} % of them and took {poll} % of the vCPUs' time"
-        )
-        return first + "\n" + format_table(table, "<>><")
+        return table
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python, which ``json.dumps`` takes as it is: the attributes, `best`, and a dict for each row.
+
+        None is what is not defined.
+        """
+        names = self.rows.dtype.names or ()
+        return {
+            "halts": self.halts,
+            "caught": plain_number(self.caught),
+            "poll": plain_number(self.poll),
+            "most_vain": self.most_vain,
+            "present": self.present,
+            "best": self.best,
+            "rows": [dict(zip(names, map(plain_number, row), strict=True)) for row in self.rows.tolist()],
+        }
+
+    def to_pandas(self) -> Any:
+        """Return `rows` as a ``pandas.DataFrame``, indexed by ``halt_poll_ns``; ``attrs`` has the rest of `to_dict`."""
+        frame = need("pandas", "pandas").DataFrame(self.rows).set_index("halt_poll_ns")
+        frame.attrs |= {name: value for name, value in self.to_dict().items() if name != "rows"}
+        return frame
+
+
+_ALIGN = "<>><"
 
 #: In ns; 0 is off. ``KVM_HALT_POLL_NS_DEFAULT`` is 200000 on x86, 500000 on arm64 and riscv.
 _SETTINGS = (0, 10_000, 25_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000)
 
 
-def halt_poll_advice(samples: Samples, settings: Iterable[int] | None = None) -> HaltPollAdvice | None:
+#: Where KVM's module parameter is.
+PARAMETER = Path("/sys/module/kvm/parameters/halt_poll_ns")
+
+
+def halt_poll_advice(
+    samples: Samples, settings: Iterable[int] | None = None, most_vain: float = 0.01
+) -> HaltPollAdvice | None:
     """Return what settings of ``halt_poll_ns`` would have done; see `Samples.halt_poll_advice`."""
+    most_vain = check_fraction("most_vain", most_vain)
     try:
         settings = [operator.index(setting) for setting in (_SETTINGS if settings is None else settings)]
     except TypeError:
@@ -101,7 +167,16 @@ def halt_poll_advice(samples: Samples, settings: Iterable[int] | None = None) ->
         halts,
         polls_caught / halts if halts else np.nan,
         polled * 1e9 / elapsed,
+        most_vain,
+        _read_parameter() if samples.host == os.uname().nodename else None,
     )
+
+
+def _read_parameter() -> int | None:
+    try:
+        return int(PARAMETER.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 _BOUNDS = ("caught_low", "caught_high", "poll_low", "poll_high", "vain_low", "vain_high")

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from kvmstats_fast._arguments import article, check_fraction, check_integer
+from kvmstats_fast._text import format_html, format_si, format_table, plain_number
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.changes import add_exactly
+from kvmstats_fast.file_info import check_by, group_files
+from kvmstats_fast.formats import need
+from kvmstats_fast.formats.arrow import row_key
 from kvmstats_fast.groups import find_columns, find_groups
 from kvmstats_fast.stat import Stat
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import numpy.typing as npt
 
+    from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.samples import Samples
 
 _MOST = 1 << 64
+#: What a table has: these quantiles, and rows for so many files.
+_QUANTILES = (0.5, 0.9, 0.99)
+_MOST_ROWS = 50
+_ALIGN = "<>>>>>"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +47,8 @@ class Histogram:
         uint64, shape ``(buckets,)``, or ``(n, buckets)`` of n files.
     raw_total : array_like, optional
         The sum of all that was counted, in the histogram's raw units (ns): uint64, shape ``()`` or ``(n,)``.
+    files : sequence of FileInfo, optional
+        Whose the rows of the counts are, or what is added up in them.
 
     Attributes
     ----------
@@ -45,7 +58,7 @@ class Histogram:
     Raises
     ------
     TypeError, ValueError
-        If `stat` is not a histogram, or the counts do not fit it, or add up to 2**64 or more.
+        If `stat` is not a histogram, or the counts or files do not fit it, or add up to 2**64 or more.
 
     Notes
     -----
@@ -64,6 +77,7 @@ class Histogram:
     stat: Stat
     counts: npt.NDArray[np.uint64]
     raw_total: npt.NDArray[np.uint64] | None = None
+    files: tuple[FileInfo, ...] = ()
     count: npt.NDArray[np.uint64] = field(init=False)
     _edges: npt.NDArray[np.float64] = field(init=False, repr=False)
 
@@ -81,6 +95,9 @@ class Histogram:
             if total.shape != counts.shape[:-1]:
                 raise ValueError(f"raw_total has shape {total.shape}, the counts are of {counts.shape[:-1]}")
             object.__setattr__(self, "raw_total", total)
+        object.__setattr__(self, "files", tuple(self.files))
+        if counts.ndim == 2 and self.files and len(self.files) != len(counts):
+            raise ValueError(f"files are {len(self.files)}, the counts are of {len(counts)}")
 
     @property
     def edges(self) -> npt.NDArray[np.float64]:
@@ -103,12 +120,45 @@ class Histogram:
             raw_total=None if total is None else add_exactly(total, 0, f"the totals of {self.stat.name}"),
         )
 
-    def __getitem__(self, file: int | slice) -> Histogram:
+    def by(self, by: str) -> dict[str, Histogram]:
+        """Add up the files of each VM.
+
+        Parameters
+        ----------
+        by : {"vm", "host", "vcpu"}
+            Of what there is a histogram: VM, host, or vCPU.
+
+        Returns
+        -------
+        dict
+            Histograms of shape ``(buckets,)`` by label: ``h.by("vm")["web"].quantile(0.99)``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `by` is none of these; if this is of one file or added up already; or if `files` are not known.
+        """
+        check_by(by)
+        self._check_has_files()
+        if not self.files and len(self.counts):
+            raise ValueError("it is not known whose these counts are: they were given without files")
+        return {label: self[rows].sum() for label, rows in group_files(self.files, by).items()}
+
+    def __getitem__(self, file: int | slice | Sequence[int]) -> Histogram:
         """Of one file, or of some."""
+        self._check_has_files()
+        rows = np.arange(len(self.counts))[file].reshape(-1).tolist() if self.files else ()
+        total = self.raw_total
+        return replace(
+            self,
+            counts=self.counts[file],
+            raw_total=None if total is None else total[file],
+            files=tuple(self.files[row] for row in rows),
+        )
+
+    def _check_has_files(self) -> None:
         if self.counts.ndim == 1:
             raise TypeError("this histogram is of one file, or summed up: it has buckets, see counts")
-        total = self.raw_total
-        return replace(self, counts=self.counts[file], raw_total=None if total is None else total[file])
 
     def __add__(self, other: Histogram) -> Histogram:
         return self._combined(other, np.add, "sum")
@@ -128,35 +178,42 @@ class Histogram:
         same_scale = (self.stat.base, self.stat.exponent) == (other.stat.base, other.stat.exponent)
         if self.raw_total is not None and other.raw_total is not None and same_scale:
             total = _checked(operation, self.raw_total, other.raw_total, f"{what} of the totals of {self.stat.name}")
-        return replace(self, counts=counts, raw_total=total)
+        return replace(self, counts=counts, raw_total=total, files=self.files if self.files == other.files else ())
 
-    def quantile(self, q: float) -> tuple[Any, Any]:
+    def quantile(self, q: float | Iterable[float]) -> tuple[Any, Any]:
         """Bounds of a quantile: the value of rank ``ceil(q * count)`` lies in ``[low, high)``.
 
         Parameters
         ----------
-        q : float
+        q : float, or sequence of float
             From 0 to 1, read as the decimal that it prints as: the median of 0.1 * 30 values is of rank 3.
 
         Returns
         -------
-        low, high : float, or numpy.ndarray of shape (n,)
+        low, high : float, or numpy.ndarray of shape (n,); of several quantiles (q,) or (q, n)
             In base units; `high` is inf in the last bucket; both are NaN where nothing was counted. This is
-            ``numpy.quantile(values, q, method="inverted_cdf")``, as far as the buckets tell.
+            ``numpy.quantile(values, q, axis=0, method="inverted_cdf")``, as far as the buckets tell.
         """
-        q = check_fraction("q", q)
+        if np.ndim(cast("float", q)):
+            bounds = [self._bounds(check_fraction("q", one)) for one in cast("Iterable[float]", q)]
+            rows = np.array(bounds, np.float64).reshape(len(bounds), 2, self.count.size)
+            low, high = rows[:, 0], rows[:, 1]
+            return (low[:, 0], high[:, 0]) if self.counts.ndim == 1 else (low, high)
+        low, high = self._bounds(check_fraction("q", q))
+        return self._shaped(low), self._shaped(high)
+
+    def _bounds(self, q: float) -> npt.NDArray[np.float64]:
+        """Return the edges of the bucket that a quantile of each row lies in, (2, n)."""
         from fractions import Fraction  # noqa: PLC0415 - imports decimal, which few need
 
         exact = Fraction(repr(q))
-        rows = self.counts.reshape(-1, self.counts.shape[-1])
-        bounds = np.full((2, len(rows)), np.nan)
-        for i, cumulated in enumerate(np.cumsum(rows, axis=1)):
-            count = int(cumulated[-1])
-            if count:
-                rank = max(1, -(-count * exact.numerator // exact.denominator))
-                bucket = int(np.searchsorted(cumulated, np.uint64(rank)))
-                bounds[:, i] = self.edges[bucket : bucket + 2]
-        return self._shaped(bounds[0]), self._shaped(bounds[1])
+        cumulated = np.cumsum(self.counts.reshape(-1, self.counts.shape[-1]), axis=1)
+        counts = cumulated[:, -1].tolist()
+        ranks = np.array([max(1, -(-count * exact.numerator // exact.denominator)) for count in counts], np.uint64)
+        buckets = np.minimum(np.sum(cumulated < ranks[:, None], axis=1), self.stat.size - 1)
+        bounds = np.stack([self.edges[buckets], self.edges[buckets + 1]])
+        bounds[:, cumulated[:, -1] == 0] = np.nan
+        return bounds
 
     def cdf(self) -> npt.NDArray[np.float64]:
         """Return which fraction was below each upper edge ``edges[1:]``.
@@ -212,6 +269,68 @@ class Histogram:
         count = sum(self.count.reshape(-1).tolist())
         return f"<Histogram {self.stat.name}{files}: {count} in {self.stat.size} buckets>"
 
+    def __str__(self) -> str:
+        return format_table(self._rows(), _ALIGN)
+
+    def _repr_html_(self) -> str:
+        return format_html(self._rows(), _ALIGN)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Return a table: a row for each file, but no more than a screen has, and one for all."""
+        rows = [(self.stat.name, "count", "mean", *(f"{100 * q:g} %" for q in _QUANTILES))]
+        shown: list[tuple[str, Histogram]] = []
+        if self.counts.ndim == 2:
+            labels = [str(info) for info in self.files] or [f"file {row}" for row in range(len(self.counts))]
+            shown = [(label, self[row]) for row, label in enumerate(labels[:_MOST_ROWS])]
+        more = len(self.counts) - len(shown) if shown else 0
+        for label, one in [*shown, (f"all, also {more} more" if more else "all", self.sum())]:
+            bounds = zip(*one.quantile(_QUANTILES), strict=True)
+            between = (" to ".join(format_si(edge, self.units) for edge in pair) for pair in bounds)
+            mean = "-" if one.mean is None else format_si(one.mean, self.units)
+            rows.append((label, f"{one.count}", mean, *("-" if not one.count else cell for cell in between)))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python, which ``json.dumps`` takes as it is.
+
+        Returns
+        -------
+        dict
+            ``name``, ``units``, ``edges`` (None: the last bucket is open), ``of`` (labels of `files`), ``counts``,
+            ``count`` and ``mean``: of several files these three are lists, in the order of ``of``. None is a mean that
+            is not known.
+        """
+        mean = np.full(self.count.shape, np.nan) if self.mean is None else np.asarray(self.mean)
+        means = [plain_number(one) for one in mean.reshape(-1).tolist()]
+        return {
+            "name": self.stat.name,
+            "units": self.units,
+            "edges": [plain_number(edge) for edge in self.edges.tolist()],
+            "of": [str(info) for info in self.files],
+            "counts": self.counts.tolist(),
+            "count": self.count.tolist(),
+            "mean": means[0] if self.counts.ndim == 1 else means,
+        }
+
+    def to_pandas(self) -> Any:
+        """Return the counts as a ``pandas.DataFrame``: a row for each bucket.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Indexed by intervals in base units, closed on the left. Of several files a column for each, with the levels
+            ``host``, ``vm`` and ``vcpu`` (-1: the VM itself); else the column ``count``.
+        """
+        pd = need("pandas", "pandas")
+        index = pd.IntervalIndex.from_breaks(self.edges, closed="left", name=self.stat.name)
+        if self.counts.ndim == 1:
+            return pd.DataFrame({"count": self.counts}, index=index)
+        frame = pd.DataFrame(self.counts.T, index=index)
+        if self.files:
+            keys = [row_key(info) for info in self.files]
+            frame.columns = pd.MultiIndex.from_tuples(keys, names=["host", "vm", "vcpu"])
+        return frame
+
 
 def run_histogram(samples: Samples, name: str, sweep: int | None) -> Histogram:
     """Return what a histogram counted in a run, or by one sweep of it; see `Samples.histogram`."""
@@ -231,7 +350,7 @@ def run_histogram(samples: Samples, name: str, sweep: int | None) -> Histogram:
     if len(adders) == len(groups) and scales == {(StatType.CUMULATIVE, stat.unit, stat.base, stat.exponent)}:
         files = find_columns(samples.groups, name).tolist()
         total = counted(samples.restrict(groups, files), adder)
-    return Histogram(stat, counted(samples, name), total)
+    return Histogram(stat, counted(samples, name), total, samples.columns(name))
 
 
 def _whole_numbers(values: object, what: str) -> npt.NDArray[np.uint64]:

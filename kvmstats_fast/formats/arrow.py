@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.groups import Group
     from kvmstats_fast.samples import SampleError, Samples
     from kvmstats_fast.stat import Stat
@@ -131,6 +132,11 @@ def whose(samples: Samples, columns: npt.NDArray[np.intp]) -> dict[str, Any]:
         "pid": np.array([NONE if info.pid is None else info.pid for info in infos], np.int64),
         "vcpu": np.array([NONE if info.vcpu_id is None else info.vcpu_id for info in infos], np.int64),
     }
+
+
+def row_key(info: FileInfo) -> tuple[str, str, int]:
+    """Return host, VM and number of the vCPU of a file, as these columns have them."""
+    return readable(info.host), readable(info.vm), NONE if info.vcpu_id is None else info.vcpu_id
 
 
 def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str, str]]:
