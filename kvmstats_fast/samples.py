@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
 from kvmstats_fast import changes, selection, spans
 from kvmstats_fast._arguments import check_all
+from kvmstats_fast.answers import Answers
+from kvmstats_fast.conversions import Conversions
 from kvmstats_fast.groups import find_columns, find_groups
 from kvmstats_fast.joining import join_samples, spread_offsets
 from kvmstats_fast.selection import Selection
@@ -16,14 +18,9 @@ from kvmstats_fast.selection import Selection
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     import numpy.typing as npt
 
-    from kvmstats_fast.analysis.duty_cycle import DutyCycle
-    from kvmstats_fast.analysis.figures import Figures
-    from kvmstats_fast.analysis.halt_poll import HaltPollAdvice
-    from kvmstats_fast.analysis.histogram import Histogram
     from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.groups import Group
     from kvmstats_fast.spans import When
@@ -52,7 +49,7 @@ class SampleError(NamedTuple):
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Samples:
+class Samples(Answers, Conversions):
     """The sweeps of a run, in numpy arrays: T sweeps of n files.
 
     ``samples["exits"]`` are the raw values of a statistic, uint64, shape ``(T, n)``, a histogram's ``(T, n, buckets)``,
@@ -386,124 +383,6 @@ class Samples:
                 return np.multiply(values, min(factor, limits.max), dtype=values.dtype)
         return stat.scale_array(values)
 
-    def histogram(self, name: str, sweep: int | None = None) -> Histogram:
-        """Return what a histogram counted in this run, file by file; ``.sum()`` adds the files up.
-
-        Parameters
-        ----------
-        name : str
-        sweep : int, optional
-            Instead: what it had counted by that sweep, since its VM was made (-1: the last); 0 of a file that had
-            failed.
-
-        Returns
-        -------
-        Histogram
-            Of shape ``(n, buckets)``, the files of `columns`. It has a `mean` if the kernel adds the same values up in
-            a counter that was sampled too (``halt_wait_ns`` for ``halt_wait_hist``).
-
-        Raises
-        ------
-        ValueError
-            If `name` is not a histogram.
-        KeyError, IndexError
-            If it, or the sweep, is not there.
-        """
-        from kvmstats_fast.analysis import histogram  # noqa: PLC0415 - Samples' methods import rightwards
-
-        return histogram.run_histogram(self, name, sweep)
-
-    def duty_cycle(self, name: str, confidence: float = 0.95) -> DutyCycle:
-        """Estimate how much of the time a boolean was 1 (``blocking``, ``guest_mode``), as polled.
-
-        Parameters
-        ----------
-        name : str
-        confidence : float
-            Of the interval.
-
-        Returns
-        -------
-        DutyCycle
-            ``fraction``, ``low`` and ``high``, each float64 (n,).
-
-        Raises
-        ------
-        ValueError
-            If it is not a boolean: neither marked as one nor an instant statistic without a unit, or it read more than
-            1. The message says why.
-
-        Notes
-        -----
-        Wilson's interval, for the number of independent sweeps that as many correlated ones are worth (from the
-        correlation of neighbours). A value that never changed shows no correlation: then the sweeps are taken as
-        independent, and of one that changed a few times only the interval is too narrow. A guest whose rhythm is a
-        multiple of the sampling interval misleads any polling.
-        """
-        from kvmstats_fast.analysis import duty_cycle  # noqa: PLC0415 - Samples' methods import rightwards
-
-        return duty_cycle.duty_cycle(self, name, confidence)
-
-    def figures(self, by: str = "vcpu") -> Figures:
-        """Return derived figures of the run: exits by kind, halt polling, halted time, page faults, large pages.
-
-        Parameters
-        ----------
-        by : {"vcpu", "vm", "host"}
-            Of what there is a value: of each file, or of all files of a VM or host together. Rates are added up; of a
-            fraction the statistics are, so that it is that of the whole.
-
-        Returns
-        -------
-        Figures
-            A mapping of names to `Figure`, each with values of shape ``(n,)``; ``print`` shows a table. A figure is
-            missing if no file has its statistics.
-
-        Raises
-        ------
-        ValueError
-            If `by` is none of these.
-
-        Notes
-        -----
-        A halt is counted when it ends: `halted_fraction` of a short run can be 0, or above 1.
-        """
-        from kvmstats_fast.analysis import formulas  # noqa: PLC0415 - Samples' methods import rightwards
-
-        return formulas.derive_figures(self, by)
-
-    def halt_poll_advice(self, settings: Iterable[int] | None = None, most_vain: float = 0.01) -> HaltPollAdvice | None:
-        """Return what different settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.
-
-        Parameters
-        ----------
-        settings : iterable of int, optional
-            In ns. Default: from 0 to 2 ms.
-        most_vain : float
-            Of the vCPUs' time, the most that the setting it calls the best may poll in vain.
-
-        Returns
-        -------
-        HaltPollAdvice or None
-            ``print(advice)`` is a table, ``advice.best`` a setting. None if these files lack a halt histogram (kernels
-            before 5.15); vCPUs that do so are not in it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            If `settings` are not whole numbers, or negative, or empty; or `most_vain` is not from 0 to 1.
-
-        Notes
-        -----
-        For every halt of the run, as if each polled up to the setting; KVM's own polling grows towards it from 10 us
-        and shrinks (``grow_halt_poll_ns``, ``virt/kvm/kvm_main.c``), so it catches and costs less. Buckets are ranges,
-        so all figures are bounds. What it does to the guest (it finds its CPU warm, or a neighbour finds it taken) is
-        not in them.
-        """
-        from kvmstats_fast.analysis import halt_poll  # noqa: PLC0415 - Samples' methods import rightwards
-
-        return halt_poll.halt_poll_advice(self, settings, most_vain)
-
     def _blank(self, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:
         """Overwrite the changes of files that had failed, in an array of our own, and return it."""
         columns = find_columns(self.groups, name).tolist() if self.errors else []
@@ -511,153 +390,6 @@ class Samples:
             if error.file in columns:
                 changes[max(error.sweep - 1, 0) :, columns.index(error.file)] = value
         return changes
-
-    def to_arrow(self) -> Any:
-        """Return the samples of one kind and kernel as a ``pyarrow.Table``, a row for each sweep and file.
-
-        Returns
-        -------
-        pyarrow.Table
-            Columns ``host``, ``vm`` (the label, see `FileInfo`), ``pid`` (null where it is not known) and ``vcpu`` (-1
-            for the file of a VM): together with ``time`` (the wall clock, timestamp[ns, UTC]) they tell rows apart.
-            Then ``tick``, ``sweep_ns``, ``file`` (the index in `files`), ``id``, for vCPUs ``vcpu_id`` (as ``vcpu``,
-            which version 0.1 lacked), and one of raw uint64 for each statistic, a histogram's a fixed size list. Only
-            ``pid`` has nulls. What a descriptor says is in its field's metadata. Rows of files that had failed are not
-            there. A statistic with the name of one of ours, or ``bucket`` or ``date``, is called ``stat.NAME``, here
-            and in the other conversions.
-
-        Raises
-        ------
-        KeyError
-            For both VM and vCPU files, or files of different kernels: see `vm`, `vcpu`, `split`.
-        ModuleNotFoundError
-            Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
-        """
-        from kvmstats_fast.formats import arrow  # noqa: PLC0415 - only who uses it needs pyarrow
-
-        return arrow.table(self)
-
-    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
-        """Return the samples to any library that speaks Arrow: pandas, polars, duckdb."""
-        return self.to_arrow().__arrow_c_stream__(requested_schema)
-
-    def to_pandas(self, *, si: bool = False) -> Any:
-        """Return the samples of one kind and kernel as a ``pandas.DataFrame``, a row for each sweep and file.
-
-        Parameters
-        ----------
-        si : bool
-            Values in base units, as `si` gives them.
-
-        Returns
-        -------
-        pandas.DataFrame
-            Indexed by ``time`` (the wall clock, UTC), ``host``, ``vm`` and ``vcpu``, with ``pid`` as a nullable column,
-            all as in `to_arrow`: ``frame["exits"].unstack(["vm", "vcpu"])`` has a column for each vCPU. A histogram has
-            a column for each bucket, ``halt_wait_hist[3]``. ``attrs["units"]`` maps columns to units. Rows of files
-            that had failed are not in it.
-
-        Raises
-        ------
-        KeyError
-            As `to_arrow`.
-        """
-        from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs pandas
-
-        return frames.to_pandas(self, si=si)
-
-    def to_xarray(self, *, si: bool = False) -> Any:
-        """Return the samples as an ``xarray.Dataset``: a variable for each statistic.
-
-        Parameters
-        ----------
-        si : bool
-            Values in base units, as `si` gives them.
-
-        Returns
-        -------
-        xarray.Dataset
-            Dimensions ``time`` (the wall clock, UTC, datetime64[ns]); ``vcpu`` for files of vCPUs and ``vm`` for those
-            of VMs; and for histograms ``bucket``, the buckets' lower edges in base units (``bucket2`` ... where
-            histograms have other edges). Each variable has the attribute ``units``.
-            Along ``vcpu`` or ``vm`` lie the coordinates ``host``, ``vm``, ``pid`` and ``vcpu``, as in `to_arrow`, but
-            with -1 for a pid that is not known: ``data.exits.groupby("vm")``, ``data.exits.sel(vcpu=0)``, which is vCPU
-            0 of each VM. In a Dataset of both kinds each has the dimension's name in front: ``vcpu_vm``, ``vm_host``.
-            Files that failed are listed in the attribute ``errors``; their values mean nothing from there on, as in
-            ``samples[name]``.
-
-        Raises
-        ------
-        KeyError
-            If a name is in VM and in vCPU files, or there are files of different kernels.
-        """
-        from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs xarray
-
-        return frames.to_xarray(self, si=si)
-
-    def to_csv(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        kind: str | None = None,
-        overwrite: bool = False,
-        mode: int = 0o600,
-    ) -> None:
-        """Write the samples of one kind to a CSV file; see `kvmstats_fast.to_csv`, which also takes a recording."""
-        from kvmstats_fast.formats import csv  # noqa: PLC0415 - only who uses it needs pyarrow
-
-        csv.to_csv(self, path, kind=kind, overwrite=overwrite, mode=mode)
-
-    def to_parquet(
-        self,
-        root: str | os.PathLike[str],
-        *,
-        host: str | None = None,
-        encoding: str = "BYTE_STREAM_SPLIT",
-        overwrite: bool = False,
-        mode: int = 0o600,
-    ) -> list[Path]:
-        """Add the samples to a Parquet data set; see `kvmstats_fast.to_parquet`, which also takes a recording."""
-        from kvmstats_fast.formats import parquet  # noqa: PLC0415 - only who uses it needs pyarrow
-
-        return parquet.to_parquet(self, root, host=host, encoding=encoding, overwrite=overwrite, mode=mode)
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        overwrite: bool = False,
-        compression: str | None = None,
-        mode: int = 0o600,
-    ) -> None:
-        """Write to disk, whole or not at all; `load` gives it back as it was.
-
-        Parameters
-        ----------
-        path : path-like
-            A directory, which becomes a recording as a `Recorder` makes it; or a file named ``.npz``, which needs
-            nothing but numpy.
-        overwrite : bool
-            Replace what is there.
-        compression : {None, "zstd", "lz4"}
-            Without, `load` reads the file's memory in place. An ``.npz`` is deflated if this is not None.
-        mode : int
-            Permissions of the files, whatever the umask; a directory can be entered by whoever may read them. By
-            default the owner alone may.
-
-        Raises
-        ------
-        FileExistsError
-            If there is something at `path`, without `overwrite`; or, even with it, a directory that holds more than a
-            recording.
-        OSError
-            If it cannot be written; then nothing has changed.
-        ValueError
-            If the samples are of no files.
-        """
-        from kvmstats_fast.formats import npz  # noqa: PLC0415 - reaches pyarrow
-
-        npz.save(self, path, overwrite=overwrite, compression=compression, mode=mode)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Samples:

@@ -1,0 +1,162 @@
+"""Conversions: the methods of Samples that make tables and files, each a line that imports the room of the format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+
+class Conversions:
+    """What becomes of samples elsewhere. `Samples` inherits it, and so is every `self`."""
+
+    __slots__ = ()
+
+    def to_arrow(self: Any) -> Any:
+        """Return the samples of one kind and kernel as a ``pyarrow.Table``, a row for each sweep and file.
+
+        Returns
+        -------
+        pyarrow.Table
+            Columns ``host``, ``vm`` (the label, see `FileInfo`), ``pid`` (null where it is not known) and ``vcpu`` (-1
+            for the file of a VM): together with ``time`` (the wall clock, timestamp[ns, UTC]) they tell rows apart.
+            Then ``tick``, ``sweep_ns``, ``file`` (the index in `files`), ``id``, for vCPUs ``vcpu_id`` (as ``vcpu``,
+            which version 0.1 lacked), and one of raw uint64 for each statistic, a histogram's a fixed size list. Only
+            ``pid`` has nulls. What a descriptor says is in its field's metadata. Rows of files that had failed are not
+            there. A statistic with the name of one of ours, or ``bucket`` or ``date``, is called ``stat.NAME``, here
+            and in the other conversions.
+
+        Raises
+        ------
+        KeyError
+            For both VM and vCPU files, or files of different kernels: see `vm`, `vcpu`, `split`.
+        ModuleNotFoundError
+            Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
+        """
+        from kvmstats_fast.formats import arrow  # noqa: PLC0415 - only who uses it needs pyarrow
+
+        return arrow.table(self)
+
+    def __arrow_c_stream__(self: Any, requested_schema: object = None) -> object:
+        """Return the samples to any library that speaks Arrow: pandas, polars, duckdb."""
+        return self.to_arrow().__arrow_c_stream__(requested_schema)
+
+    def to_pandas(self: Any, *, si: bool = False) -> Any:
+        """Return the samples of one kind and kernel as a ``pandas.DataFrame``, a row for each sweep and file.
+
+        Parameters
+        ----------
+        si : bool
+            Values in base units, as `si` gives them.
+
+        Returns
+        -------
+        pandas.DataFrame
+            Indexed by ``time`` (the wall clock, UTC), ``host``, ``vm`` and ``vcpu``, with ``pid`` as a nullable column,
+            all as in `to_arrow`: ``frame["exits"].unstack(["vm", "vcpu"])`` has a column for each vCPU. A histogram has
+            a column for each bucket, ``halt_wait_hist[3]``. ``attrs["units"]`` maps columns to units. Rows of files
+            that had failed are not in it.
+
+        Raises
+        ------
+        KeyError
+            As `to_arrow`.
+        """
+        from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs pandas
+
+        return frames.to_pandas(self, si=si)
+
+    def to_xarray(self: Any, *, si: bool = False) -> Any:
+        """Return the samples as an ``xarray.Dataset``: a variable for each statistic.
+
+        Parameters
+        ----------
+        si : bool
+            Values in base units, as `si` gives them.
+
+        Returns
+        -------
+        xarray.Dataset
+            Dimensions ``time`` (the wall clock, UTC, datetime64[ns]); ``vcpu`` for files of vCPUs and ``vm`` for those
+            of VMs; and for histograms ``bucket``, the buckets' lower edges in base units (``bucket2`` ... where
+            histograms have other edges). Each variable has the attribute ``units``.
+            Along ``vcpu`` or ``vm`` lie the coordinates ``host``, ``vm``, ``pid`` and ``vcpu``, as in `to_arrow`, but
+            with -1 for a pid that is not known: ``data.exits.groupby("vm")``, ``data.exits.sel(vcpu=0)``, which is vCPU
+            0 of each VM. In a Dataset of both kinds each has the dimension's name in front: ``vcpu_vm``, ``vm_host``.
+            Files that failed are listed in the attribute ``errors``; their values mean nothing from there on, as in
+            ``samples[name]``.
+
+        Raises
+        ------
+        KeyError
+            If a name is in VM and in vCPU files, or there are files of different kernels.
+        """
+        from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs xarray
+
+        return frames.to_xarray(self, si=si)
+
+    def to_csv(
+        self: Any,
+        path: str | os.PathLike[str],
+        *,
+        kind: str | None = None,
+        overwrite: bool = False,
+        mode: int = 0o600,
+    ) -> None:
+        """Write the samples of one kind to a CSV file; see `kvmstats_fast.to_csv`, which also takes a recording."""
+        from kvmstats_fast.formats import csv  # noqa: PLC0415 - only who uses it needs pyarrow
+
+        csv.to_csv(self, path, kind=kind, overwrite=overwrite, mode=mode)
+
+    def to_parquet(
+        self: Any,
+        root: str | os.PathLike[str],
+        *,
+        host: str | None = None,
+        encoding: str = "BYTE_STREAM_SPLIT",
+        overwrite: bool = False,
+        mode: int = 0o600,
+    ) -> list[Path]:
+        """Add the samples to a Parquet data set; see `kvmstats_fast.to_parquet`, which also takes a recording."""
+        from kvmstats_fast.formats import parquet  # noqa: PLC0415 - only who uses it needs pyarrow
+
+        return parquet.to_parquet(self, root, host=host, encoding=encoding, overwrite=overwrite, mode=mode)
+
+    def save(
+        self: Any,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        compression: str | None = None,
+        mode: int = 0o600,
+    ) -> None:
+        """Write to disk, whole or not at all; `load` gives it back as it was.
+
+        Parameters
+        ----------
+        path : path-like
+            A directory, which becomes a recording as a `Recorder` makes it; or a file named ``.npz``, which needs
+            nothing but numpy.
+        overwrite : bool
+            Replace what is there.
+        compression : {None, "zstd", "lz4"}
+            Without, `load` reads the file's memory in place. An ``.npz`` is deflated if this is not None.
+        mode : int
+            Permissions of the files, whatever the umask; a directory can be entered by whoever may read them. By
+            default the owner alone may.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something at `path`, without `overwrite`; or, even with it, a directory that holds more than a
+            recording.
+        OSError
+            If it cannot be written; then nothing has changed.
+        ValueError
+            If the samples are of no files.
+        """
+        from kvmstats_fast.formats import npz  # noqa: PLC0415 - reaches pyarrow
+
+        npz.save(self, path, overwrite=overwrite, compression=compression, mode=mode)
