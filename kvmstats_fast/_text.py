@@ -26,6 +26,13 @@ def printable(text: str, most: int = 64) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def describe_error(error: Exception) -> str:
+    """Return what an error says to who sits at a terminal: without the number of its errno."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def format_table(rows: Sequence[Sequence[str]], align: str) -> str:
     """Return a line for each row, with columns that line up two blanks apart.
 

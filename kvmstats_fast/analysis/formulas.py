@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from kvmstats_fast.samples import Samples
 
 #: Counters of exits by kind: ``io_exits``, ``exit_instruction``, ``wfi_exit_stat``, ``mmio_exit_user``.
-_EXIT_KIND = re.compile(r"(?:.+_)?exits?(?:_.+)?")
-_ALL_EXITS = ("exits", "sum_exits")
+EXIT_KIND = re.compile(r"(?:.+_)?exits?(?:_.+)?")
+ALL_EXITS = ("exits", "sum_exits")
 #: Counters of why KVM_RUN returned to the VMM (``vcpu_run`` in ``arch/x86/kvm/x86.c``), or did not: what made the guest
 #: exit before, or nothing did, is counted elsewhere.
-_NO_KIND = ("signal_exits", "request_irq_exits", "light_exits")
+NO_KIND = ("signal_exits", "request_irq_exits", "light_exits")
 _PAGE_SIZES = {"pages_4k": 1 << 12, "pages_2m": 1 << 21, "pages_1g": 1 << 30}
 _HALT_TIMES = ("halt_wait_ns", "halt_poll_success_ns", "halt_poll_fail_ns")
 _POLL_COUNTS = ("halt_successful_poll", "halt_attempted_poll")
@@ -109,13 +109,13 @@ def derive_figures(samples: Samples, by: str) -> Figures:
 
 def _exits(vcpu: _Deriver) -> Iterator[Figure]:
     run = vcpu.run
-    names = [name for name in run.counts if _EXIT_KIND.fullmatch(name)]
+    names = [name for name in run.counts if EXIT_KIND.fullmatch(name)]
     for name in names:
         yield vcpu.rate(name)
-        if name in _ALL_EXITS:
+        if name in ALL_EXITS:
             yield from vcpu.imbalance(name, vcpu.rate(name, "vcpu"))
-    kinds = [name for name in names if name not in _ALL_EXITS + _NO_KIND]
-    for name in _ALL_EXITS:
+    kinds = [name for name in names if name not in ALL_EXITS + NO_KIND]
+    for name in ALL_EXITS:
         having = {kind: run.files_having([name, kind]) for kind in kinds}
         there = sorted(set().union(*having.values()))
         if there:

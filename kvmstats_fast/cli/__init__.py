@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import kvmstats_fast
+from kvmstats_fast._text import describe_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,10 +19,15 @@ if TYPE_CHECKING:
 #: ``configure(parser)``, which adds its arguments, and ``run(arguments)``, which returns the exit status.
 _VERBS = {
     "demo": "run a tiny VM and show the statistics that moved",
+    "stat": "count for a while, or while a command runs, and show it",
     "list": "list the processes that have VMs",
     "run": "start a VMM and show its statistics at its end",
     "hold-path": "print the path of the library that makes a VMM keep its stats files open",
 }
+
+
+#: Verbs after whose ``--`` a command follows. (`run` takes one without it, too.)
+_WITH_COMMAND = ("stat",)
 
 
 def _module(verb: str) -> Any:
@@ -49,10 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0; 1 for an error, which stderr names; 130 after Ctrl-C. (argparse exits with 2 for bad arguments.)
+        Exit status: 0; 1 for an error, which stderr names; 2 for arguments that do not fit; 3 where a permission is
+        missing; 4 if the VM is gone; 130 after Ctrl-C; that of a command that was run, 126 if it cannot be executed and
+        127 if it is not found.
     """
     argv = sys.argv[1:] if argv is None else argv
+    command: list[str] = []
+    if "--" in argv and argv[0] in _WITH_COMMAND:
+        at = argv.index("--")
+        argv, command = argv[:at], [*argv[at + 1 :]]
     arguments = _parser(argv).parse_args(argv)
+    if arguments.verb in _WITH_COMMAND:
+        arguments.command = command
     try:
         status: int = _module(arguments.verb).run(arguments)
         if sys.stdout is not None:  # a shell's >&-
@@ -64,6 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (kvmstats_fast.KvmStatsError, OSError) as error:
-        print(f"kvmstats: {error}", file=sys.stderr)
-        return 1
+        print(f"kvmstats: {describe_error(error)}", file=sys.stderr)
+        return _status(error)
     return status
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, kvmstats_fast.VmGoneError):
+        return 4
+    if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES):
+        return 3
+    return getattr(error, "status", 1)

@@ -73,14 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not command:
         print("kvmstats run: name the VMM to start: kvmstats run -- qemu-system-x86_64 -accel kvm ...", file=sys.stderr)
         return 2
-    try:
-        return _run(command, arguments.event, arguments.json and Path(arguments.json))
-    except _NotStartedError as error:
-        print(f"kvmstats: {error}", file=sys.stderr)
-        return error.status
+    return start_and_show(command, arguments.event, arguments.json and Path(arguments.json))
 
 
-def _run(command: list[str], events: list[str] | None, path: Path | None) -> int:
+def start_and_show(command: list[str], events: list[str] | None, path: Path | None) -> int:
+    """Run a VMM to its end, and write what its files said as JSON to a new file, or as a table to stderr."""
     with ExitStack() as stack:
         pass_on_to = _pass_signals_on(stack)  # before there is a file that a signal would leave behind
         output = stack.enter_context(_new(path)) if path else None
@@ -113,12 +110,17 @@ def _run(command: list[str], events: list[str] | None, path: Path | None) -> int
 def _start(command: list[str]) -> subprocess.Popen[Any]:
     try:
         return hold.start(command, close_fds=False)  # the shell's 3<>/dev/tap5
-    except FileNotFoundError as error:
-        raise _NotStartedError(_NOT_FOUND, error) from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENOEXEC):
-            raise _NotStartedError(_NOT_EXECUTABLE, error) from None
-        raise
+        raise not_started(error) from None
+
+
+def not_started(error: OSError) -> Exception:
+    """Return what to raise for a command that could not be started; a shell's exit status goes with it."""
+    if isinstance(error, FileNotFoundError):
+        return _NotStartedError(_NOT_FOUND, error)
+    if error.errno in (errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENOEXEC):
+        return _NotStartedError(_NOT_EXECUTABLE, error)
+    return error
 
 
 @contextmanager

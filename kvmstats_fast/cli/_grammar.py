@@ -1,0 +1,86 @@
+"""The arguments that verbs share, and their values: times with units, ranges of vCPUs, and where output goes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from kvmstats_fast.errors import KvmStatsError
+
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_TIME = re.compile(rf"([0-9]+\.?[0-9]*|\.[0-9]+)({'|'.join(_SECONDS)})?")
+_RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_MOST_VCPUS = 1 << 16
+
+
+class UsageError(KvmStatsError):
+    """Arguments that do not go together."""
+
+    status = 2  # what the process exits with
+
+
+def interval(text: str) -> float:
+    """Return a time in seconds: ``100us``, ``1ms``, ``1s``; a bare number is milliseconds."""
+    return _parse_time(text, "ms", "milliseconds")
+
+
+def duration(text: str) -> float:
+    """Return a time in seconds: ``500ms``, ``10s``, ``2m``, ``1h``; a bare number is seconds."""
+    return _parse_time(text, "s", "seconds")
+
+
+def _parse_time(text: str, unit: str, bare: str) -> float:
+    found = _TIME.fullmatch(text)
+    seconds = float(found[1]) * _SECONDS[found[2] or unit] if found else 0.0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time: a number above 0 with ns, us, ms, s, m or h; a bare number is {bare}"
+        )
+    return seconds
+
+
+def number(text: str) -> int:
+    """Return a whole number above 0."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
+def vcpu_ranges(text: str) -> tuple[int, ...]:
+    """Return the numbers of ``0-3,7``."""
+    found: list[int] = []
+    for part in text.split(","):
+        ends = _RANGE.fullmatch(part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends and len(part) < 15 else (1, 0)
+        if not first <= last < _MOST_VCPUS:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of vCPUs such as 0-3,7")
+        found += range(first, last + 1)
+    return tuple(dict.fromkeys(found))
+
+
+def add_targets(parser: argparse.ArgumentParser, *, recorded: bool = True) -> None:
+    """Add what names VMs, or with `recorded` files."""
+    group = parser.add_argument_group("whose statistics (default: every VM of this host that may be attached to)")
+    group.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
+    group.add_argument("-g", "--guest", action="append", metavar="GUEST", help="guest's name or glob (may be repeated)")
+    group.add_argument("--inject", action="store_true", help="have a VMM open the stats files that it does not hold")
+    group.add_argument("--socket", metavar="PATH", help="take the files that a VMM hands over at a Unix socket")
+    if recorded:
+        group.add_argument("file", nargs="*", metavar="FILE", help="a recording instead of a VM")
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses statistics and vCPUs."""
+    parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
+    parser.add_argument("--vcpu", type=vcpu_ranges, metavar="LIST", help="vCPUs, such as 0-3,7")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add the form of the output and its place."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
+    form.add_argument(
+        "-x", "--csv", nargs="?", const=",", metavar="SEP", help="print CSV, with this separator (default: a comma)"
+    )
+    parser.add_argument("-o", "--output", metavar="FILE", default="-", help="write to a new file; - is stdout")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")

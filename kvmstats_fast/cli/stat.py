@@ -1,0 +1,189 @@
+"""``kvmstats stat``: count for a while, or while a command runs, and show what was counted."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmstats_fast.cli._grammar import UsageError, add_output, add_selection, add_targets, duration, interval, number
+from kvmstats_fast.cli._output import RowWriter, open_output
+from kvmstats_fast.cli._present import present
+from kvmstats_fast.cli._rows import make_rows
+from kvmstats_fast.cli._targets import are_named, check_targets, open_targets
+from kvmstats_fast.cli.run import not_started, start_and_show
+from kvmstats_fast.errors import SamplingWarning
+from kvmstats_fast.samples import Samples
+from kvmstats_fast.sampling.measure import measure
+from kvmstats_fast.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator, Mapping
+
+    from kvmstats_fast.cli._targets import Targets
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this verb."""
+    parser.usage = "kvmstats stat [options] [FILE ...] [-- COMMAND ...]"
+    parser.description = (
+        "Count until Ctrl-C, for a while (-d), or while COMMAND runs, whose exit status is then that of this command. "
+        "Without -p, -g or --socket, COMMAND is a VMM, which is started under the hold library, as `kvmstats run` "
+        "does. With FILE, show what was recorded. What did not move is left out."
+    )
+    add_targets(parser)
+    add_selection(parser)
+    parser.add_argument("-I", "--interval", type=interval, metavar="TIME", help="print each interval (1s, 100ms)")
+    parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="count for so long (10s, 5m)")
+    parser.add_argument("-n", "--count", type=number, metavar="N", help="number of intervals")
+    parser.add_argument("--per-vcpu", action="store_true", help="show each vCPU by itself")
+    parser.add_argument("-z", "--zero", action="store_true", help="also show what did not move")
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Count, and show it."""
+    check_targets(arguments)
+    if arguments.count and not arguments.interval:
+        raise UsageError("-n is the number of intervals: it takes -I")
+    if arguments.command and arguments.file:
+        raise UsageError(f"{arguments.file[0]} is a recording, and nothing is counted while a command runs: leave one")
+    if arguments.command and arguments.duration:
+        raise UsageError("a command says itself how long it runs: -d does not go with it")
+    if arguments.command and not are_named(arguments):
+        return _run_vmm(arguments)
+    with ExitStack() as opened:
+        if arguments.file:
+            _show_recorded(arguments, opened)
+            return 0
+        targets = open_targets(arguments, opened)
+        show = _Shown(arguments, opened, targets.vmms)
+        if arguments.interval:
+            return _count_intervals(arguments, targets, show)
+        return _count_once(arguments, targets, show)
+
+
+def _run_vmm(arguments: argparse.Namespace) -> int:
+    for option, given in (
+        ("-I", arguments.interval),
+        ("-x", arguments.csv),
+        ("--vcpu", arguments.vcpu),
+        ("-j without -o", arguments.json and arguments.output == "-"),
+        ("-o without -j", arguments.output != "-" and not arguments.json),
+    ):
+        if given:
+            raise UsageError(
+                f"{option} does not go with a VMM that is started here, as `kvmstats run` does, and whose stdout it "
+                "is. To count what other VMs do while a command runs, name them: -p PID, -g '*'"
+            )
+    return start_and_show(arguments.command, arguments.event, Path(arguments.output) if arguments.json else None)
+
+
+class _Shown:
+    """Shows samples as the command line asks for it."""
+
+    def __init__(self, arguments: argparse.Namespace, opened: ExitStack, vmms: Mapping[int, str]) -> None:
+        self._arguments, self._vmms = arguments, vmms
+        self._writer = RowWriter(arguments, opened.enter_context(open_output(arguments)))
+        self._blocks = 0
+
+    def __call__(self, samples: Samples, time: float | None = None) -> None:
+        arguments = self._arguments
+        samples = samples.select(*arguments.event or (), vcpu=arguments.vcpu)
+        rows = [row for row in make_rows(samples, per_vcpu=arguments.per_vcpu) if row.moved or arguments.zero]
+        if not self._writer.text:
+            self._writer.write(rows, time)
+            return
+        output = self._writer.output
+        if self._blocks:
+            print(file=output)
+        self._blocks += 1
+        if time is not None:
+            print(f"{time:.3f} s", file=output)
+        present(samples, rows, self._vmms, output)
+        output.flush()
+
+
+def _show_recorded(arguments: argparse.Namespace, opened: ExitStack) -> None:
+    show = _Shown(arguments, opened, {})
+    for path in arguments.file:
+        show(Samples.load(path))
+
+
+def _count_once(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
+    with _ended_by_signals() as ended, measure(targets.files) as measured:
+        status = 0
+        if arguments.command:
+            status = _wait(_start(arguments.command))
+        else:
+            ended.wait(arguments.duration)
+    show(measured.samples)
+    _report_lost(measured.samples)
+    return status
+
+
+def _count_intervals(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
+    sampler = Sampler(targets.files)
+    process = None
+    with _ended_by_signals(sampler.stop), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SamplingWarning)  # said once, at the end
+        count = None if arguments.count is None else arguments.count + 1
+        stream = sampler.stream(arguments.interval, 1, count=count, duration=arguments.duration)
+        with stream as chunks:
+            if arguments.command:
+                process = _start(arguments.command)
+                threading.Thread(target=lambda: (process.wait(), sampler.stop()), daemon=True).start()
+            first = None
+            for before, after in pairwise(chunks):
+                first = before if first is None else first
+                both = Samples.concatenate([before, after])
+                show(both, (int(after.time[-1]) - int(first.time[0])) / 1e9)
+        if stream.missed:
+            print(f"kvmstats: intervals missed: {stream.missed}", file=sys.stderr)
+    return 0 if process is None else _wait(process)
+
+
+@contextmanager
+def _ended_by_signals(stop: object = None) -> Iterator[threading.Event]:
+    """Have Ctrl-C and SIGTERM end the counting, whose result is then shown."""
+    ended = threading.Event()
+
+    def end(*_: object) -> None:
+        ended.set()
+        if callable(stop):
+            stop()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield ended
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield ended
+    finally:
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(command)  # noqa: S603 - what the user asks for
+    except OSError as error:
+        raise not_started(error) from None
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a command; its exit status as a shell has it."""
+    status = process.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _report_lost(samples: Samples) -> None:
+    for error in samples.errors:
+        print(f"kvmstats: {samples.files[error.file]}: {error.error}", file=sys.stderr)
