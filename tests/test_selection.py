@@ -205,19 +205,25 @@ def test_a_copy_of_what_is_selected_takes_no_room_for_the_rest():
 @pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
 def test_the_same_statistics_of_a_wide_and_a_narrow_run_can_be_joined(order):
     """Where they lie in memory does not matter, as long as they are the same of the same files."""
-    wide = samples_of(hosts(1, 3)).select("exits", "halt_wait_ns", kind="vcpu")
+    names = ("exits", "halt_wait_ns", "halt_wait_hist")
+    wide = samples_of(hosts(1, 3)).select(*names, kind="vcpu")
     (group,) = wide.groups
+    stats = [stat for stat, _ in group.places.values()]
+    starts = itertools.accumulate((stat.size for stat in stats), initial=0)
     narrow = replace(
         group,
-        places={name: (stat, i) for i, (name, (stat, _)) in enumerate(group.places.items())},
-        values=np.stack([wide["exits"], wide["halt_wait_ns"]], axis=2),
+        places={stat.name: (stat, start) for stat, start in zip(stats, starts, strict=False)},
+        values=np.concatenate([wide[stat.name].reshape(6, 3, stat.size) for stat in stats], axis=2),
     )
     columns = group.with_arrays([group.view(name) for name in group.places], group.columns)
+    assert group.is_dense
+    assert narrow.is_dense
     groups = [(group,), (narrow,), (columns,)]
-    parts = [replace(wide, groups=groups[which], time=wide.time + place * 10**11) for place, which in enumerate(order)]
-    whole = kf.Samples.concatenate(parts)
-    for name in ("exits", "halt_wait_ns"):
-        assert whole[name].tolist() == [*wide[name].tolist()] * 3
+    parts = [replace(wide, groups=groups[one], time=wide.time + place * 10**11) for place, one in enumerate(order)]
+    for joined in (parts, parts[:2], parts[1:]):
+        whole = kf.Samples.concatenate(joined)
+        for name in names:
+            assert whole[name].tolist() == [*wide[name].tolist()] * len(joined)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ STATS = (
     COUNTER,
     replace(COUNTER, name="wait_ns", unit=kf.StatUnit.SECONDS, exponent=-9),
     replace(COUNTER, name="gauge", type=kf.StatType.INSTANT),
-    replace(COUNTER, name="wait_hist", type=kf.StatType.LOG_HIST, size=3),
+    replace(COUNTER, name="wait_hist", type=kf.StatType.LOG_HIST, unit=kf.StatUnit.SECONDS, exponent=-9, size=3),
 )
 NOON = datetime(2026, 11, 27, 12, tzinfo=timezone.utc)
 NOON_NS = int(NOON.timestamp()) * 10**9
@@ -49,8 +49,8 @@ def test_a_range_has_the_sweeps_whose_own_clock_lies_in_it(steps, limits, by_wal
     """Each chunk's clock counts; adjacent ranges share no sweep and leave none out; a clock set back is told."""
     parts = []
     for i in range(12):
-        part = samples_of([[i]], times=[i * 10**9 + 5], ticks=[i])
-        part.wall_offset += sum(by for at, by in steps if at <= i) * 10**9 - 5
+        part = samples_of([[i]], times=[i * 10**9 + 5 * 10**12], ticks=[i])
+        part.wall_offset += sum(by for at, by in steps if at <= i) * 10**9 - 5 * 10**12
         parts.append(part)
     x = kf.Samples.concatenate(parts)
     clock = [(int(wall) - NOON_NS) / 1e9 for wall in x.wall_time] if by_wall else [float(i) for i in range(12)]
@@ -214,6 +214,18 @@ def test_a_part_that_is_gone_from_a_recording_was_not_missed():
         np.arange(4)[:, None], ticks=[0, 1, 900, 901], interval=0.01, times=[0, 10**7, 9 * 10**9, 9 * 10**9 + 10**7]
     )
     assert (x.missed, x.resample(1).missed, x.resample(1).tick.tolist()) == (0, 0, [0, 9])
+
+
+def test_ticks_missed_before_a_part_count_where_they_fill_an_interval():
+    """Those of an interval whose start was sampled before are not a whole one; those after the last sweep neither."""
+    for first, missed, without in ((15, 10, 0), (15, 15, 1), (25, 15, 1), (25, 16, 1), (35, 26, 2), (30, 21, 2)):
+        x = samples_of([[0], [1]], ticks=[first, first + 1])
+        x.missed = missed
+        assert x.resample(10).missed == without
+    x = samples_of([[0], [1]], ticks=[0, 1])
+    for missed, without in ((17, 0), (18, 1), (27, 1), (28, 2)):
+        x.missed = missed
+        assert x.resample(10).missed == without
 
 
 def test_ticks_beyond_what_an_int64_of_ns_counts_are_resampled_exactly():

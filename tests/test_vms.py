@@ -255,7 +255,10 @@ def test_real_vms_are_told_apart_everywhere(vms, resources, tmp_path, plots):
         assert {key[1:]: count for key, count in counted(names["counts"], name).items()} == made_exits
     for path in (tmp_path / "run", tmp_path / "run.npz"):
         x.save(path)
-        made.assert_same(kf.Samples.load(path), x)
+        loaded = kf.Samples.load(path)
+        made.assert_same(loaded, x)
+        made.assert_same(loaded.select(name, vm=labels[-1]), x.select(name, vm=labels[-1]))
+    rates = x.figures(by="vm")[f"{name}/s"]
     data = v.to_xarray()[name]
     change = (data.isel(time=-1) - data.isel(time=0)).groupby("vm").sum()
     by_vm = {label: made_exits[label, 0] + made_exits[label, 1] for label in labels}
@@ -264,6 +267,8 @@ def test_real_vms_are_told_apart_everywhere(vms, resources, tmp_path, plots):
     by_sweep = v.select(name).between(0, x.elapsed + 1).resample(1e-9)
     np.testing.assert_allclose(by_sweep.mean_rate(name) * x.elapsed, [*made_exits.values()])
     assert dict(zip(change["vm"].values.tolist(), change.values.tolist(), strict=True)) == by_vm
+    assert rates.labels == tuple(labels)
+    np.testing.assert_allclose(rates.values * x.elapsed, list(by_vm.values()))
     imbalance = x.figures()["exits_imbalance"]
     assert imbalance.vms == tuple(labels)
     by_vcpu = v.total("exits").reshape(vms, 2)

@@ -19,7 +19,10 @@ from kvmstats_fast.file_info import check_by, group_files
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy.typing as npt
+
     from kvmstats_fast.analysis.whole_run import Values
+    from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.samples import Samples
 
 #: Counters of exits by kind: ``io_exits``, ``exit_instruction``, ``wfi_exit_stat``, ``mmio_exit_user``.
@@ -37,8 +40,8 @@ _POLL_TIMES = ("halt_poll_success_ns", "halt_poll_fail_ns")
 class _Deriver:
     """Makes figures of the files of one kind: of each, of each VM, or of each host."""
 
-    def __init__(self, samples: Samples, kind: str, by: str) -> None:
-        self.run = WholeRun(samples, kind)
+    def __init__(self, run: WholeRun, by: str) -> None:
+        self.run = run
         self._by = by
 
     def rate(self, name: str, by: str | None = None) -> Figure:
@@ -62,18 +65,14 @@ class _Deriver:
         """
         files = tuple(self.run.files[index] for index in kept)
         by = by or self._by
-        groups = [[place] for place in range(len(kept))] if by == "vcpu" else [*group_files(files, by).values()]
-        owner = np.empty(len(kept), np.intp)
-        for place, group in enumerate(groups):
-            owner[group] = place
+        owner, firsts = _group(files, by)
         known = ~np.isnan((top if bottom is None else top + bottom)[kept])
 
         def add_up(of_files: Values) -> Values:
-            return np.bincount(owner[known], of_files[kept][known], len(groups)).astype(np.float64)
+            return np.bincount(owner[known], of_files[kept][known], len(firsts)).astype(np.float64)
 
         divisor = np.minimum(add_up(np.ones_like(top)), 1) if bottom is None else add_up(bottom)
-        values = np.divide(add_up(top), divisor, out=np.full(len(groups), np.nan), where=divisor != 0)
-        firsts = [files[group[0]] for group in groups]
+        values = np.divide(add_up(top), divisor, out=np.full(len(firsts), np.nan), where=divisor != 0)
         return Figure(
             name,
             values,
@@ -99,10 +98,26 @@ class _Deriver:
         yield Figure(f"{name}_imbalance", np.array(values, np.float64), "", (), formula, tuple(groups), hosts)
 
 
+def _group(files: tuple[FileInfo, ...], by: str) -> tuple[npt.NDArray[np.intp], tuple[FileInfo, ...]]:
+    """Return to which VM or host each file belongs, by number, and the first file of each; or each file alone."""
+    if by == "vcpu":
+        return np.arange(len(files)), files
+    groups = list(group_files(files, by).values())
+    owner = np.empty(len(files), np.intp)
+    for number, group in enumerate(groups):
+        owner[group] = number
+    return owner, tuple(files[group[0]] for group in groups)
+
+
 def derive_figures(samples: Samples, by: str) -> Figures:
     """Return the derived figures of a run; see `Samples.figures`."""
     check_by(by)
-    vcpu, vm = (_Deriver(samples, kind, by) for kind in ("vcpu", "vm"))
+    return figures_of(WholeRun(samples, "vcpu"), WholeRun(samples, "vm"), by)
+
+
+def figures_of(vcpus: WholeRun, vms: WholeRun, by: str) -> Figures:
+    """Return the figures that follow from what files of vCPUs and of VMs did over a whole run."""
+    vcpu, vm = _Deriver(vcpus, by), _Deriver(vms, by)
     found = [*_exits(vcpu), *_halts(vcpu), *_page_faults(vcpu), *_pages(vm)]
     return Figures(figure for figure in found if figure.values.size)
 
