@@ -22,6 +22,7 @@ _VERBS = {
     "stat": "count for a while, or while a command runs, and show it",
     "list": "list the processes that have VMs",
     "run": "start a VMM and show its statistics at its end",
+    "check": "check stats files against the rules of their format",
     "hold-path": "print the path of the library that makes a VMM keep its stats files open",
 }
 

@@ -1,0 +1,157 @@
+"""``kvmstats check``: whether stats files keep the rules of their format, and which ways there are to a VM's."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmstats_fast._text import describe_error, printable
+from kvmstats_fast.cli._grammar import number
+from kvmstats_fast.conformance import FAIL, NOT_APPLICABLE, PASS, Finding, Live, check_file
+from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.stats_file import StatsFile
+from kvmstats_fast.testing import TinyGuest
+from kvmstats_fast.vmm.borrow import hold_process
+from kvmstats_fast.vmm.find import find_vms
+from kvmstats_fast.vmm.hazard import check_hazards, has_filter
+from kvmstats_fast.vmm.machine import attach
+from kvmstats_fast.vmm.ways import WAYS
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+_CHECK_EXTENSION, _CAP_BINARY_STATS_FD = 0xAE03, 203  # include/uapi/linux/kvm.h
+_MOST = 1 << 27  # bytes of a file that are looked at
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this verb."""
+    parser.description = (
+        "Check each rule of the format, C1 to C20 of the kernel's own test and D1 to D6 of its documentation: of "
+        "captured stats files, of the VM of a process, or without arguments of this kernel, by a tiny VM that is made "
+        "for it. Of a process also say which ways there are to its files. The exit status is 1 if a rule is broken."
+    )
+    parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
+    parser.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("file", nargs="*", metavar="FILE", help="a captured stats file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, and say what is broken."""
+    broken = False
+    with ExitStack() as opened:
+        for name, findings in _subjects(arguments, opened):
+            broken = broken or any(one.verdict == FAIL for one in findings)
+            if arguments.json:
+                for one in findings:
+                    print(json.dumps({"file": name} | one._asdict()))
+            else:
+                _print(name, findings)
+    for pid in arguments.pid or [] if not arguments.json else []:
+        print()
+        for line in ways_to(pid):
+            print(line)
+    return 1 if broken else 0
+
+
+def _subjects(arguments: argparse.Namespace, opened: ExitStack) -> Iterator[tuple[str, list[Finding]]]:
+    for path in arguments.file:
+        with Path(path).open("rb") as file:
+            data = file.read(_MOST)
+        yield path, check_file(partial(_slice, data))
+    for pid in arguments.pid or []:
+        machine = opened.enter_context(attach(pid))
+        for stats in machine.files:
+            fd = stats.fileno()
+            findings = check_file(partial(_pread, fd), Live(fd, partial(time.sleep, 0.1), _capability()))
+            yield f"{stats.id} (process {pid})", findings
+    if not arguments.file and not arguments.pid:
+        yield from _check_kernel()
+
+
+def _check_kernel() -> Iterator[tuple[str, list[Finding]]]:
+    """Check the files of a tiny VM; its fds are closed on the way."""
+    for kind in ("vm", "vcpu"):
+        guest = TinyGuest()
+        subject = guest.vm_fd if kind == "vm" else guest.vcpu_fds[0]
+        with ExitStack() as opened:
+            opened.callback(guest.close)
+            fd = opened.enter_context(StatsFile.open(subject)).fileno()
+            live = Live(
+                fd, partial(guest.run, 100), _capability(), partial(_open, subject), partial(_read_without, guest, fd)
+            )
+            yield f"{kind} file of a VM of this kernel", check_file(partial(_pread, fd), live)
+
+
+def _open(subject: int) -> int:
+    with StatsFile.open(subject) as file:
+        return os.dup(file.fileno())
+
+
+def _read_without(guest: TinyGuest, fd: int) -> bytes:
+    guest.close()
+    return os.pread(fd, 24, 0)
+
+
+def _slice(data: bytes, size: int, offset: int) -> bytes:
+    return data[offset : offset + size]
+
+
+def _pread(fd: int, size: int, offset: int) -> bytes:
+    return os.pread(fd, size, offset)
+
+
+def _capability() -> int | None:
+    with suppress(OSError):
+        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return fcntl.ioctl(fd, _CHECK_EXTENSION, _CAP_BINARY_STATS_FD)
+        finally:
+            os.close(fd)
+    return None
+
+
+def _print(name: str, findings: list[Finding]) -> None:
+    counts = {verdict: sum(one.verdict == verdict for one in findings) for verdict in (PASS, FAIL, NOT_APPLICABLE)}
+    print(f"{printable(name, 4096)}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}")
+    for one in findings:
+        line = f"  {one.verdict:4}  {one.rule:3}  {one.title}"
+        print(f"{line}: {one.evidence}" if one.evidence else line)
+
+
+def ways_to(pid: int) -> Iterator[str]:
+    """Yield a line for each way to the files of a process: whether it is open, or what it lacks."""
+    process = next((one for one in find_vms() if one.pid == pid), None)
+    if process is None:
+        yield f"process {pid} has no VM"
+        return
+    held = len(process.held or ())
+    lacks = {
+        "borrow": process.why_not or ("" if held else "it holds no stats file"),
+        "hold": "" if held else "it was not started under the hold library",
+        "QEMU 8.1": "" if held else "it holds no stats file of a vCPU",
+        "hand over": "known only to who changed the VMM: kvmstats --socket PATH",
+        "inherit": "known only to who started this process",
+        "inject": process.why_not or _why_no_injection(pid),
+    }
+    for way in WAYS:
+        lack = lacks[way.name]
+        yield f"  {way.name:9}  {lack or 'yes'}"
+
+
+def _why_no_injection(pid: int) -> str:
+    try:
+        with hold_process(pid) as process:
+            if has_filter(process):
+                return "it runs under a seccomp filter"
+            check_hazards(process)
+    except (KvmStatsError, OSError) as error:
+        return describe_error(error).partition(". What helps")[0]
+    return ""
