@@ -393,7 +393,7 @@ def test_a_batch_that_does_not_fit_is_a_memory_error_before_it_is_decompressed(t
 
 def test_what_is_compressed_is_cut_into_batches_that_can_be_read(tmp_path, monkeypatch):
     """However large the samples are."""
-    monkeypatch.setattr("kvmstats_fast.formats.recorder.MOST_IN_BATCH", 3000)
+    monkeypatch.setattr("kvmstats_fast.formats.stream_writer.MOST_IN_BATCH", 3000)
     x = made.samples([("vm", VM, 1), ("vcpu", ODD, 2)], 50, errors=[kf.SampleError(2, 33, OSError(9, "gone"))])
     x = replace(x, missed=30, overruns=4)
     x.save(tmp_path / "run", compression="zstd")
@@ -449,7 +449,7 @@ NPZ_LIES = [
     ("1.4.npy", npy(np.zeros((6, 2), np.uint64)), "1.4"),
     ("1.4.npy", npy(np.zeros((6, 2, 6), np.uint64)), "1.4"),
     ("about.npy", npy(np.frombuffer(DEEP, np.uint8)), "about"),
-    ("about.npy", npy(np.frombuffer(b'{"format": 3, "files": []}', np.uint8)), "formats 1 to 2"),
+    ("about.npy", npy(np.frombuffer(b'{"format": 3, "files": []}', np.uint8)), "formats 1 to 3"),
     ("about.npy", npy(np.frombuffer(b'{"format": 2, "files": [5]}', np.uint8)), "about['files'][0]"),
     ("about.npy", b"", "about"),
 ]

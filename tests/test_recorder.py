@@ -25,6 +25,7 @@ VM = made.schema_of(None, "vm")
 VCPU = made.schema_of(None, "vcpu")
 ODD = made.schema_of(made.ODD)
 KINDS = [("vm", VM, 1), ("vcpu", ODD, 2)]
+SWEEP_BYTES = 8 * sum(schema.num_values * number for _, schema, number in KINDS)
 
 
 @pytest.fixture
@@ -90,24 +91,22 @@ def test_what_is_loaded_is_what_was_written_however_batched(compression, parts, 
 
 
 def test_a_slow_run_is_as_small_as_one_written_in_large_chunks(path):
-    """Sweep by sweep: as many batches, and as many bytes, as the same samples in one piece make of that size."""
+    """Sweep by sweep: as many batches, and as many bytes, as the same samples in pieces of `batch_bytes` make."""
     x, sweeps = at_1_hz(600)
-    write(path, sweeps, flush_seconds=100)
-    assert lengths(path) == [101] * 5 + [95]
+    recorder = write(path, sweeps, batch_bytes=200 * SWEEP_BYTES)
+    assert lengths(path) == [209, 209, 182]
     large = path.with_name("large")
-    write(large, [x[i : i + 101] for i in range(0, 600, 101)])
-    size, least = (sum(one.stat().st_size for one in where.iterdir()) for where in (path, large))
-    assert size < 1.01 * least
+    least = write(large, [x[:209], x[209:418], x[418:]], flush_seconds=0)
+    assert recorder.size == least.size
+    assert sorted(one.name for one in path.iterdir()) == ["vcpu-00000.arrows", "vm-00000.arrows"]
     made.assert_same(kf.Samples.load(path), x)
 
 
 def test_what_waits_is_written_when_it_takes_so_many_bytes(path):
     """Not counted in writes: samples that are large enough by themselves become a batch of their own."""
     x, sweeps = at_1_hz(30)
-    words = sum(schema.num_values * number for _, schema, number in KINDS)
-    size = 8 * words * 10
     parts = [*sweeps[:5], x[5:16], *sweeps[16:]]
-    recorder = kf.Recorder(path, flush_seconds=1000, flush_bytes=size)
+    recorder = kf.Recorder(path, flush_seconds=1000, flush_bytes=10 * SWEEP_BYTES, batch_bytes=0)
     seen = []
     for part in parts:
         recorder.write(part)

@@ -218,7 +218,7 @@ def table(samples: Samples, recording: str = "") -> Any:
     """Return samples of one kind and kernel as a ``pyarrow.Table``, with the id of the recording they are from."""
     pa = need("pyarrow", "arrow")
     group = one_group(samples)
-    origin = Origin.of(samples, group, recording=recording, part=0)
+    origin = Origin.of(samples, group, recording=recording)
     batch, _ = to_batch(samples, group, arrow_schema(origin, list(group.places)))
     return pa.Table.from_batches([batch])
 

@@ -60,7 +60,13 @@ def to_csv(
         for samples in read_batches(source):
             table = _flatten(arrow.table(samples if kind is None else _of_kind(samples, kind)))
             if writer is None:
-                writer = stack.enter_context(csv.CSVWriter(file, table.schema))
+                columns = table.schema
+                writer = stack.enter_context(csv.CSVWriter(file, columns))
+            elif not columns.equals(table.schema):
+                raise KeyError(
+                    f"{path}: the runs of this recording have different statistics, which one CSV file has no columns "
+                    "for: see kvmstats_fast.open_recordings(...).select"
+                )
             writer.write_table(table)
 
 

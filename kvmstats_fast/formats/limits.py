@@ -13,8 +13,8 @@ MOST_FILES = 1 << 20
 MOST_METADATA = 64 << 20
 #: A compressed block may become so many bytes, or so many times its size if that is more.
 ALWAYS_ALLOWED = 1 << 30
-#: A Recorder stays well below it.
-MOST_IN_BATCH = 256 << 20
+#: A Recorder stays well below it: what is decompressed at once is memory that a reader needs beside the values.
+MOST_IN_BATCH = 32 << 20
 MOST_TIMES = 1000
 #: So many bytes are not worth looking for.
 _SMALL = 16 << 20

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from kvmstats_fast.samples import Samples
     from kvmstats_fast.schema import Schema
 
-#: Version of the file format, which docs/recording.md describes. Format 1 had one `wall_offset` for all batches, and
-#: lacked `vm` and `host` of files.
-FORMAT = 2
+#: Version of the file format, which docs/recording.md describes. Format 2 lacked `run` and `tail`. Format 1 also lacked
+#: `vm` and `host` of files, and had one `wall_offset` for all batches.
+FORMAT = 3
 
 KIND = choice("vm", "vcpu")
 HOST = text(255)
@@ -86,6 +86,7 @@ BATCH_FIELDS: dict[str, Check] = {
 
 _CHECKS: dict[str, Check] = {
     "recording": _ID,
+    "run": whole(0, INT32[1]),
     "part": whole(0, INT32[1]),
     "version": text(255),
     "host": HOST,
@@ -95,7 +96,10 @@ _CHECKS: dict[str, Check] = {
     "files": check_files(FORMAT),
     "columns": check_columns,
     "kind": KIND,
+    "tail": optional(whole(0, INT64[1])),
 }
+#: What formats 1 and 2 did not say.
+_ABSENT: dict[str, Any] = {"run": 0, "tail": None}
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,12 @@ class Origin:
     ----------
     recording : str
         Random, the same in all files of a recording.
+    run : int
+        Which of the runs of the recording: each is of other stats files.
     part : int
-        Which of the files that follow each other (rotation).
+        Which of the files that follow each other (rotation, runs).
+    tail : int or None
+        Of the tail of a part: how many sweeps are in front of it. If the part has more, the tail is among them.
     version : str
         Of the package that wrote it.
     files : tuple of FileInfo
@@ -121,7 +129,9 @@ class Origin:
     """
 
     recording: str
+    run: int
     part: int
+    tail: int | None
     version: str
     host: str
     kernel: str
@@ -134,13 +144,13 @@ class Origin:
     format: int = FORMAT
 
     @classmethod
-    def of(cls, samples: Samples, group: Group, *, recording: str, part: int) -> Origin:
-        """Return what a file with a group of these samples says of itself."""
+    def of(cls, samples: Samples, group: Group, **own: Any) -> Origin:
+        """Return what a file with a group of these samples says of itself; `own` is what samples do not know."""
         from kvmstats_fast import __version__  # noqa: PLC0415 - the package imports this
 
+        about: dict[str, Any] = {"recording": "", "run": 0, "part": 0, "tail": None} | own
         return cls(
-            recording=recording,
-            part=part,
+            **about,
             version=__version__,
             host=samples.host,
             kernel=samples.kernel,
@@ -170,7 +180,10 @@ class Origin:
         written = read_field(metadata, "format", whole(0, INT32[1]), source)
         check_format(written, source)
         checks = _CHECKS | {"files": check_files(written)}
-        found = {name: read_field(metadata, name, check, source) for name, check in checks.items()}
+        absent = _ABSENT if written < FORMAT else {}
+        found = absent | {
+            name: read_field(metadata, name, check, source) for name, check in checks.items() if name not in absent
+        }
         files = identify([FileInfo(*info) for info in found.pop("files")], found["host"])
         columns = tuple(found.pop("columns"))
         if columns[-1] >= len(files) or any(files[index].kind != found["kind"] for index in columns):

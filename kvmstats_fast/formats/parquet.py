@@ -24,7 +24,12 @@ from kvmstats_fast.samples import Samples
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
+    from typing import TypeAlias
 
+    from kvmstats_fast.file_info import FileInfo
+
+    #: What a file has rows of: kind, date, host, fingerprint of the schema, and the files of the run.
+    _Where: TypeAlias = tuple[str, str, str, str, tuple[FileInfo, ...]]
 
 #: So much is sorted in memory, and goes into one file.
 _ROWS_BYTES = 256 << 20
@@ -112,8 +117,8 @@ class _Parquet:
         self._pa, self._pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
         self._root, self._host, self._name, self._encoding = root, host, name, encoding
         self._overwrite, self._mode = overwrite, mode
-        self._waiting: dict[tuple[str, str, str, str], list[Any]] = {}
-        self._sizes: dict[tuple[str, str, str, str], int] = {}
+        self._waiting: dict[_Where, list[Any]] = {}
+        self._sizes: dict[_Where, int] = {}
         self._numbers: dict[tuple[str, str, str, str], int] = {}
         self._dates: set[str] = set()
         self.written: list[Path] = []
@@ -127,7 +132,7 @@ class _Parquet:
             self._dates.add(date)
             if len(self._dates) > MOST_DATES:
                 raise KvmStatsError(f"recording {self._name}: column 'time' is on more than {MOST_DATES} dates")
-            where = (samples.files[0].kind, date, host, fingerprint)
+            where = (samples.files[0].kind, date, host, fingerprint, samples.files)
             rows = arrow.table(part, self._name)
             self._waiting.setdefault(where, []).append(rows)
             self._sizes[where] = self._sizes.get(where, 0) + rows.nbytes
@@ -139,11 +144,11 @@ class _Parquet:
         for where in list(self._waiting):
             self._write(where)
 
-    def _write(self, where: tuple[str, str, str, str]) -> None:
+    def _write(self, where: _Where) -> None:
         table = self._pa.concat_tables(self._waiting.pop(where)).sort_by(_ORDER)
         del self._sizes[where]
-        kind, date, host, fingerprint = where
-        number = self._numbers[where] = self._numbers.get(where, -1) + 1
+        kind, date, host, fingerprint, _ = where
+        number = self._numbers[where[:4]] = self._numbers.get(where[:4], -1) + 1
         name = f"{_quote(host)}-{self._name}-{fingerprint}-{number:05}.parquet"
         path = self._root / kind / f"date={date}" / name
         table = arrow.decode_dictionaries(table)  # which are for the reader's memory, not for the file

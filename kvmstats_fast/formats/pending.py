@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 def bytes_per_sweep(groups: Sequence[Group]) -> int:
     """Return how many bytes the values of one sweep take."""
-    return 8 * sum(len(group.columns) * sum(stat.size for stat, _ in group.places.values()) for group in groups)
+    return 8 * sum(len(group.columns) * group.words for group in groups)
+
+
+def bytes_of(samples: Samples) -> int:
+    """Return how many bytes the values of samples take."""
+    return len(samples) * bytes_per_sweep(samples.groups)
 
 
 class Pending:
@@ -29,6 +34,8 @@ class Pending:
         They are enough when they cover so many seconds, or the first was added so long ago.
     size : int
         Or when their values take so many bytes.
+    own : int
+        Samples whose values take so many bytes by themselves need not wait at all.
 
     Attributes
     ----------
@@ -38,8 +45,8 @@ class Pending:
         How many there are.
     """
 
-    def __init__(self, seconds: float, size: int) -> None:
-        self._ns, self._size = seconds * 1e9, size
+    def __init__(self, seconds: float, size: int, own: int) -> None:
+        self._ns, self._size, self._own = seconds * 1e9, size, own
         self._parts: list[Samples] = []
         self._since = 0  # when the first was added
         self.start = self.sweeps = 0
@@ -54,7 +61,7 @@ class Pending:
 
     def is_enough(self, samples: Samples) -> bool:
         """Whether these are enough for a batch by themselves, and need not be copied."""
-        return not self._ns or len(samples) * bytes_per_sweep(samples.groups) >= self._size
+        return bytes_of(samples) >= self._own
 
     def add(self, samples: Samples, written: int) -> bool:
         """Add a copy, which later changes of the caller's arrays do not reach; return whether they are enough now.
