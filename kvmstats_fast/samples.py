@@ -223,7 +223,8 @@ class Samples(Answers, Conversions):
         Notes
         -----
         Values are those that were read; nothing is averaged. What a counter lost when it was cleared is known only
-        where that shows between two sweeps: `total` of all sweeps knows of more resets than that of fewer.
+        where that shows between two sweeps: `total` of all sweeps knows of more resets than that of fewer. Parts that
+        were cut where an interval ends give what the whole gives; of an interval that was cut each part has a sweep.
         """
         return spans.resample(self, interval)
 

@@ -43,7 +43,7 @@ def samples_of(values, failed=(), **about):
 STEPS = st.lists(st.tuples(st.integers(0, 12), st.sampled_from([-7, -2, -1, 1, 5, 3600])), max_size=3)
 
 
-@examples(200)
+@examples(100)
 @given(STEPS, st.lists(st.integers(-9, 25), min_size=2, max_size=4), st.booleans())
 def test_a_range_has_the_sweeps_whose_own_clock_lies_in_it(steps, limits, by_wall):
     """Each chunk's clock counts; adjacent ranges share no sweep and leave none out; a clock set back is told."""
@@ -247,7 +247,7 @@ def test_resampling_makes_sweeps_fewer(interval, error):
 # ---- totals by time
 
 
-@examples(150)
+@examples(80)
 @given(
     st.lists(st.tuples(st.integers(0, 50), st.sampled_from([1, 10**6, 10**9, 7 * 10**9]), st.booleans()), max_size=12),
     st.none() | st.integers(0, 12),

@@ -276,6 +276,8 @@ def test_real_vms_are_told_apart_everywhere(vms, resources, tmp_path, plots):
     names = [f"{label}/{vcpu}" for label, vcpu in made_exits]
     assert [text.get_text() for text in plots.heatmap(v, name).get_yticklabels()] == names
     assert [text.get_text() for text in plots.rates(v, name).get_legend().get_texts()] == names
+    one = x.select(name, vm=labels[1], vcpu=1)
+    assert [text.get_text() for text in plots.rates(one, name).get_legend().get_texts()] == [f"{labels[1]}/1"]
 
 
 @pytest.mark.real_vm
