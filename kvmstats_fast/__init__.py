@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from kvmstats_fast.vmm.find import HeldFile, VmProcess, find_vms
     from kvmstats_fast.vmm.handover import receive_files, send_files
     from kvmstats_fast.vmm.inherited import inherited_files
-    from kvmstats_fast.vmm.machine import VirtualMachine, attach, launch
+    from kvmstats_fast.vmm.launch import launch
+    from kvmstats_fast.vmm.machine import VirtualMachine, attach
 
 __all__ = [
     "AttachError",
@@ -135,7 +136,8 @@ _ROOMS = {
     "vmm.find": ("HeldFile", "VmProcess", "find_vms"),
     "vmm.handover": ("receive_files", "send_files"),
     "vmm.inherited": ("inherited_files",),
-    "vmm.machine": ("VirtualMachine", "attach", "launch"),
+    "vmm.launch": ("launch",),
+    "vmm.machine": ("VirtualMachine", "attach"),
 }
 
 if not TYPE_CHECKING:  # to a type checker, __getattr__ would make every name a good one

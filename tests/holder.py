@@ -8,6 +8,9 @@ _PROGRAM = """
 import ctypes, os, sys
 spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
 from kvmstats_fast.testing import TinyGuest
+if len(sys.argv) > 4:
+    with open("/proc/self/comm", "w") as comm:
+        comm.write("qemu-system-x86")
 guest = TinyGuest(int(sys.argv[1]))
 files = guest.open_stats() if sys.argv[2] == "all" else guest.open_stats()[1:] if sys.argv[2] == "vcpus" else []
 exec(sys.argv[3])
@@ -21,12 +24,13 @@ for line in sys.stdin:
 class Holder:
     """A process with a VM and its vCPUs; in a ``with`` block, or until `end`.
 
-    hold: which stats files it opens: "all", "vcpus" or "nothing". before: what it runs before it is ready. fds: their
-    numbers in it.
+    hold: which stats files it opens: "all", "vcpus" or "nothing". before: what it runs before it is ready. name: what
+    its command line calls the guest, as QEMU's does. fds: numbers of the stats files in it.
     """
 
-    def __init__(self, vcpus=2, hold="all", before=""):
+    def __init__(self, vcpus=2, hold="all", before="", name=None):
         command = [sys.executable, "-W", "ignore", "-c", _PROGRAM, str(vcpus), hold, before]
+        command += [] if name is None else ["-name", f"guest={name}"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self.process.pid
         self.fds = [int(word) for word in self.process.stdout.readline().split()]

@@ -68,6 +68,27 @@ def test_what_a_vmm_holds_is_borrowed_and_counts_its_exits(holder):
 
 
 @pytest.mark.real_vm
+def test_a_vm_is_attached_to_by_the_name_of_its_guest(resources):
+    """One that several have is an error with their pids, one that none has an error with those that are like it."""
+    web, db = f"web-frontend-{os.getpid()}", f"db-{os.getpid()}"
+    one, two = (resources.enter_context(Holder(1, name=name)) for name in (web, db))
+    with kf.attach(web) as machine:
+        assert (machine.pid, machine.name) == (one.pid, web)
+    with pytest.raises(kf.AttachError, match=rf"no VM is called '{web[1:]}'; did you mean .*{web}.*\?") as caught:
+        kf.attach(web[1:])
+    assert caught.value.errno == errno.ENOENT
+    with pytest.raises(kf.AttachError, match=r"no VM is called '2e\\x1b'\. .*`kvmstats list` shows all VMs"):
+        kf.attach("2e\x1b")
+    again = resources.enter_context(Holder(1, name=db))
+    pids = " or ".join(map(str, sorted((two.pid, again.pid))))
+    with pytest.raises(kf.AttachError, match=f"2 VMs are called '{db}': pass the pid of one, {pids}") as caught:
+        kf.attach(db)
+    assert caught.value.errno == errno.ENOTUNIQ
+    with pytest.raises(ValueError, match="the name of the guest is empty"):
+        kf.attach("")
+
+
+@pytest.mark.real_vm
 def test_what_could_not_be_had_is_none_and_explained(resources):
     """A VMM that holds only its vCPUs' files, as QEMU 8.1 does: `vm` is None, and what would get it is said."""
     holder = resources.enter_context(Holder(hold="vcpus"))

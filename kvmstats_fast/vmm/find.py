@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+from kvmstats_fast._text import printable
+from kvmstats_fast.errors import AttachError
 from kvmstats_fast.vmm.proc import KvmFile, Process, is_own
 from kvmstats_fast.vmm.refusal import reason_of_refusal
 
@@ -111,20 +113,69 @@ def scan(proc: str | os.PathLike[str]) -> tuple[list[VmProcess], int]:
     """Return what `find_vms` does, and how many processes show neither their files nor the name of a known VMM."""
     root = os.fspath(proc)
     own = is_own(root)
-    found, hidden = [], 0
-    for pid in sorted(int(name) for name in os.listdir(root) if name.isascii() and name.isdigit()):  # noqa: PTH208
-        process = Process(pid, root, own=own)
-        with suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError):  # it has ended, or is none
-            try:
-                files = process.kvm_files()
-                if has_vm(files):
-                    found.append(describe(process, files))
-            except PermissionError:  # perhaps by now only: it has changed its user, or guards itself
-                if (one := _describe_hidden(process)) is not None:
-                    found.append(one)
-                elif _has_program(process):
-                    hidden += 1
-    return found, hidden
+    looks = [look_at(Process(pid, root, own=own)) for pid in list_pids(root)]
+    return [look.vms for look in looks if look.vms is not None], sum(look.is_hidden for look in looks)
+
+
+def list_pids(root: str = "/proc") -> list[int]:
+    """Return the pids of a proc tree, ascending."""
+    return sorted(int(name) for name in os.listdir(root) if name.isascii() and name.isdigit())  # noqa: PTH208
+
+
+class Look(NamedTuple):
+    """What a process shows.
+
+    Attributes
+    ----------
+    vms : VmProcess or None
+        None if it has no VM, or is not known to have one.
+    is_hidden : bool
+        Whether it shows neither its files nor the name of a known VMM, so that it may have one.
+    """
+
+    vms: VmProcess | None
+    is_hidden: bool
+
+
+def look_at(process: Process) -> Look:
+    """Return what a process shows; one that has ended has no VM."""
+    with suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError):  # it has ended, or is none
+        try:
+            files = process.kvm_files()
+            return Look(describe(process, files) if has_vm(files) else None, False)
+        except PermissionError:  # perhaps by now only: it has changed its user, or guards itself
+            hidden = _describe_hidden(process)
+            return Look(hidden, hidden is None and _has_program(process))
+    return Look(None, False)
+
+
+def find_guest(name: str) -> int:
+    """Return the pid of the VMM whose guest has this name.
+
+    Raises
+    ------
+    ValueError
+        If it is empty.
+    AttachError
+        If there is none, or more than one; the message says which there are.
+    """
+    if not name:
+        raise ValueError("the name of the guest is empty; a VM without a name is attached to by the pid of its VMM")
+    found, hidden = scan("/proc")
+    pids = [str(one.pid) for one in found if one.name == name]
+    if len(pids) == 1:
+        return int(pids[0])
+    called = f"called '{printable(name)}'"
+    if pids:
+        raise AttachError(errno.ENOTUNIQ, f"{len(pids)} VMs are {called}: pass the pid of one, {' or '.join(pids)}")
+    from difflib import get_close_matches  # noqa: PLC0415 - for this message alone
+
+    near = get_close_matches(name, {one.name for one in found if one.name})
+    text = f"no VM is {called}" + (f"; did you mean {' or '.join(map(printable, near))}?" if near else ".")
+    if hidden:
+        text += f" {hidden} processes do not show this user whether they have one."
+    text += " `kvmstats list` shows all VMs; one without a name is attached to by the pid of its VMM"
+    raise AttachError(errno.ENOENT, text)
 
 
 def may_attach(pid: int) -> str:

@@ -1,22 +1,18 @@
-"""The stats files of a VM that another program made: attach, launch, and the VirtualMachine that they return."""
+"""The stats files of a VM that another program made: attach, and the VirtualMachine that it returns."""
 
 from __future__ import annotations
 
 import errno
-import signal
-import time
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvmstats_fast._arguments import check_integer, check_seconds
+from kvmstats_fast._arguments import check_seconds
 from kvmstats_fast._resource import Closing
 from kvmstats_fast._text import printable
-from kvmstats_fast.errors import AttachError, VmGoneError
-from kvmstats_fast.vmm import hold
+from kvmstats_fast.errors import AttachError
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
-from kvmstats_fast.vmm.find import VmProcess, describe, has_vm, is_domain, vcpus_of
+from kvmstats_fast.vmm.find import VmProcess, describe, find_guest, has_vm, is_domain
 from kvmstats_fast.vmm.hazard import has_filter
 from kvmstats_fast.vmm.mark import Marks
 from kvmstats_fast.vmm.refusal import refused
@@ -24,16 +20,14 @@ from kvmstats_fast.vmm.watch import WATCHER, Watched
 from kvmstats_fast.vmm.ways import advise
 
 if TYPE_CHECKING:
-    import os
     import subprocess
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvmstats_fast.stats_file import StatsFile
     from kvmstats_fast.vmm.proc import KvmFile, Process
 
-_POLL = 0.01  # s between looks at a VMM that is starting
-_LONGEST = 1e9  # s
-_SETTLED = 0.05  # s without another vCPU: a VMM makes them one after the other
+#: No call may wait longer, in s.
+LONGEST = 1e9
 
 
 class VirtualMachine(Closing):
@@ -49,6 +43,8 @@ class VirtualMachine(Closing):
         Of the VMM.
     vmm, name : str
         The VMM's program, and what its command line calls the guest (empty: nothing).
+    about : VmProcess
+        What `find_vms` says of the VMM, as of `attach` or the last `refresh`.
     how : {"borrow", "inject", "launch"}
         How its files were obtained.
     vm : StatsFile or None
@@ -69,7 +65,7 @@ class VirtualMachine(Closing):
         how: Literal["borrow", "inject", "launch"],
         trouble: Sequence[str],
     ) -> None:
-        self._about = about
+        self.about = about
         self._trouble = trouble
         self._closed = False
         self._watched = watched
@@ -95,8 +91,30 @@ class VirtualMachine(Closing):
             raise ValueError(f"this VirtualMachine (process {self.pid}) is closed: attach to it again")
         return not self._watched.process.ended
 
-    def refresh(self) -> bool:
+    def look(self) -> bool:
+        """Notice now, instead of within a second, that a VM of a running VMM is gone.
+
+        Returns
+        -------
+        bool
+            Whether all files are open: those of a VM that is gone are closed.
+        """
+        with WATCHER.lock:
+            if not self._closed and self._watched.gone is None:
+                self._watched.look()
+        return not any(file.closed for file in self.files)
+
+    def shares_vm(self, other: VirtualMachine) -> bool:
+        """Return whether a VM of this process is one of another process, too: it was forked, or took the VM's fd."""
+        return self._watched.shares_vm(other._watched)
+
+    def refresh(self, inject: bool = False, *, timeout: float = 2.0) -> bool:
         """Look again: add vCPUs that were plugged in, close files that the VMM has closed.
+
+        Parameters
+        ----------
+        inject, timeout
+            As for `attach`: for vCPUs that were plugged in since.
 
         Returns
         -------
@@ -110,8 +128,12 @@ class VirtualMachine(Closing):
         AttachError
             If the process may not be attached to any more.
         """
+        timeout = check_seconds("timeout", timeout, LONGEST, zero=False)
         self._check_alive()
         process = self._watched.process
+        if inject:
+            opened, self._trouble = _inject(process, timeout)
+            self.how = "inject" if opened else self.how
         with ExitStack() as found, WATCHER.lock:
             kept, fresh = [], []
             listed = list_files(process)
@@ -136,7 +158,7 @@ class VirtualMachine(Closing):
                 file.handle.owner = replace(file.handle.owner, machine=None)
             self._watched.watch(sorted([*kept, *fresh], key=by_vcpu), marks)
             self._set(self._watched.files)
-            self._about = about
+            self.about = about
         return bool(fresh or stale)
 
     def explain(self) -> str:
@@ -147,11 +169,11 @@ class VirtualMachine(Closing):
         lines += {str(getattr(file.handle.lost, "strerror", "")): None for file in self.files if file.handle.lost}
         machines = sum(file.kind == "vm" for file in self.files)
         have = {file.vcpu_id for file in self.files}
-        vms = (self._about.vms or 0) - machines
-        vcpus = sorted(set(self._about.vcpus or ()) - have)
+        vms = (self.about.vms or 0) - machines
+        vcpus = sorted(set(self.about.vcpus or ()) - have)
         missing = []
         if vms > 0:
-            missing.append("the VM's file" if self._about.vms == 1 else f"{vms} VM files")
+            missing.append("the VM's file" if self.about.vms == 1 else f"{vms} VM files")
         if vcpus:
             numbers = ", ".join(map(str, vcpus))
             missing.append(f"vCPU {numbers}'s" if len(vcpus) == 1 else f"those of vCPUs {numbers}")
@@ -198,7 +220,7 @@ class VirtualMachine(Closing):
         return f"<VirtualMachine{name} {of}, {state}: {vm}{len(self.vcpus)} vCPUs, {self.how}>"
 
 
-def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMachine:
+def attach(pid: int | str, inject: bool = False, *, timeout: float = 2.0) -> VirtualMachine:
     """Return the statistics of a running VM, whoever started it.
 
     The stats files that its VMM holds are borrowed, which the VMM does not notice. QEMU from 8.1 on holds those of its
@@ -206,8 +228,8 @@ def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMa
 
     Parameters
     ----------
-    pid : int
-        Of the VMM; `find_vms` lists them.
+    pid : int or str
+        Of the VMM; `find_vms` lists them. Or the guest's name, if one VM of the host has it.
     inject : bool
         Have the VMM's own threads open the files that it does not hold, by ptrace (x86-64). Each thread is stopped for
         a moment, and a system call that it sleeps in ends as by a signal. The files stay open in the VMM, so this is
@@ -223,32 +245,34 @@ def attach(pid: int, inject: bool = False, *, timeout: float = 2.0) -> VirtualMa
     Raises
     ------
     TypeError, ValueError
-        If `pid` cannot be a pid, or `timeout` is not a number above 0.
+        If `pid` cannot be a pid or a name, or `timeout` is not a number above 0.
     VmGoneError
         If there is no such process, or it exits meanwhile.
     AttachError
-        If nothing can be had: not permitted, no VM, stats files of other processes only, or a VMM that holds none. The
-        message says which of these it is, and what to do, the least intrusive first.
+        If nothing can be had: not permitted, no VM, stats files of other processes only, or a VMM that holds none; or
+        if no VM has the name, or several have. The message says which of these it is, and what to do, the least
+        intrusive first.
     """
-    timeout = check_seconds("timeout", timeout, _LONGEST, zero=False)
+    timeout = check_seconds("timeout", timeout, LONGEST, zero=False)
     with ExitStack() as opened:
-        process = opened.enter_context(hold_process(pid))
-        how: Literal["borrow", "inject"] = "borrow"
-        trouble = []
-        if inject:
-            from kvmstats_fast.vmm.inject import open_missing  # noqa: PLC0415 - the last resort
-
-            for one in open_missing(process, timeout=timeout):
-                if one.opened:
-                    how = "inject"
-                if one.error is not None:
-                    trouble.append(str(one.error))
-        machine = _open(process, how, trouble)
+        process = opened.enter_context(hold_process(find_guest(pid) if isinstance(pid, str) else pid))
+        any_opened, trouble = _inject(process, timeout) if inject else (False, [])
+        machine = open_machine(process, "inject" if any_opened else "borrow", trouble)
         opened.pop_all()
     return machine
 
 
-def _open(process: Process, how: Literal["borrow", "inject", "launch"], trouble: Sequence[str]) -> VirtualMachine:
+def _inject(process: Process, timeout: float) -> tuple[bool, list[str]]:
+    """Have a VMM open the files that it does not hold; return whether it opened any, and what went wrong."""
+    from kvmstats_fast.vmm.inject import open_missing  # noqa: PLC0415 - the last resort
+
+    attempts = open_missing(process, timeout=timeout)
+    return any(one.opened for one in attempts), [str(one.error) for one in attempts if one.error is not None]
+
+
+def open_machine(
+    process: Process, how: Literal["borrow", "inject", "launch"], trouble: Sequence[str]
+) -> VirtualMachine:
     """Borrow what a VMM holds; the VirtualMachine then owns `process`."""
     listed = list_files(process)
     marks = _mark(process, listed)  # before anything is borrowed, so that a VM made in between is noticed
@@ -307,116 +331,3 @@ def _nothing(process: Process, about: VmProcess, listed: list[KvmFile], trouble:
 
 def _advise(process: Process, *, inject: bool = True, vcpus: bool = True) -> str:
     return advise(inject=inject and not has_filter(process), vcpus=vcpus, domain=is_domain(process))
-
-
-def launch(
-    argv: Sequence[str | os.PathLike[str]],
-    *,
-    vcpus: int | None = None,
-    timeout: float = 10.0,
-    env: Mapping[str, str] | None = None,
-    **popen: Any,
-) -> VirtualMachine:
-    """Start a VMM, and return the statistics of its VM; no privilege is needed.
-
-    It runs under the hold library, which opens the stats file of each VM and vCPU that it makes, and keeps it open.
-
-    Parameters
-    ----------
-    argv : sequence of str or path
-        The VMM, any dynamically linked program, and its arguments.
-    vcpus : int, optional
-        How many vCPUs to wait for. Default: until there is a VM with a vCPU, and no other one was made for 50 ms.
-    timeout : float
-        Seconds to wait.
-    env, **popen
-        Passed on to `subprocess.Popen`.
-
-    Returns
-    -------
-    VirtualMachine
-        Its attribute `process` is the ``Popen``. vCPUs that are made later are added by `refresh`.
-
-    Raises
-    ------
-    AttachError
-        If the program cannot be made to hold its files (it is static, or setuid), before it is started; or if it has
-        made no VM, or fewer vCPUs, in `timeout` seconds: then it has been killed.
-    VmGoneError
-        If it exits before that.
-    OSError
-        If it cannot be started.
-    TypeError, ValueError
-        If `vcpus` is not a whole number, 1 or more, or `timeout` is not a number, 0 or more.
-    """
-    vcpus = None if vcpus is None else check_integer("vcpus", vcpus, 1)
-    timeout = check_seconds("timeout", timeout, _LONGEST, zero=True)
-    started: list[subprocess.Popen[Any]] = []
-    try:
-        with ExitStack() as opened:
-            popened = hold.start(argv, env=env, started=started, **popen)
-            process = opened.enter_context(hold_process(popened.pid))
-            _wait_for_vcpus(process, popened, vcpus, timeout)
-            machine = _open(process, "launch", ())
-            machine.process = popened
-            opened.pop_all()
-            return machine
-    except BaseException:
-        for popened in started:
-            popened.kill()
-            popened.wait()
-            for pipe in (popened.stdin, popened.stdout, popened.stderr):
-                if pipe is not None:
-                    pipe.close()
-        raise
-
-
-def _wait_for_vcpus(process: Process, popened: subprocess.Popen[Any], vcpus: int | None, timeout: float) -> None:
-    """Return when a VMM that is starting holds the files of its vCPUs."""
-    deadline = time.monotonic() + timeout
-    seen, since = 0, time.monotonic()
-    while True:
-        status = popened.poll()
-        if status is not None:
-            raise VmGoneError(errno.ESRCH, f"{popened.args!r} {_say_exit(status)} before it had made a VM")
-        made, held = _count_vcpus(process)
-        now = time.monotonic()
-        if held != seen:
-            seen, since = held, now
-        if seen >= vcpus if vcpus is not None else seen > 0 and now - since >= _SETTLED:
-            return
-        if now >= deadline:
-            if made > seen:
-                what = f"{made} vCPUs, of which it holds the stats files of {seen},"
-                hint = (
-                    "Does a wrapper keep the hold library from it (LD_PRELOAD cleared, another root directory)? Is its "
-                    "`ulimit -n` not 512 above its number of files? Is the kernel older than 5.14?"
-                )
-            else:
-                what = f"{seen} of {vcpus} vCPUs" if vcpus else "no VM with a vCPU"
-                hint = "Does it use KVM (QEMU: -accel kvm), and in this process, not in one that it starts?"
-            raise AttachError(
-                errno.ETIMEDOUT,
-                f"{popened.args!r} (process {popened.pid}) has made {what} in {timeout} s, and was killed. {hint}",
-            )
-        time.sleep(_POLL)
-
-
-def _count_vcpus(process: Process) -> tuple[int, int]:
-    """Return how many vCPUs there are, and of how many the file is held: some VMMs have two of each."""
-    try:
-        files = process.kvm_files()
-    except OSError:  # it is about to end, or not to be seen yet
-        return 0, 0
-    vcpus = Counter(vcpus_of(process, files))
-    held = Counter(file.vcpu_id for file in files if file.is_stats and file.vcpu_id is not None)
-    return vcpus.total(), (held & vcpus).total()
-
-
-def _say_exit(status: int) -> str:
-    if status == 0:
-        return "exited with status 0 (one that goes into the background, as by -daemonize: find_vms shows its pid)"
-    if status > 0:
-        return f"exited with status {status}"
-    hint = " (a seccomp filter that does not know KVM_GET_STATS_FD?)" if -status == signal.SIGSYS else ""
-    return f"was killed by signal {-status}{hint}"

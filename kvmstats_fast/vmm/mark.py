@@ -72,6 +72,10 @@ class Marks:
         ]
         self.vms = max(map(len, self._by_kind), default=0)
 
+    def overlap(self, other: Marks) -> bool:
+        """Return whether a VM has marks of both."""
+        return not set().union(*self._by_kind).isdisjoint(set().union(*other._by_kind))
+
     def forget_lost(self) -> int:
         """Return how many VMs have gone since the last call."""
         gone = []

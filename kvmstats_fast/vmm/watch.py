@@ -81,7 +81,11 @@ class Watched:
     # For when nobody has it any more: its files say themselves that they were not closed.
     __del__ = close
 
-    # ---- whether the VM is still there
+    # ---- whether the VM is still there, and whose it is
+
+    def shares_vm(self, other: Watched) -> bool:
+        """Return whether a VM of this process is one of another's, too, as far as they are marked."""
+        return self._marks is not None and other._marks is not None and self._marks.overlap(other._marks)
 
     def look(self) -> None:
         """Let go of the files of a VM that is gone while the VMM runs."""
