@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from kvmstats_fast.formats.recording import Recording
     from kvmstats_fast.image import StatsImage, parse, to_merged
     from kvmstats_fast.samples import SampleError, Samples
+    from kvmstats_fast.sampling.follow import Follow, follow
     from kvmstats_fast.sampling.measure import measure
     from kvmstats_fast.sampling.sampler import Sampler
     from kvmstats_fast.sampling.stream import Stream
@@ -62,6 +63,7 @@ __all__ = [
     "Figure",
     "Figures",
     "FileInfo",
+    "Follow",
     "FormatError",
     "HaltPollAdvice",
     "HandOverError",
@@ -91,6 +93,7 @@ __all__ = [
     "attach",
     "compare",
     "find_vms",
+    "follow",
     "inherited_files",
     "launch",
     "measure",
@@ -127,6 +130,7 @@ _ROOMS = {
     "formats.recording": ("Recording",),
     "image": ("StatsImage", "parse", "to_merged"),
     "samples": ("SampleError", "Samples"),
+    "sampling.follow": ("Follow", "follow"),
     "sampling.measure": ("measure",),
     "sampling.sampler": ("Sampler",),
     "sampling.stream": ("Stream",),

@@ -16,6 +16,7 @@ from holder import Holder
 from qemu import until
 
 import kvmstats_fast as kf
+from kvmstats_fast.testing import SyntheticStats
 
 # Every instruction: KVMSTATS_INTERRUPT_STEP=1, some twenty minutes.
 STEP = int(os.environ.get("KVMSTATS_INTERRUPT_STEP", "307"))
@@ -113,6 +114,22 @@ def test_close():
     with Holder(1) as vmm:
         kf.attach(vmm.pid).close()
         interrupt_everywhere(lambda machine: machine.close(), lambda: kf.attach(vmm.pid), least=100)
+
+
+def test_follow():
+    """Where its block begins, in a look at the host, in a change of files, at its end."""
+    with Holder(1) as vmm, SyntheticStats() as made, made.open() as file:
+        kf.attach(vmm.pid).close()
+
+        def work(_):
+            with kf.follow(vmm.pid, 0.0005, "exits", rescan=1e-6, count=4, chunk=2) as chunks:
+                for _ in chunks:
+                    pass
+
+        def before():
+            kf.Sampler([file]).run(0, count=1)  # a run that was dropped while it ran is ended by the next one
+
+        interrupt_everywhere(work, before, least=5000)
 
 
 def test_launch(tmp_path):

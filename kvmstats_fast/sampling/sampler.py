@@ -13,7 +13,7 @@ from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.memory import MemoryWatch
 from kvmstats_fast.sampling.plan import LiveRow, Plan
 from kvmstats_fast.sampling.run import Run, attach_samples, find_run, first_error
-from kvmstats_fast.sampling.schedule import Schedule
+from kvmstats_fast.sampling.schedule import DEPTH, Schedule
 from kvmstats_fast.sampling.stream import Stream
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from kvmstats_fast.sampling.plan import StatsFiles
 
 _sweep = lib.kvmstats_sweep  # the hot call: looking it up in lib would cost a tenth of it
-#: Chunks of room for a run whose end is not known.
-_DEPTH = 8
 
 
 class Sampler(Unique):
@@ -199,7 +197,7 @@ class Sampler(Unique):
         """Do a run whose end is not known: collect its chunks until it ends, or memory runs short."""
         size = self._live.plan.sweep_bytes
         chunk = schedule.choose_chunk(size)
-        watch = MemoryWatch(2 * _DEPTH * chunk * size)  # what the ring still holds, and its copy
+        watch = MemoryWatch(2 * DEPTH * chunk * size)  # what the ring still holds, and its copy
         parts: list[Samples] = []
 
         def collect() -> Samples:
@@ -214,7 +212,7 @@ class Sampler(Unique):
             samples.missed, samples.overruns = run.totals
             return samples
 
-        with Run(self._live, schedule, chunk, _DEPTH, strict=strict) as run:
+        with Run(self._live, schedule, chunk, DEPTH, strict=strict) as run:
             return run, run.finish(collect)
 
     def stop(self) -> bool:
@@ -239,7 +237,7 @@ class Sampler(Unique):
         *,
         count: int | None = None,
         duration: float | None = None,
-        depth: int = _DEPTH,
+        depth: int = DEPTH,
         cpu: int | Iterable[int] | None = None,
         strict: bool = False,
     ) -> Stream:

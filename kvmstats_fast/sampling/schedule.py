@@ -18,7 +18,8 @@ WAITS = {
 HYBRID_SPIN_NS = 150_000
 #: More ticks than any run sees; times the interval it still fits an int64 of ns.
 FOREVER = 1 << 62
-_LONGEST = 1e9  # seconds, 30 years
+#: No interval or duration may be longer, in s: 30 years.
+LONGEST = 1e9
 
 #: How long a stream's chunk lasts, and how large it may be, unless the caller says.
 _CHUNK_SECONDS = 0.1
@@ -26,6 +27,10 @@ _CHUNK_BYTES = 4 << 20
 #: Sweeps in a chunk of a stream, and of a run, where no interval tells how many a time brings.
 _CHUNK_SWEEPS = 1000
 _RUN_SWEEPS = 1 << 16
+
+
+#: Chunks of room for a run whose end is not known, unless the caller says.
+DEPTH = 8
 
 
 class Schedule:
@@ -62,7 +67,7 @@ class Schedule:
         wait: str,
         cpu: int | Iterable[int] | None,
     ) -> None:
-        interval = check_seconds("interval", interval, _LONGEST, zero=True)
+        interval = check_seconds("interval", interval, LONGEST, zero=True)
         self.interval_ns = round(interval * 1e9)
         if interval and not self.interval_ns:
             raise ValueError(f"interval is {interval} s; the clock counts ns, so it must be 0 or at least 1e-9")
@@ -70,7 +75,7 @@ class Schedule:
         self.ticks = FOREVER // max(self.interval_ns, 1)
         self.is_bounded = False
         if duration is not None:
-            nanoseconds = max(round(check_seconds("duration", duration, _LONGEST, zero=False) * 1e9), 1)
+            nanoseconds = max(round(check_seconds("duration", duration, LONGEST, zero=False) * 1e9), 1)
             if self.interval_ns:
                 self.ticks = min(self.ticks, -(-nanoseconds // self.interval_ns))
                 self.is_bounded = True

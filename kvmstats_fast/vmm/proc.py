@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _NO_FD = 2**31 - 1  # above the largest value of the sysctl fs.nr_open, so no process can have it
 _PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h: a pidfd of a thread, Linux 6.9
+_PIDFD_LINKS = ("anon_inode:[pidfd]", "pidfd:")  # before and since Linux 6.9
+_PIDFD_PID = re.compile(rb"^Pid:\t(\d+)$", re.MULTILINE)  # fs/pidfs.c: pidfd_show_fdinfo
 _PF_EXITING = 0x4  # include/linux/sched.h: it is letting go of its files and memory
 
 
@@ -193,6 +196,17 @@ class Process(Closing):
                 continue
             if links or not self.find_live_thread():
                 return sorted((file for fd, link in links if (file := kvm_file(link, fd))), key=lambda file: file.fd)
+
+    def held_pids(self) -> set[int]:
+        """Return the processes that it holds by pidfds, as far as it shows its files."""
+        pids = set()
+        with suppress(OSError):
+            for fd, link in self._links():
+                if link.startswith(_PIDFD_LINKS):
+                    with suppress(OSError):  # closed meanwhile
+                        found = _PIDFD_PID.search(self.file_info(fd))
+                        pids.add(int(found[1]) if found else 0)
+        return pids
 
     def _links(self) -> list[tuple[int, str]]:
         """Return what /proc calls each of its fds."""

@@ -1,0 +1,326 @@
+"""follow: the VMs of a host, sampled on one schedule while they come and go."""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import time
+from collections import deque
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
+
+from kvmstats_fast._arguments import check_integer, check_names, check_seconds
+from kvmstats_fast._kvmstats import lib
+from kvmstats_fast._resource import Fd, Unique
+from kvmstats_fast._unpatched import unpatched
+from kvmstats_fast.errors import VmGoneError, unknown_stat
+from kvmstats_fast.sampling.plan import LiveRow, Plan
+from kvmstats_fast.sampling.relay import Relay
+from kvmstats_fast.sampling.schedule import DEPTH, LONGEST, Schedule
+from kvmstats_fast.sampling.stream import Turn
+from kvmstats_fast.vmm.roster import Roster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from kvmstats_fast.samples import Samples
+    from kvmstats_fast.schema import Schema
+    from kvmstats_fast.stats_file import StatsFile
+    from kvmstats_fast.vmm.machine import VirtualMachine
+
+#: How long a wait lasts at most, in s: poll(2) counts ms in an int.
+_LONGEST_WAIT = 1e6
+
+
+class _Choice:
+    """Which statistics are sampled, of files whose kinds are not known beforehand.
+
+    Parameters
+    ----------
+    patterns : tuple of str or None
+        Names and globs; None: everything.
+    """
+
+    def __init__(self, patterns: tuple[str, ...] | None) -> None:
+        self._patterns = patterns
+        self._fitting: dict[Schema, tuple[str, ...]] = {}  # of each schema that was seen
+        self._kinds: set[str] = set()
+
+    def of(self, files: Iterable[StatsFile]) -> tuple[str, ...] | None:
+        """Return those that fit a statistic of these files; None: everything.
+
+        Raises
+        ------
+        KeyError
+            For one that fits nothing: neither in the VMs' files nor in the vCPUs', once both were seen; or if none of
+            them fits anything that was seen.
+        """
+        if self._patterns is None:
+            return None
+        here: dict[Schema, None] = {}
+        for file in files:
+            here[file.schema] = None
+            if file.schema not in self._fitting:
+                self._kinds.add(file.kind)
+                fitting = tuple(pattern for pattern in self._patterns if file.schema.matches(pattern))
+                self._fitting[file.schema] = fitting
+        known = {pattern for fitting in self._fitting.values() for pattern in fitting}
+        unknown = [pattern for pattern in self._patterns if pattern not in known]
+        if unknown and (len(self._kinds) > 1 or not known):
+            raise unknown_stat(
+                unknown[0], (name for schema in self._fitting for name in schema), "the files of these VMs"
+            )
+        return tuple(dict.fromkeys(pattern for schema in here for pattern in self._fitting[schema]))
+
+
+class Follow(Unique):
+    """An iterator over the Samples of VMs that come and go: made by `follow`, used with ``with``.
+
+    Attributes
+    ----------
+    refused : dict of int to str
+        Pids of VMMs that are wanted, but cannot be attached to, or whose new vCPUs cannot be had; and why. As of the
+        last look at the host.
+    machines : dict of str to VirtualMachine
+        What is attached to now, by the label that `FileInfo.vm` has; ``explain()`` says what of it could not be had.
+        They are closed by the follow.
+    missed, overruns : int
+        Ticks missed up to now, and those of them for which the reader had left no room.
+    idle : int
+        Ticks up to now at which there was nothing to sample; they are not missed. Sweeps, `missed` and `idle` add up to
+        the ticks of the schedule so far.
+    """
+
+    def __init__(self, roster: Roster, relay: Relay, choice: _Choice, threads: int, rescan: float) -> None:
+        self._roster, self._relay, self._choice = roster, relay, choice
+        self._threads, self._rescan = threads, rescan
+        self._opened: ExitStack | None = None
+        self._pid = 0
+        self._due = 0.0  # when to look at the host again
+        self._sampled: dict[str, list[StatsFile]] | None = None
+        self._waiting: deque[Samples] = deque()  # chunks that came while the host was looked at
+        self._is_stopped = False
+        self._turn = Turn("follow")
+
+    # ---- what is known of it
+
+    @property
+    def refused(self) -> dict[int, str]:
+        """Pids of VMMs that cannot be attached to, and why."""
+        return dict(self._roster.refused)
+
+    @property
+    def machines(self) -> dict[str, VirtualMachine]:
+        """What is attached to now, by label."""
+        return self._roster.machines
+
+    @property
+    def missed(self) -> int:
+        """Ticks missed up to now."""
+        return self._relay.totals[0]
+
+    @property
+    def overruns(self) -> int:
+        """Those of them for which the reader had left no room."""
+        return self._relay.totals[1]
+
+    @property
+    def idle(self) -> int:
+        """Ticks up to now at which there was nothing to sample."""
+        return self._relay.idle
+
+    # ---- its block
+
+    def __enter__(self) -> Self:
+        if self._pid:
+            raise RuntimeError("a follow runs once; make another one")
+        self._pid = os.getpid()
+        with ExitStack() as opened:
+            self._wake = opened.enter_context(Fd(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            opened.enter_context(self._roster)
+            opened.callback(self._relay.close)
+            self._look()
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._running().close()
+
+    def _running(self) -> ExitStack:
+        if self._opened is None:
+            raise RuntimeError("a follow starts where its `with` block begins")
+        return self._opened
+
+    def stop(self) -> None:
+        """End it; the samples taken so far can still be read. From any thread."""
+        self._running()
+        self._is_stopped = True
+        self._relay.stop()
+        with suppress(ValueError):  # its block has ended
+            os.eventfd_write(self._wake.fileno(), 1)
+
+    # ---- its chunks
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Samples:
+        self._running()
+        if os.getpid() != self._pid:
+            raise RuntimeError("this follow stayed in the parent process; start one of your own")
+        with self._turn:
+            while not self._waiting:
+                if not self._is_stopped and time.monotonic() >= self._due:
+                    self._look()
+                elif (samples := self._relay.take(max(self._due - time.monotonic(), 0))) is not None:
+                    return samples
+                elif not self._relay.is_sampling:
+                    self._wait_for_vms()
+            return self._waiting.popleft()
+
+    def _look(self) -> None:
+        """Look at the host, and sample what is there from now on."""
+        began = time.monotonic()
+        self._due = began + self._rescan  # whatever comes in between
+        self._roster.update(self._take_chunks)
+        files = self._roster.files()
+        if files != self._sampled or (files and not self._relay.is_sampling):
+            self._relay.hand_over(self._prepare(files))
+            self._sampled = files
+        self._roster.settle()
+        now = time.monotonic()
+        self._due = max(self._due, now + (now - began))  # on a host that takes long to look at, half of the time
+
+    def _prepare(self, files: dict[str, list[StatsFile]]) -> LiveRow | None:
+        """Return what a run of these files needs; None if none of them has a chosen statistic."""
+        while files:
+            stats = self._choice.of(file for some in files.values() for file in some)
+            if stats == ():
+                break
+            try:
+                return LiveRow(Plan(files, stats, self._threads))
+            except VmGoneError:  # a moment ago: its files are closed
+                files = self._roster.files()
+        return None
+
+    def _take_chunks(self) -> None:
+        """Take what is there, so that the run has room while the host is looked at."""
+        while (samples := self._relay.take(0)) is not None:
+            self._waiting.append(samples)
+
+    def _wait_for_vms(self) -> None:
+        """Wait until it is time to look for VMs; StopIteration if none will be sampled any more."""
+        if self._is_stopped or self._relay.is_over or self._roster.has_ended:
+            rest = self._relay.take_rest()
+            if rest is None:
+                raise StopIteration
+            self._waiting.append(rest)
+            return
+        end = self._relay.end
+        until = self._due if end is None else min(self._due, end)
+        poll = unpatched("select", "poll")()
+        poll.register(self._wake, select.POLLIN)
+        poll.poll(math.ceil(1000 * min(max(until - time.monotonic(), 0), _LONGEST_WAIT)))
+
+    def __repr__(self) -> str:
+        state = "not begun" if self._opened is None else f"{len(self.machines)} VMs, {len(self.refused)} refused"
+        return f"<Follow: {state}>"
+
+
+def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
+    names: str | int | Iterable[str | int] | None = None,
+    interval: float = 1.0,
+    stats: str | Iterable[str] | None = None,
+    rescan: float = 1.0,
+    *,
+    inject: bool = False,
+    timeout: float = 2.0,
+    chunk: int | None = None,
+    wait: str = "sleep",
+    count: int | None = None,
+    duration: float | None = None,
+    depth: int = DEPTH,
+    cpu: int | Iterable[int] | None = None,
+    threads: int = 1,
+) -> Follow:
+    """Sample the VMs of this host on one schedule while VMs and vCPUs come and go.
+
+    Where the ``with`` block begins, what is there is attached to (`attach`), and the schedule starts. VMs and vCPUs
+    that come are taken up, those that go are let go of, a VM that is made anew in the same process is both. Left out
+    are this process, other monitors, and forked children of VMMs. Where there is no VM, it waits for one.
+
+    Parameters
+    ----------
+    names : str, int, or iterable of these, optional
+        Names of guests, or globs of names (``"web-*"``), and pids of VMMs. Default: all VMs. A pid is the process that
+        has it where the block begins.
+    interval : float
+        Seconds between sweeps; 0: as fast as possible.
+    stats : str or iterable of str, optional
+        Names or globs of statistics. Default: everything.
+    rescan : float
+        Seconds between looks at the host. Nothing that came is overlooked for longer, as long as the caller comes back
+        for the next chunk in that time.
+    inject, timeout
+        As for `attach`.
+    chunk, wait, count, duration, depth, cpu
+        As for `Sampler.stream`. `count` and `duration` are of the whole schedule, with or without VMs.
+    threads : int
+        As for `Sampler`.
+
+    Returns
+    -------
+    Follow
+        For ``with``: an iterator over Samples, each of one set of files. It ends with the schedule; by `Follow.stop`;
+        or when all processes have ended, if only pids were given. A VM has its label (`FileInfo.vm`) as long as it is
+        there: its guest's name, or ``"pid 123"``, with the pid behind it if another VM had the name first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments of a wrong type or out of range.
+    VmGoneError, AttachError
+        Where the block begins, if there is no process with a pid that was given, or it may not be held.
+    KeyError
+        There or in the iteration, if a name or glob of `stats` fits no statistic: neither of VMs nor of vCPUs, once
+        files of both were seen; or if none fits anything.
+    OSError
+        There or in the iteration, if /proc cannot be read.
+    KvmStatsError, MemoryError
+        As `Sampler.run`.
+
+    Warns
+    -----
+    SamplingWarning
+        As `Sampler.stream`.
+
+    Notes
+    -----
+    Tick k is due at start + k * interval, whatever the files are by then: `Samples.tick` and `Samples.time` go on from
+    chunk to chunk. As a rule a change of files takes less than a ms. Ticks that it overtakes are counted in the next
+    chunk's `Samples.missed`, and those that pass while there is no VM in `Follow.idle`. A file whose VM goes has a
+    `SampleError` until the next look, at which it is left out.
+
+    The host is looked at in the reader's thread, between chunks, while the run in the background goes on.
+
+    Examples
+    --------
+    >>> with follow("web-*", interval=0.01, stats=["exits", "halt_*"]) as chunks:  # doctest: +SKIP
+    ...     for x in chunks:
+    ...         send(x.vms, x.vcpu.rate("exits"))
+    """
+    choice = _Choice(None if stats is None else check_names("stats", stats))
+    relay = Relay(
+        Schedule(interval, count, duration, wait, cpu),
+        None if chunk is None else check_integer("chunk", chunk, 1),
+        check_integer("depth", depth, 1),
+    )
+    rescan = check_seconds("rescan", rescan, LONGEST, zero=False)
+    threads = check_integer("threads", threads, 1, lib.KVMSTATS_MAX_THREADS)
+    return Follow(Roster(names, inject=inject, timeout=timeout), relay, choice, threads, rescan)

@@ -1,0 +1,286 @@
+"""Roster: the VMs of this host that are attached to, while they come and go."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvmstats_fast._arguments import article, check_seconds
+from kvmstats_fast._resource import Closing
+from kvmstats_fast.errors import KvmStatsError, VmGoneError
+from kvmstats_fast.vmm.borrow import hold_process
+from kvmstats_fast.vmm.find import list_pids, look_at, may_attach
+from kvmstats_fast.vmm.machine import LONGEST, attach
+from kvmstats_fast.vmm.proc import Process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Self
+
+    from kvmstats_fast.stats_file import StatsFile
+    from kvmstats_fast.vmm.find import VmProcess
+    from kvmstats_fast.vmm.machine import VirtualMachine
+
+
+class _Followed(NamedTuple):
+    """A VM that is attached to."""
+
+    machine: VirtualMachine
+    label: str
+
+
+class _TurnedDown(NamedTuple):
+    """A process that could not be attached to: how it was then, why, and by whose VM if that is the reason."""
+
+    state: tuple[object, ...]
+    why: str
+    owner: int | None
+
+
+class Roster(Closing):
+    """The VMs that are attached to, of those that are wanted; used with ``with``.
+
+    A VM keeps its label as long as it is attached to, also if it is made anew in the same process. The label is the
+    guest's name, or ``"pid 123"``; followed by the pid if another VM has it at the time.
+
+    Parameters
+    ----------
+    names : str, int, iterable of these, or None
+        Globs of guests' names, pids of VMMs; None: all VMs. A pid is the process that has it where the block begins.
+    inject, timeout
+        As for `attach`.
+
+    Attributes
+    ----------
+    refused : dict of int to str
+        Pids of the VMMs that cannot be attached to, or not anew, and why; as of the last `update`.
+    """
+
+    def __init__(self, names: str | int | Iterable[str | int] | None, *, inject: bool, timeout: float) -> None:
+        self._globs, self._pids = _check_names(names)
+        self._wants_all = names is None
+        self._inject = inject
+        self._timeout = check_seconds("timeout", timeout, LONGEST, zero=False)
+        self._held: dict[int, Process] = {}  # those given by their pid
+        self._followed: dict[int, _Followed] = {}
+        self._leaving: list[VirtualMachine] = []
+        self._turned_down: dict[int, _TurnedDown] = {}
+        self.refused: dict[int, str] = {}
+
+    def __enter__(self) -> Self:
+        """Hold the processes that were given by their pid; the errors are those of `attach`."""
+        with ExitStack() as opened:
+            for pid in self._pids:
+                self._held[pid] = opened.enter_context(hold_process(pid))
+            opened.pop_all()
+        return self
+
+    @property
+    def machines(self) -> dict[str, VirtualMachine]:
+        """What is attached to, by label."""
+        return {one.label: one.machine for one in self._followed.values()}
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing can come: pids alone were given, and all of these processes have ended."""
+        pids_alone = not self._wants_all and not self._globs
+        return pids_alone and not self._followed and all(process.ended for process in self._held.values())
+
+    def files(self) -> dict[str, list[StatsFile]]:
+        """Return the files that are open, by label.
+
+        Of a process with several VMs nothing says which file is of which VM, and each has a label of its own.
+        """
+        found: dict[str, list[StatsFile]] = {}
+        for machine, label in self._followed.values():
+            kinds = Counter((file.kind, file.vcpu_id) for file in machine)
+            if max(kinds.values(), default=0) == 1:
+                found[label] = [file for file in machine if not file.closed]
+            else:
+                for index, file in enumerate(machine):
+                    if not file.closed:
+                        ending = f" (file {index})"
+                        found[_unlike(found, label + ending, ending)] = [file]
+        return {label: files for label, files in found.items() if files}
+
+    def update(self, meanwhile: Callable[[], None]) -> None:
+        """Look at the host: take up VMs and vCPUs that came, let go of those that went.
+
+        Files of VMs that went stay open until `settle`, because a run may be reading them.
+
+        Parameters
+        ----------
+        meanwhile : callable
+            Called after each process, because a host may have many.
+
+        Raises
+        ------
+        OSError
+            If /proc cannot be read.
+        """
+        wanted: dict[int, VmProcess] = {}
+        for pid in list_pids() if self._wants_all or self._globs else list(self._held):
+            if pid != os.getpid() and (about := look_at(Process(pid)).vms) is not None and self._wants(about):
+                wanted[pid] = about
+            meanwhile()
+        refused: dict[int, str] = {}
+        for pid in list(self._followed):
+            self._look_again(pid, wanted.get(pid), refused)
+            meanwhile()
+        for pid, about in wanted.items():
+            if pid not in self._followed:
+                self._take_up(about, refused)
+                meanwhile()
+        for pid, process in self._held.items():
+            if pid not in wanted and pid not in self._followed and not process.ended:
+                why = "it is this process" if pid == os.getpid() else may_attach(pid)
+                refused[pid] = why or "it has no VM; if it makes one, that is followed"
+        self._turned_down = {pid: one for pid, one in self._turned_down.items() if pid in wanted}
+        self.refused = refused
+
+    def _wants(self, about: VmProcess) -> bool:
+        if self._wants_all or (about.name and any(fnmatchcase(about.name, glob) for glob in self._globs)):
+            return True
+        process = self._held.get(about.pid)
+        return process is not None and not process.ended
+
+    def _look_again(self, pid: int, about: VmProcess | None, refused: dict[int, str]) -> None:
+        """Refresh what is attached to, if it is not as it was; `about` is None if it shows no VM."""
+        machine = self._followed[pid].machine
+        try:
+            is_whole = machine.alive and machine.look()
+            is_hidden = about is not None and about.vms is None
+            if is_whole and about is not None and (is_hidden or _files_of(about) == _files_of(machine.about)):
+                return
+            machine.refresh(self._inject, timeout=self._timeout)
+        except VmGoneError:
+            self._let_go(pid)
+        except (KvmStatsError, OSError) as error:
+            refused[pid] = _say(error)  # what is had can be read on
+        else:
+            if not machine.files or not (machine.about.vms or machine.about.vcpus):
+                self._let_go(pid)
+
+    def _take_up(self, about: VmProcess, refused: dict[int, str]) -> None:
+        """Attach to a VMM, unless that was in vain when it was last like this."""
+        pid = about.pid
+        state = (about.start_time, about.attachable, *_files_of(about))
+        before = self._turned_down.get(pid)
+        if not about.attachable:
+            if not _has_ended(pid):
+                refused[pid] = about.why_not
+        elif before is not None and before.state == state and (before.owner is None or before.owner in self._followed):
+            refused[pid] = before.why
+        else:
+            owner = None
+            try:
+                with ExitStack() as opened:
+                    machine = opened.enter_context(attach(pid, self._inject, timeout=self._timeout))
+                    if machine.about.start_time != about.start_time:  # another process by now
+                        return
+                    if (owner := self._find_owner(machine)) is None:
+                        self._followed[pid] = _Followed(machine, self._choose_label(about))
+                        opened.pop_all()
+                        return
+                why = f"its VM is that of process {owner}: it was forked from that, or takes its statistics"
+            except VmGoneError:
+                return
+            except (KvmStatsError, OSError) as error:
+                why = _say(error)
+                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                    state = ()  # whoever closes files, the next attempt may do better
+            refused[pid] = why
+            self._turned_down[pid] = _TurnedDown(state, why, owner)
+
+    def _find_owner(self, machine: VirtualMachine) -> int | None:
+        """Return which other process made the VM, None if this one did; let go of one that is in its place."""
+        for pid, other in list(self._followed.items()):
+            if machine.shares_vm(other.machine):
+                if _has_made_vm(other.machine.about, machine.about):
+                    return pid
+                self._let_go(pid)
+        return None
+
+    def _choose_label(self, about: VmProcess) -> str:
+        name = about.name.encode("utf-8", "backslashreplace").decode()  # no table or file takes surrogates
+        return _unlike(self.machines, name or f"pid {about.pid}", f" (pid {about.pid})")
+
+    def _let_go(self, pid: int) -> None:
+        self._leaving.append(self._followed[pid].machine)
+        del self._followed[pid]
+
+    def settle(self) -> None:
+        """Close the files of VMs that went: nobody reads them any more."""
+        while self._leaving:
+            self._leaving[-1].close()
+            self._leaving.pop()
+
+    def close(self) -> None:
+        """Let go of all VMs."""
+        with ExitStack() as closing:
+            for process in self._held.values():
+                closing.callback(process.close)
+            for machine, _ in self._followed.values():
+                closing.callback(machine.close)
+            closing.callback(self.settle)
+
+
+def _check_names(names: str | int | Iterable[str | int] | None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the globs and the pids among `names`."""
+    wanted = "it must be a name or glob of guests, a pid, or several of these"
+    if names is None:
+        return (), ()
+    if isinstance(names, (bytes, bytearray)) or not isinstance(names, (str, int, Iterable)):
+        raise TypeError(f"names is {article(names)}; {wanted}")
+    several = [names] if isinstance(names, (str, int)) else list(names)
+    if not several:
+        raise ValueError("names is empty; leave it out to follow all VMs")
+    for one in several:
+        if isinstance(one, bool) or not isinstance(one, (str, int)):
+            raise TypeError(f"names has {article(one)}; {wanted}")
+        if one == "":
+            raise ValueError("names has an empty name; a VM without a name is followed by the pid of its VMM")
+    return tuple(one for one in several if isinstance(one, str)), tuple(one for one in several if isinstance(one, int))
+
+
+def _say(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        with Process.hold(pid) as process:
+            return process.ended
+    except OSError as error:
+        return error.errno == errno.ESRCH
+
+
+def _files_of(about: VmProcess) -> tuple[object, ...]:
+    """Return what changes when VMs, vCPUs or stats files come or go."""
+    return about.vms, about.vcpus, about.held
+
+
+def _has_made_vm(one: VmProcess, other: VmProcess) -> bool:
+    """Return whether the first of two processes that have the same VM open has made it.
+
+    A monitor holds the process whose files it takes, also while it has a VM's fd for a moment, to mark it (`Marks`). A
+    forked child is younger than its parent.
+    """
+    if one.pid in Process(other.pid).held_pids():
+        return True
+    if other.pid in Process(one.pid).held_pids():
+        return False
+    return (one.start_time, one.pid) < (other.start_time, other.pid)
+
+
+def _unlike(taken: Iterable[str], label: str, ending: str) -> str:
+    """Return a label that is not taken yet."""
+    while label in taken:
+        label += ending
+    return label

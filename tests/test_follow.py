@@ -1,0 +1,508 @@
+"""follow: VMs and vCPUs that come and go, on one schedule; whom it leaves alone; and how it ends."""
+
+import errno
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import exit_status, forked, open_fds
+from holder import Holder
+from nursery import Nursery
+from qemu import HOLDS_VCPUS, needs_qemu, plain_qemu, until
+
+import kvmstats_fast as kf
+from kvmstats_fast.sampling import follow as follow_module
+from kvmstats_fast.testing import SyntheticStats
+from kvmstats_fast.vmm import roster as roster_module
+from kvmstats_fast.vmm.proc import Process
+from kvmstats_fast.vmm.roster import Roster
+
+#: How many VMs are born and die; the whole proof is KVMSTATS_BIRTHS=200, which takes 30 s.
+BIRTHS = int(os.environ.get("KVMSTATS_BIRTHS", "10"))
+#: Names of guests that no other VM of the host has.
+WEB, DB = (f"{name}-{os.getpid()}" for name in ("web", "db"))
+
+
+def read_until(chunks, condition, seconds=30):
+    """Read chunks until one fulfils a condition; all of them."""
+    read, deadline = [], time.monotonic() + seconds
+    for x in chunks:
+        read.append(x)
+        if condition(x):
+            return read
+        assert time.monotonic() < deadline, x.files
+    return read
+
+
+def kernel_threads():
+    """How many threads this process has."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def pids(x):
+    """Of which processes samples are."""
+    return {info.pid for info in x.files}
+
+
+def check_accounts(chunks, read, interval):
+    """All chunks of a follow that has ended: each tick was taken once, and no earlier than it was due, or counted."""
+    tick = np.concatenate([x.tick for x in read]).astype(np.int64)
+    times = np.concatenate([x.time for x in read])
+    assert (np.diff(tick) > 0).all()
+    due = tick * round(interval * 1e9)
+    assert ((times - due) >= times[0] - due[0] - interval * 1e9).all()
+    missed = sum(x.missed for x in read)
+    assert (missed, sum(x.overruns for x in read)) == (chunks.missed, chunks.overruns)
+    assert len(tick) + missed + chunks.idle >= tick[-1] + 1
+
+
+# ---- who comes and goes
+
+
+class Looks:
+    """Records when a follow looked at the host, and what it was attached to then."""
+
+    def __init__(self, monkeypatch):
+        self.all = []  # (begin, end, pids)
+        update = Roster.update
+
+        def record(roster, meanwhile):
+            begin = time.monotonic_ns()
+            update(roster, meanwhile)
+            self.all.append((begin, time.monotonic_ns(), {machine.pid for machine in roster.machines.values()}))
+
+        monkeypatch.setattr(Roster, "update", record)
+
+
+@pytest.mark.real_vm
+def test_no_vm_is_overlooked_and_no_tick_lost_while_many_are_born_and_die(monkeypatch, resources):
+    """Each look takes up every VM that holds its files; each is sampled; ticks are taken or counted; no fd stays."""
+    nursery = resources.enter_context(Nursery())
+    seconds, rescan = BIRTHS * 0.15, 1.0 if BIRTHS >= 100 else 0.1
+    first = nursery.bear()[0]
+    kf.attach(first).close()  # the watch has an fd of its own
+    fds, threads = open_fds(), kernel_threads()
+    looks = Looks(monkeypatch)
+    held, dead = {first: time.monotonic_ns()}, {}
+    rng = random.Random(1)
+
+    def live():
+        begin = time.monotonic()
+        for number in range(BIRTHS):
+            time.sleep(max(begin + number * seconds / BIRTHS - time.monotonic(), 0))
+            pid, at = nursery.bear(rng.choice([1, 1, 2]))
+            held[pid] = at
+            if number >= min(BIRTHS // 2, 20):
+                old = rng.choice(nursery.alive)
+                dead[old] = time.monotonic_ns()
+                nursery.kill(old)
+        while nursery.alive:
+            dead[nursery.alive[0]] = time.monotonic_ns()
+            nursery.kill(nursery.alive[0])
+
+    thread = threading.Thread(target=live)
+    count = round((seconds + 3 * rescan) * 1000)
+    with kf.follow(nursery.name, interval=0.001, stats="exits", rescan=rescan, count=count) as chunks:
+        thread.start()
+        read = list(chunks)
+    thread.join()
+    assert (open_fds(), kernel_threads()) == (fds, threads)
+
+    check_accounts(chunks, read, 0.001)
+    assert sum(map(len, read)) + chunks.missed + chunks.idle == count
+    sampled = {}
+    for x in read:
+        for pid in pids(x) - {error.file for error in x.errors}:
+            sampled.setdefault(pid, int(x.time[0]))
+    unseen = []
+    for pid, at in held.items():
+        while_alive = [look for look in looks.all if at < look[0] and look[1] < dead[pid]]
+        assert all(pid in attached for _, _, attached in while_alive)
+        if while_alive[1:]:  # it was there until the next look, and so long was sampled
+            unseen.append((sampled[pid] - at) / 1e9)
+    assert set(sampled) <= set(held)
+    if BIRTHS >= 100:
+        between = np.diff([begin for begin, _, _ in looks.all]).max() / 1e9
+        text = f"{len(held)} VMs, {len(looks.all)} looks at most {between:.3f} s apart, first sampled after "
+        text += f"{np.median(unseen):.3f} s, at most {max(unseen):.3f} s; {chunks.missed} of {count} ticks missed"
+        print(text)  # noqa: T201 - for who runs the whole proof
+
+
+@pytest.mark.real_vm
+def test_a_vm_that_is_made_anew_keeps_its_label_and_a_vcpu_joins_it(resources):
+    """One process: a vCPU comes, then another VM; every chunk has one set of files, and what went says why."""
+    vmm = resources.enter_context(Holder(1, name=WEB))
+    other = resources.enter_context(Holder(1, name=DB))
+    with kf.follow([WEB, DB], interval=0.001, stats=["exits", "remote_tlb_flush"], rescan=0.1) as chunks:
+        read = [next(chunks)]
+        assert [str(info) for info in read[0].files] == [WEB, f"{WEB}/0", DB, f"{DB}/0"]
+        vmm.do("import fcntl, kvmstats_fast as kf; vcpu = fcntl.ioctl(guest.vm_fd, 0xAE41, 1)")  # KVM_CREATE_VCPU
+        vmm.do("files.append(kf.StatsFile.open(vcpu))")
+        read += read_until(chunks, lambda x: len(x.files) == 5)
+        assert [str(info) for info in read[-1].files] == [WEB, *(f"{WEB}/{i}" for i in range(2)), DB, f"{DB}/0"]
+        machine = chunks.machines[WEB]
+        vmm.do("[file.close() for file in files]; os.close(vcpu); guest.close()")
+        vmm.do("guest = TinyGuest(3); files = guest.open_stats()")
+        read += read_until(chunks, lambda x: len(x.files) == 6)
+        assert [str(info) for info in read[-1].files] == [WEB, *(f"{WEB}/{i}" for i in range(3)), DB, f"{DB}/0"]
+        assert chunks.machines == {WEB: machine, DB: chunks.machines[DB]}
+        other.end()
+        read += read_until(chunks, lambda x: len(x.files) == 4)
+        assert list(chunks.machines) == [WEB]
+        assert chunks.refused == {}
+        chunks.stop()
+        read += chunks
+    check_accounts(chunks, read, 0.001)
+    errors = {(x.files[e.file].vm, type(e.error), e.error.errno) for x in read for e in x.errors}
+    assert errors <= {(WEB, kf.VmGoneError, errno.ENODEV), (DB, kf.VmGoneError, errno.ESRCH)}
+    assert [n for n, _ in itertools.groupby(len(x.files) for x in read)] in ([4, 5, 6, 4], [4, 5, 2, 6, 4])
+    assert all(file.closed for file in machine.files)
+
+
+@pytest.mark.real_vm
+def test_labels_tell_vms_of_one_name_apart_and_do_not_change(resources):
+    """The first is "web" as long as it is there; the one that comes has its pid behind it; then the name is free."""
+    first = resources.enter_context(Holder(1, name=WEB))
+    with kf.follow(f"?{WEB[1:]}*", interval=0.01, rescan=0.05) as chunks:
+        assert next(chunks).vms == (WEB,)
+        second = resources.enter_context(Holder(1, name=WEB))
+        x = read_until(chunks, lambda x: len(x.vms) == 2)[-1]
+        assert x.vms == (WEB, f"{WEB} (pid {second.pid})")
+        assert {info.vm for info in x.files if info.pid == first.pid} == {WEB}
+        first.end()
+        assert read_until(chunks, lambda x: len(x.vms) == 1)[-1].vms == (f"{WEB} (pid {second.pid})",)
+        third = resources.enter_context(Holder(1, name=WEB))
+        x = read_until(chunks, lambda x: len(x.vms) == 2)[-1]
+        assert {info.vm for info in x.files if info.pid == third.pid} == {WEB}
+
+
+@pytest.mark.real_vm
+def test_files_of_a_process_with_several_vms_have_labels_of_their_own(resources):
+    """Nothing says which vCPU is of which VM; the labels are in every chunk the same."""
+    vmm = resources.enter_context(Holder(1, before="more = TinyGuest(1); held = more.open_stats()"))
+    with kf.follow(vmm.pid, interval=0.001) as chunks:
+        x = next(chunks)
+        assert x.vms == tuple(f"pid {vmm.pid} (file {i})" for i in range(4))
+        vmm.do("[file.close() for file in held]; more.close()")
+        assert read_until(chunks, lambda x: len(x.files) == 2)[-1].vms == (f"pid {vmm.pid}",)
+
+
+@pytest.mark.real_vm
+@needs_qemu
+def test_qemus_that_hold_nothing_are_injected_also_when_a_vcpu_is_plugged_in(tmp_path, resources):
+    """Two, one of which ends; without inject=True they are refused, and what a QEMU lacks is said."""
+    more = "-smp", "1,maxcpus=2", "-name"
+    (one, monitor), (two, _) = (plain_qemu(tmp_path, resources, *more, f"guest={WEB}.{i}") for i in range(2))
+    if not HOLDS_VCPUS:
+        with kf.follow(f"{WEB}.*", duration=0.01) as chunks:
+            assert list(chunks) == []
+            assert set(chunks.refused) == {one.pid, two.pid}
+            assert "holds no stats files" in chunks.refused[one.pid]
+    stats = ["exits", "remote_tlb_flush"]
+    with kf.follow(f"{WEB}.*", 0.002, stats, rescan=0.1, inject=True, timeout=30) as chunks:
+        x = read_until(chunks, lambda x: len(x.files) == 4)[-1]
+        assert sorted(map(str, x.files)) == [f"{WEB}.0", f"{WEB}.0/0", f"{WEB}.1", f"{WEB}.1/0"]
+        free = next(cpu for cpu in monitor("query-hotpluggable-cpus") if "qom-path" not in cpu)
+        monitor("device_add", driver=free["type"], id="later", **free["props"])
+        x = read_until(chunks, lambda x: len(x.files) == 5)[-1]
+        assert f"{WEB}.0/1" in map(str, x.files)
+        assert chunks.machines[f"{WEB}.0"].explain() == ""
+        two.kill()
+        assert read_until(chunks, lambda x: len(x.files) == 3)[-1].vms == (f"{WEB}.0",)
+    assert one.poll() is None
+
+
+# ---- who is wanted
+
+
+@pytest.mark.real_vm
+def test_names_globs_and_pids_choose(resources):
+    """Mixed as one likes; a pid is that process and no later one. Where only pids were given, their end is the end."""
+    web, db, none = (resources.enter_context(Holder(1, name=name)) for name in (WEB, DB, None))
+    with kf.follow([f"{WEB[:-1]}*", none.pid], 0.001, "exits") as chunks:
+        assert {info.pid for info in next(chunks).files} == {web.pid, none.pid}
+    with kf.follow(f"??{DB[2:]}", 0.001, "exits") as chunks:
+        assert next(chunks).vms == (DB,)
+    with kf.follow(none.pid, 0.001, "exits", rescan=0.05) as chunks:
+        assert next(chunks).vms == (f"pid {none.pid}",)
+        none.end()
+        assert {type(e.error) for x in chunks for e in x.errors} <= {kf.VmGoneError}
+    with pytest.raises(kf.VmGoneError, match=f"no process {none.pid}|has ended"), kf.follow([db.pid, none.pid]):
+        pytest.fail("it has ended")
+    db.do("2 + 2")
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (1.5, TypeError, "names is a float; it must be a name or glob of guests, a pid, or several of these"),
+        ([True], TypeError, "names has a bool"),
+        (b"web", TypeError, "names is a bytes; it must be"),
+        ([], ValueError, "names is empty; leave it out"),
+        ("", ValueError, "names has an empty name"),
+        (0, ValueError, "0 is not a pid"),
+    ],
+)
+def test_names_of_a_wrong_type_are_named(names, error, message):
+    """One sentence, with what they must be."""
+    with pytest.raises(error, match=message), kf.follow(names):
+        pytest.fail("taken")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"interval": -1}, ValueError, "interval is -1"),
+        ({"rescan": 0}, ValueError, "rescan is 0; it must be more than 0 seconds"),
+        ({"rescan": "1"}, TypeError, "rescan is a str"),
+        ({"stats": 5}, TypeError, "stats is an int"),
+        ({"chunk": 0}, ValueError, "chunk is 0"),
+        ({"depth": 0}, ValueError, "depth is 0"),
+        ({"threads": 0}, ValueError, "threads is 0"),
+        ({"timeout": 0}, ValueError, "timeout is 0"),
+        ({"wait": "busy"}, ValueError, "wait is 'busy'"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_at_once(wrong, error, message):
+    """Before anything is opened."""
+    with pytest.raises(error, match=message):
+        kf.follow(**wrong)
+
+
+@pytest.mark.real_vm
+def test_a_process_without_a_vm_is_waited_for(resources):
+    """By its pid; refused says so, and when it makes one, that is sampled."""
+    vmm = resources.enter_context(Holder(1))
+    vmm.do("[file.close() for file in files]; guest.close()")
+    with kf.follow(vmm.pid, 0.001, "exits", rescan=0.05) as chunks:
+        assert chunks.refused == {vmm.pid: "it has no VM; if it makes one, that is followed"}
+        threading.Timer(0.1, vmm.do, ["guest = TinyGuest(1); files = guest.open_stats()"]).start()
+        assert pids(next(chunks)) == {vmm.pid}
+        assert chunks.refused == {}
+        assert chunks.idle > 10
+        assert chunks.missed < chunks.idle + 1000
+
+
+@pytest.mark.real_vm
+def test_a_vmm_that_was_refused_is_tried_again_when_it_has_changed_and_not_before(monkeypatch, resources):
+    """A VMM is not bothered each second; what it opens later is taken up at the next look."""
+    vmm = resources.enter_context(Holder(1, hold="nothing"))
+    attempts = []
+    attach = roster_module.attach
+    monkeypatch.setattr(roster_module, "attach", lambda *a, **k: (attempts.append(a), attach(*a, **k))[1])
+    looks = Looks(monkeypatch)
+    with kf.follow(vmm.pid, 0.001, "exits", rescan=0.02) as chunks:
+        assert "holds no stats files" in chunks.refused[vmm.pid]
+        assert not chunks.refused[vmm.pid].startswith("[Errno")
+        threading.Timer(0.2, vmm.do, ["files = guest.open_stats()"]).start()
+        assert pids(next(chunks)) == {vmm.pid}
+    assert len(looks.all) > len(attempts) == 2
+
+
+@pytest.mark.real_vm
+@pytest.mark.usefixtures("stats")
+def test_neither_itself_nor_a_monitor_nor_a_forked_child_is_followed(resources):
+    """A monitor that has the VM's fd in its hands, to mark it, and a child that was forked by the VMM, keep nothing."""
+    vmm = resources.enter_context(Holder(1))
+    monitor = (
+        "import sys, time; import kvmstats_fast as kf\n"
+        "machine = kf.attach(int(sys.argv[1])); process = machine._watched.process\n"
+        "taken = [process.take(file.fd) for file in process.kvm_files() if not file.is_stats]\n"
+        "print('ready', flush=True); time.sleep(1000)"
+    )
+    process = resources.enter_context(
+        subprocess.Popen([sys.executable, "-c", monitor, str(vmm.pid)], stdout=subprocess.PIPE, text=True)
+    )
+    resources.callback(process.kill)
+    assert process.stdout.readline() == "ready\n"
+    assert vmm.pid in Process(process.pid).held_pids()
+    vmm.do("child = os.fork() or __import__('time').sleep(1000)")
+    child = next(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _parent(p) == vmm.pid)
+    resources.callback(os.kill, child, signal.SIGKILL)
+    assert {vmm.pid, process.pid, child, os.getpid()} <= {one.pid for one in kf.find_vms()}
+    for names in (None, [process.pid, vmm.pid, child, os.getpid()]):
+        with kf.follow(names, 0.001, "exits", rescan=0.05) as chunks:
+            for x in itertools.islice(chunks, 3):
+                assert vmm.pid in pids(x)
+                assert not pids(x) & {process.pid, child, os.getpid()}
+            assert set(chunks.refused) >= {process.pid, child}
+            assert chunks.refused.get(os.getpid(), "it is this process") == "it is this process"
+            assert f"its VM is that of process {vmm.pid}" in chunks.refused[child]
+
+
+def _parent(folder):
+    try:
+        return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+# ---- which statistics
+
+
+@pytest.fixture
+def choose(resources):
+    """The choice of statistics, asked about files of these kinds in turn."""
+
+    def choose(patterns, *kinds):
+        choice = follow_module._Choice(patterns)
+        made = {kind: resources.enter_context(SyntheticStats(kind=kind).open()) for kind in ("vm", "vcpu")}
+        return [choice.of([made[kind] for kind in some]) for some in kinds]
+
+    return choose
+
+
+VM, VCPU, BOTH = ["vm"], ["vcpu"], ["vm", "vcpu"]
+
+
+def test_a_statistic_need_not_be_in_every_set_of_files(choose):
+    """An agent does not fail because the VMs of a kind have gone; nor because none has come yet."""
+    assert choose(("exits", "remote_*"), BOTH, VM, VCPU) == [("remote_*", "exits"), ("remote_*",), ("exits",)]
+    assert choose(("exits", "remote_*"), VCPU, VM, BOTH) == [("exits",), ("remote_*",), ("remote_*", "exits")]
+    assert choose(None, VM) == [None]
+    assert choose(("exits",), VCPU, VM) == [("exits",), ()]
+
+
+def test_a_statistic_that_is_nowhere_is_an_error_as_soon_as_that_is_known(choose):
+    """Once files of both kinds were seen; or at once, if nothing would be sampled for ever."""
+    with pytest.raises(KeyError, match="no statistic 'exists' in the files of these VMs; did you mean exits"):
+        choose(("exists",), VCPU)
+    with pytest.raises(KeyError, match="exists"):
+        choose(("exits", "exists"), VCPU, BOTH)
+    assert choose(("exits", "exists"), VCPU, VCPU) == [("exits",)] * 2
+
+
+@pytest.mark.real_vm
+def test_what_no_statistic_is_called_is_told_where_the_block_begins(holder):
+    """As Sampler tells it; nothing stays open."""
+    kf.attach(holder.pid).close()
+    fds = open_fds()
+    with pytest.raises(KeyError, match="exists"), kf.follow(holder.pid, stats="exists"):
+        pytest.fail("found")
+    assert open_fds() == fds
+
+
+# ---- how it ends
+
+
+@pytest.mark.real_vm
+def test_without_a_vm_it_waits_until_its_end():
+    """The schedule's end, or a stop by another thread; no chunk of no files is given."""
+    with kf.follow("no-such-guest", 0.001, duration=0.05) as chunks:
+        assert list(chunks) == []
+        assert (chunks.idle, chunks.missed) == (50, 0)
+    with kf.follow("no-such-guest", 0, duration=0.05) as chunks:
+        assert list(chunks) == []
+    with kf.follow("no-such-guest", 60, rescan=60) as chunks:
+        threading.Timer(0.1, chunks.stop).start()
+        assert list(chunks) == []
+    chunks.stop()  # too late to matter
+
+
+@pytest.mark.real_vm
+@pytest.mark.parametrize("interval", [0.001, 60])
+def test_stop_ends_it_from_another_thread_and_what_it_has_can_be_read(holder, interval):
+    """In the middle of a wait for the next chunk or the next look; the ticks add up."""
+    with kf.follow(holder.pid, interval, "exits", rescan=60) as chunks:
+        read = [next(chunks)]
+        threading.Timer(0.05, chunks.stop).start()
+        read += chunks
+        with pytest.raises(StopIteration):
+            next(chunks)
+        check_accounts(chunks, read, interval)
+    assert threading.active_count() <= 2
+
+
+def test_it_runs_once_in_its_block():
+    """Outside it there is nothing to read or to stop."""
+    chunks = kf.follow("no-such-guest", duration=0.01)
+    for call in (chunks.stop, lambda: next(chunks)):
+        with pytest.raises(RuntimeError, match="a follow starts where its `with` block begins"):
+            call()
+    assert "not begun" in repr(chunks)
+    with chunks:
+        assert "0 VMs, 0 refused" in repr(chunks)
+    with pytest.raises(RuntimeError, match="a follow runs once"), chunks:
+        pytest.fail("it began")
+
+
+@pytest.mark.real_vm
+def test_an_exception_of_the_caller_leaves_nothing(holder):
+    """Neither an fd nor a thread, in the middle of a change too."""
+    kf.attach(holder.pid).close()
+    fds, threads = open_fds(), kernel_threads()
+    with pytest.raises(ZeroDivisionError), kf.follow(holder.pid, 0.001, rescan=0.01) as chunks:
+        _ = len(next(chunks)) / 0
+    assert (open_fds(), kernel_threads()) == (fds, threads)
+
+
+@pytest.mark.real_vm
+def test_it_stays_in_the_parent_when_the_process_forks(holder):
+    """The child is told so, and can end the block; the parent reads on."""
+    with kf.follow(holder.pid, 0.001, "exits") as chunks:
+        next(chunks)
+
+        def child():
+            with pytest.raises(RuntimeError, match="stayed in the parent process"):
+                next(chunks)
+            chunks.__exit__(None, None, None)
+
+        assert exit_status(forked(child)) == 0
+        assert len(next(chunks))
+
+
+@pytest.mark.real_vm
+def test_a_second_reader_is_refused(holder):
+    """One thread reads; another gets RuntimeError and takes nothing away."""
+    with kf.follow(holder.pid, 60, "exits") as chunks:
+        read = [next(chunks)]
+        thread = threading.Thread(target=lambda: read.extend(chunks))
+        thread.start()
+        assert until(lambda: not chunks._turn._free)
+        with pytest.raises(RuntimeError, match="another thread is reading this follow; a follow has one reader"):
+            next(chunks)
+        chunks.stop()
+        thread.join()
+
+
+@pytest.mark.real_vm
+def test_chunks_that_come_during_a_long_look_are_not_lost(holder, monkeypatch):
+    """The run has room while the host is looked at: what comes is taken out of the ring."""
+    looks = itertools.count()
+    update = Roster.update
+
+    def take_long(roster, meanwhile):
+        if next(looks) == 1:
+            for _ in range(30):
+                time.sleep(0.002)
+                meanwhile()
+        update(roster, meanwhile)
+
+    monkeypatch.setattr(Roster, "update", take_long)
+    with kf.follow(holder.pid, 0.001, "exits", rescan=0.05, chunk=2, depth=8, count=200) as chunks:
+        read = list(chunks)
+        assert next(looks) > 2
+        check_accounts(chunks, read, 0.001)
+        assert chunks.overruns < 30
+
+
+def test_a_host_that_takes_long_to_look_at_is_looked_at_half_of_the_time(monkeypatch):
+    """A look of 20 ms with rescan=1 ms is followed by 20 ms of reading."""
+    begins = []
+
+    def take_long(*_):
+        begins.append(time.monotonic())
+        time.sleep(0.02)
+
+    monkeypatch.setattr(Roster, "update", take_long)
+    with kf.follow("no-such-guest", 0.001, rescan=0.001, duration=0.15) as chunks:
+        assert list(chunks) == []
+    assert np.diff(begins).min() >= 0.04
