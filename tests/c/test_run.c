@@ -456,7 +456,7 @@ static void test_resumed(void)
             CHECK(run_with(&r, NULL) == 0);
             check_accounts(&r, s->run.ticks);
             CHECK(k == 0 ? s->run.start >= began : s->run.start == start);
-            CHECK(s->run.tick[0] == next + s->run.chunks[0].missed);
+            CHECK(s->run.tick[0] >= next && s->run.tick[0] <= next + s->run.chunks[0].missed);
             next = s->run.first_tick + s->run.taken + s->run.missed;
             start = s->run.start;
             missed += r.missed;
