@@ -53,7 +53,7 @@ ffibuilder.set_source(
     sources=SOURCES,
     include_dirs=["csrc"],
     # setuptools rebuilds when one of these changes, and puts them into the sdist.
-    depends=[*HEADERS, "csrc/clock.h", "csrc/read.h", "build_ffi.py"],
+    depends=[*HEADERS, "csrc/clock.h", "csrc/pace.h", "csrc/read.h", "build_ffi.py"],
     # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
     define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
     libraries=["pthread"],  # a part of the C library itself since glibc 2.34

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT */
-/* Sweeps on a schedule: the waits, the threads that share a sweep, and the ring. The contract is in run.h. */
+/* Sweeps on a schedule: the threads that share a sweep, and the ring. The contract is in run.h. */
 #include "run.h"
 
 #include "clock.h"
+#include "pace.h"
 #include "read.h"
 
 #include <errno.h>
@@ -15,7 +16,6 @@
 #include <unistd.h>
 
 enum {
-    LONGEST_SLEEP = 20000000, /* ns: how soon a stop is noticed */
     FULL_RING_SLEEP = 200000, /* ns between two looks at a full ring when there is no schedule */
     HANDOVER_SPIN = 50000,    /* ns that a thread spins for its part of a sweep before it sleeps */
     CLOCK_TRIES = 8,          /* how often both clocks are read, because the thread may be interrupted in between */
@@ -44,45 +44,6 @@ int64_t kvmstats_wall_offset(void)
         }
     }
     return offset;
-}
-
-/* ---- waiting for a tick */
-
-/* Signals may end it early. */
-static void sleep_until(int64_t when)
-{
-    struct timespec until = to_timespec(when);
-    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
-}
-
-static void relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-static int is_stopped(const struct kvmstats_run *run)
-{
-    return __atomic_load_n(&run->stop, __ATOMIC_RELAXED) != 0;
-}
-
-/* Wait until `when`, or until stopped. Returns the time, which is `now` when it is called. */
-static int64_t wait_until(const struct kvmstats_run *run, int64_t when, int64_t now)
-{
-    int64_t spin = run->wait == KVMSTATS_WAIT_SPIN ? INT64_MAX : run->wait == KVMSTATS_WAIT_HYBRID ? run->spin_ns : 0;
-
-    for (; now < when && !is_stopped(run); now = now_ns()) {
-        if (when - now > spin) {
-            int64_t until = when - spin;
-            sleep_until(until - now > LONGEST_SLEEP ? now + LONGEST_SLEEP : until);
-        } else {
-            relax();
-        }
-    }
-    return now;
 }
 
 /* ---- the threads that share a sweep */
@@ -223,6 +184,7 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
     uint64_t missed = 0, overruns = 0;   /* since the last sweep */
     struct kvmstats_chunk *chunk = NULL; /* the one that is being filled, if any */
     uint64_t first_slot = 0;             /* of that chunk */
+    struct pace pace = start_pace(run);
 
     for (uint64_t i = 0; i < run->num_files; ++i)
         alive += run->files[i].error == 0;
@@ -232,7 +194,7 @@ static void loop(struct kvmstats_run *run, struct worker *workers, int n)
         run->start = now;
     while (tick < run->ticks && alive && !is_stopped(run)) {
         if (run->interval) {
-            now = wait_until(run, run->start + (int64_t)tick * run->interval, now);
+            now = wait_until(run, &pace, run->start + (int64_t)tick * run->interval, now);
             if (is_stopped(run))
                 break;
             uint64_t due = (uint64_t)((now - run->start) / run->interval);

@@ -24,7 +24,7 @@
 enum kvmstats_wait {
     KVMSTATS_WAIT_SLEEP,  /* clock_nanosleep: no processor time; late by the timer's and the scheduler's latency */
     KVMSTATS_WAIT_SPIN,   /* reads the clock until the tick is due: exact, and uses a processor */
-    KVMSTATS_WAIT_HYBRID, /* sleeps until spin_ns before the tick is due, then spins */
+    KVMSTATS_WAIT_HYBRID, /* sleeps, and spins for as long as sleeps end late; less where others want the processor */
 };
 
 struct kvmstats_chunk {
@@ -43,8 +43,8 @@ struct kvmstats_run {
     int64_t interval; /* ns; 0: as fast as possible */
     uint64_t ticks;   /* of the schedule, from tick 0 on; the run ends after the last */
     int64_t duration; /* ns from `start`, after which the run ends too; 0: no limit */
-    int64_t spin_ns;
-    int32_t wait; /* enum kvmstats_wait */
+    int64_t spin_ns;  /* of KVMSTATS_WAIT_HYBRID, for one tick; at most: csrc/pace.h */
+    int32_t wait;     /* enum kvmstats_wait */
     uint32_t threads;
     int32_t strict;            /* 1: the run ends when the first file fails; 0: when the last one has */
     int32_t event_fd;          /* an eventfd that is signalled for each chunk that is ready and at the end, or -1 */

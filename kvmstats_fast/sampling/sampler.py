@@ -143,10 +143,10 @@ class Sampler(Unique):
             Seconds after which the run ends. Without `count` and `duration` it goes on until Ctrl-C, or until no file
             is left.
         wait : {"sleep", "spin", "hybrid"}
-            ``"sleep"`` gives the processor away, and wakes up late by what timer and scheduler take: for a busy host at
-            any rate, and for an idle one up to some kHz. ``"hybrid"`` spins the last 150 us: punctual where a processor
-            is idle. ``"spin"`` never sleeps: for a processor of its own. On a busy host these two miss more ticks than
-            ``"sleep"``: a thread that spins uses up its time slice, and then the scheduler runs others first.
+            ``"sleep"`` gives the processor away, and wakes up late by what timer and scheduler take. ``"hybrid"`` spins
+            for as long as sleeps are late, at most 150 us a tick, and hardly at all once the scheduler has taken the
+            processor away. ``"spin"`` never sleeps: for a processor of its own. docs/sampling.md has a table of what
+            suits which host.
         cpu : int or iterable of int, optional
             Processors to run on.
         strict : bool

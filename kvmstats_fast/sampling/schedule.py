@@ -14,7 +14,7 @@ WAITS = {
     "spin": lib.KVMSTATS_WAIT_SPIN,
     "hybrid": lib.KVMSTATS_WAIT_HYBRID,
 }
-#: How long before a tick "hybrid" stops sleeping: a sleeper in a virtual machine often wakes up to this late.
+#: How long "hybrid" spins for a tick at most: a sleeper in a virtual machine often wakes up to this late.
 HYBRID_SPIN_NS = 150_000
 #: More ticks than any run sees; times the interval it still fits an int64 of ns.
 FOREVER = 1 << 62

@@ -10,10 +10,12 @@
 #define _GNU_SOURCE
 #include "clock.h"
 #include "intercept.h"
+#include "pace.h"
 #include "run.h"
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -436,6 +438,92 @@ static void test_schedule(void)
             }
 }
 
+/* What a hybrid wait learns of sleeps that end late, and of a processor that is taken away. */
+static void test_pace(void)
+{
+    const int64_t second = NS_PER_SECOND;
+    struct kvmstats_run run = {.wait = KVMSTATS_WAIT_HYBRID, .interval = 100000, .spin_ns = 150000};
+    struct pace pace = start_pace(&run);
+
+    snprintf(context, sizeof context, "pace");
+    CHECK(choose_spin(&run, &pace, 0) == 0); /* nothing is known yet */
+    note_sleep(&run, &pace, 40000, 0);
+    CHECK(choose_spin(&run, &pace, 0) >= 40000 && choose_spin(&run, &pace, 0) < 50000);
+    for (int i = 0; i < 1000; ++i)
+        note_sleep(&run, &pace, 8000, 0);
+    CHECK(choose_spin(&run, &pace, 0) >= 8000 && choose_spin(&run, &pace, 0) < 10000);
+    note_sleep(&run, &pace, 400000, 0); /* longer than it would spin in any case */
+    note_sleep(&run, &pace, -1, 0);     /* a signal */
+    CHECK(choose_spin(&run, &pace, 0) >= 8000 && choose_spin(&run, &pace, 0) < 10000);
+
+    /* It spins all the time if nearly every sleep would miss a tick, and not because one did. */
+    note_sleep(&run, &pace, 140000, 0);
+    CHECK(choose_spin(&run, &pace, 0) == run.spin_ns);
+    for (int i = 0; i < 20; ++i)
+        note_sleep(&run, &pace, 140000, 0);
+    CHECK(choose_spin(&run, &pace, 0) == INT64_MAX);
+    int64_t now = now_ns();
+    for (int i = 0; i < 150000 && choose_spin(&run, &pace, 0) == INT64_MAX; ++i)
+        now = wait_until(&run, &pace, now, now);
+    CHECK(choose_spin(&run, &pace, 0) == run.spin_ns); /* it tries a sleep again */
+
+    /* Others had their turns: hardly any spin, and each time it takes longer until it is as much again. */
+    for (int k = 0; k < 3; ++k) {
+        note_sleep(&run, &pace, 5000000, 0);
+        CHECK(choose_spin(&run, &pace, (second << k) - 1) == LEAST_SPIN);
+        CHECK(choose_spin(&run, &pace, second << k) == 2 * LEAST_SPIN);
+    }
+    for (int i = 1; i < 9; ++i)
+        choose_spin(&run, &pace, i * (LAST_REGAIN + 1));
+    CHECK(choose_spin(&run, &pace, INT64_MAX - 1) == run.spin_ns);
+    CHECK(pace.regain == FIRST_REGAIN);
+
+    run.wait = KVMSTATS_WAIT_SPIN;
+    CHECK(choose_spin(&run, &pace, 0) == INT64_MAX);
+    run.wait = KVMSTATS_WAIT_SLEEP;
+    CHECK(choose_spin(&run, &pace, 0) == 0);
+}
+
+struct hog {
+    int over; /* set, atomically, to end it */
+};
+
+static void *use_processor(void *argument)
+{
+    struct hog *hog = argument;
+    while (!__atomic_load_n(&hog->over, __ATOMIC_RELAXED))
+        relax();
+    return NULL;
+}
+
+/* A hybrid wait that spins where another thread wants the processor notices that it is taken away. */
+static void test_pace_beside_another(void)
+{
+    struct kvmstats_run run = {.wait = KVMSTATS_WAIT_HYBRID, .interval = 100000, .spin_ns = 150000};
+    struct hog hog = {.over = 0};
+    pthread_t other;
+    cpu_set_t before, one;
+
+    snprintf(context, sizeof context, "pace beside another thread");
+    need(sched_getaffinity(0, sizeof before, &before) == 0, "sched_getaffinity");
+    CPU_ZERO(&one);
+    for (int cpu = 0; cpu < CPU_SETSIZE && !CPU_COUNT(&one); ++cpu)
+        if (CPU_ISSET(cpu, &before))
+            CPU_SET(cpu, &one);
+    need(sched_setaffinity(0, sizeof one, &one) == 0, "sched_setaffinity");
+    need(pthread_create(&other, NULL, use_processor, &hog) == 0, "pthread_create"); /* on the same processor */
+    struct pace pace = start_pace(&run);
+    pace.usual = run.interval;
+    CHECK(choose_spin(&run, &pace, 0) == INT64_MAX);
+    int64_t now = now_ns(), end = now + (int64_t)10 * NS_PER_SECOND;
+    while (pace.most != LEAST_SPIN && now < end)
+        now = wait_until(&run, &pace, now + run.interval, now);
+    CHECK(pace.most == LEAST_SPIN && choose_spin(&run, &pace, now) <= LEAST_SPIN);
+    __atomic_store_n(&hog.over, 1, __ATOMIC_RELAXED);
+    pthread_join(other, NULL);
+    need(sched_setaffinity(0, sizeof before, &before) == 0, "sched_setaffinity");
+}
+
 /* A run that goes on where another ended: its ticks are due when they would have been, and none is lost between them. */
 static void test_resumed(void)
 {
@@ -767,6 +855,8 @@ int main(void)
     test_kinds();
     test_interval_0();
     test_schedule();
+    test_pace();
+    test_pace_beside_another();
     test_resumed();
     test_overruns();
     test_failures();
