@@ -45,6 +45,7 @@ struct kvmstats_run {
     int64_t duration; /* ns from `start`, after which the run ends too; 0: no limit */
     int64_t spin_ns;  /* of KVMSTATS_WAIT_HYBRID, for one tick; at most: csrc/pace.h */
     int32_t wait;     /* enum kvmstats_wait */
+    int32_t priority; /* kvmstats_start: that of SCHED_FIFO, from 1 on; 0: the caller's policy and priority */
     uint32_t threads;
     int32_t strict;            /* 1: the run ends when the first file fails; 0: when the last one has */
     int32_t event_fd;          /* an eventfd that is signalled for each chunk that is ready and at the end, or -1 */
@@ -80,11 +81,12 @@ struct kvmstats_run {
 int kvmstats_run(struct kvmstats_run *run);
 
 /*
- * Do the run in a new thread, in which all signals are blocked. The struct and all that it points to must stay until
+ * Do the run in a new thread, in which all signals are blocked; it has the priority, and so have the other threads of
+ * the run, which inherit it. The struct and all that it points to must stay until
  * kvmstats_join has returned; after a fork there is no such thread in the child, which clears `joinable`.
  *
- * Returns 0, or -errno if the thread could not be created. Allocates nothing itself; pthread_create allocates a stack.
- * Any thread.
+ * Returns 0, or -errno if the thread could not be created: -EPERM if it may not have the priority, -EINVAL if there is
+ * no such. Allocates nothing itself; pthread_create allocates a stack. Any thread.
  */
 int kvmstats_start(struct kvmstats_run *run);
 

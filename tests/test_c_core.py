@@ -45,6 +45,7 @@ RUNNING = {
     *("write", "read", "poll", "prctl", "syscall", "getrusage"),
     *("clock_gettime", "clock_nanosleep", "__clock_gettime64", "__clock_nanosleep_time64"),
     *("pthread_create", "pthread_join", "pthread_sigmask", "sigfillset"),
+    *(f"pthread_attr_{what}" for what in ("init", "destroy", "setinheritsched", "setschedpolicy", "setschedparam")),
     *("sem_init", "sem_destroy", "sem_post", "sem_wait", "sem_trywait"),
 }
 # Tracing, and what a child of a process with threads may do.

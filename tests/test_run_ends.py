@@ -7,11 +7,10 @@ import sys
 import threading
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import NOBODY, become, exit_status, forked, open_fds
+from helpers import NOBODY, become, exit_status, forked, kernel_threads, open_fds
 
 import kvmstats_fast as kf
 from kvmstats_fast.sampling import run
@@ -23,11 +22,6 @@ def files(resources):
     """Two made-up files of vCPUs, open."""
     made = [resources.enter_context(SyntheticStats("x86", "vcpu", vcpu_id=i)) for i in range(2)]
     return [resources.enter_context(one.open()) for one in made]
-
-
-def kernel_threads():
-    """The threads of this process, as the kernel numbers them."""
-    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
 
 
 def until(condition, seconds=20):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DATA, CtrlC, open_fds, take_away
+from helpers import DATA, CtrlC, kernel_threads, open_fds, take_away
 
 import kvmstats_fast as kf
 from kvmstats_fast.sampling import memory
@@ -245,18 +245,13 @@ def test_the_timer_slack_of_the_callers_thread_stays(files):
     assert slack.read_text() == before
 
 
-def threads():
-    """The threads of this process, as the kernel numbers them."""
-    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
-
-
 def test_cpu_pins_the_run_and_not_the_caller(files):
     """The run's thread is on the processors asked for; the caller's mask is untouched."""
     mask = os.sched_getaffinity(0)
     cpu = max(mask)
-    sampler, before = kf.Sampler(files), threads()
+    sampler, before = kf.Sampler(files), kernel_threads()
     with sampler.stream(0.001, chunk=20, count=200, cpu=cpu) as stream:
-        (thread,) = threads() - before
+        (thread,) = kernel_threads() - before
         deadline = time.monotonic() + 5
         while os.sched_getaffinity(thread) != {cpu} and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -607,7 +602,7 @@ def test_nothing_is_left_of_ten_thousand_samplers(files):
 def test_ctrl_c_at_any_instruction_of_a_run_is_ctrl_c(files, arguments, step):
     """The run returns what it has, or KeyboardInterrupt comes through; no other error, and nothing is left behind."""
     sampler = kf.Sampler(files, "exits")
-    fds, before, outcomes, left = open_fds(), threads(), set(), 0
+    fds, before, outcomes, left = open_fds(), kernel_threads(), set(), 0
     for at in itertools.count(1, step):
         if left > 0:
             break
@@ -621,7 +616,7 @@ def test_ctrl_c_at_any_instruction_of_a_run_is_ctrl_c(files, arguments, step):
         assert len(sampler.run(0, count=2)) == 2
     assert at > 600
     assert {None, False} <= outcomes
-    assert (open_fds(), threads()) == (fds, before)
+    assert (open_fds(), kernel_threads()) == (fds, before)
 
 
 RANDOM_CTRL_C = """
@@ -832,15 +827,15 @@ def test_a_program_may_end_while_a_stream_runs(entered):
 
 def test_a_stream_that_is_dropped_stops(files):
     """A stream that was entered by hand and forgotten does not sample for ever."""
-    stream, before = kf.Sampler(files).stream(0.001), threads()
+    stream, before = kf.Sampler(files).stream(0.001), kernel_threads()
     stream.__enter__()
     next(stream)
-    assert len(threads() - before) == 1
+    assert len(kernel_threads() - before) == 1
     del stream
     deadline = time.monotonic() + 10
-    while threads() - before and time.monotonic() < deadline:
+    while kernel_threads() - before and time.monotonic() < deadline:
         time.sleep(0.001)
-    assert not threads() - before
+    assert not kernel_threads() - before
 
 
 # ---- measure

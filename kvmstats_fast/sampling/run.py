@@ -69,7 +69,7 @@ class _Ring:
         c.files, c.num_files = rows.structs, plan.num_files
         c.scratch, c.scratch_size = rows.scratch, plan.scratch_words
         c.interval, c.ticks, c.duration = schedule.interval_ns, schedule.ticks, schedule.duration_ns
-        c.spin_ns, c.wait = HYBRID_SPIN_NS, schedule.wait
+        c.spin_ns, c.wait, c.priority = HYBRID_SPIN_NS, schedule.wait, schedule.priority
         c.threads, c.strict, c.event_fd = plan.threads, strict, self._event.fileno()
 
     def end(self) -> None:
@@ -125,6 +125,8 @@ class Run(Closing):
         error = -lib.kvmstats_start(self._c)
         if error:
             self.close()
+            if error == errno.EPERM and self._c.priority:
+                raise _priority_refused(self._c.priority)
             raise _thread_refused(error)
         return self
 
@@ -314,6 +316,18 @@ def _make_mask(cpus: frozenset[int] | None) -> Any:
     for cpu in cpus or ():
         words[cpu // bits] |= 1 << cpu % bits
     return ffi.new("unsigned long[]", words)
+
+
+def _priority_refused(priority: int) -> PermissionError:
+    """Return what to raise when the threads of a run may not have this priority."""
+    allowed = resource.getrlimit(resource.RLIMIT_RTPRIO)[0]
+    limit = "unlimited" if allowed == resource.RLIM_INFINITY else allowed
+    return PermissionError(
+        errno.EPERM,
+        f"priority is {priority}, which this process may not use. It takes CAP_SYS_NICE, or an RLIMIT_RTPRIO of at "
+        f"least {priority} (here {limit}; `ulimit -r`, rtprio in limits.conf, LimitRTPRIO= of a systemd unit). If it "
+        "has either, a container's seccomp filter or a cgroup without cpu.rt_runtime_us forbids it",
+    )
 
 
 def _thread_refused(error: int) -> Exception:

@@ -129,6 +129,7 @@ class Sampler(Unique):
         wait: str = "sleep",
         *,
         cpu: int | Iterable[int] | None = None,
+        priority: int | None = None,
         strict: bool = False,
     ) -> Samples:
         """Sweep on a schedule.
@@ -149,6 +150,10 @@ class Sampler(Unique):
             suits which host.
         cpu : int or iterable of int, optional
             Processors to run on.
+        priority : int, optional
+            From 1 to 99: the threads of the run, and no others, run under SCHED_FIFO, that is, before every thread that
+            is not real-time itself (sched(7); the ``-p`` of cyclictest). It takes CAP_SYS_NICE, or an RLIMIT_RTPRIO of
+            at least this.
         strict : bool
             End with the error of the first file that fails; the samples so far are its attribute ``samples``.
 
@@ -165,6 +170,8 @@ class Sampler(Unique):
             end does not raise it: it ends with a warning when memory runs short.
         KvmStatsError
             If its threads cannot be started: the message names the limits.
+        PermissionError
+            If they may not have that priority: the message says what it takes.
         RuntimeError
             If a run, a stream or another thread is using this Sampler.
         TypeError, ValueError
@@ -177,7 +184,7 @@ class Sampler(Unique):
             ended because memory ran short (``samples.interrupted``). Where warnings are errors the samples are the
             attribute ``samples`` of this one.
         """
-        schedule = Schedule(interval, count, duration, wait, cpu)
+        schedule = Schedule(interval, count, duration, wait, cpu=cpu, priority=priority)
         run, samples = (self._run_bounded if schedule.is_bounded else self._run_unbounded)(schedule, strict=strict)
         if strict and samples.errors:
             raise first_error(samples)
@@ -239,13 +246,14 @@ class Sampler(Unique):
         duration: float | None = None,
         depth: int = DEPTH,
         cpu: int | Iterable[int] | None = None,
+        priority: int | None = None,
         strict: bool = False,
     ) -> Stream:
         """Sweep on a schedule in the background, and give Samples after Samples.
 
         Parameters
         ----------
-        interval, wait, count, duration, cpu
+        interval, wait, count, duration, cpu, priority
             As for `run`.
         chunk : int, optional
             Sweeps in each Samples. Default: what 0.1 s bring, at most 4 MiB.
@@ -271,7 +279,13 @@ class Sampler(Unique):
         SamplingWarning
             In the iteration, if the wall clock jumped by more than 10 ms between two chunks.
         """
-        return Stream(self._live, Schedule(interval, count, duration, wait, cpu), chunk, depth, strict=strict)
+        return Stream(
+            self._live,
+            Schedule(interval, count, duration, wait, cpu=cpu, priority=priority),
+            chunk,
+            depth,
+            strict=strict,
+        )
 
     def __repr__(self) -> str:
         kinds = [info.kind for info in self.files]

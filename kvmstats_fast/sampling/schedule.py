@@ -1,4 +1,4 @@
-"""Schedule: when sweeps are due, how the thread waits for them, and on which processors."""
+"""Schedule: when sweeps are due, how the thread waits for them, on which processors, and before whom."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ HYBRID_SPIN_NS = 150_000
 FOREVER = 1 << 62
 #: No interval or duration may be longer, in s: 30 years.
 LONGEST = 1e9
+
+#: Of SCHED_FIFO, which runs before everything that is not real-time itself (sched(7)).
+_PRIORITIES = os.sched_get_priority_min(os.SCHED_FIFO), os.sched_get_priority_max(os.SCHED_FIFO)
 
 #: How long a stream's chunk lasts, and how large it may be, unless the caller says.
 _CHUNK_SECONDS = 0.1
@@ -50,6 +53,8 @@ class Schedule:
         One of WAITS' numbers.
     cpus : frozenset of int or None
         Processors to run on; None: those of the process.
+    priority : int
+        Of SCHED_FIFO, from 1 on; 0: the policy of the thread that starts the run.
 
     Raises
     ------
@@ -57,15 +62,17 @@ class Schedule:
         If an argument is of a wrong type or out of range; the message says what it must be.
     """
 
-    __slots__ = ("cpus", "duration_ns", "interval_ns", "is_bounded", "ticks", "wait")
+    __slots__ = ("cpus", "duration_ns", "interval_ns", "is_bounded", "priority", "ticks", "wait")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a schedule has that many sides
         self,
         interval: float,
         count: int | None,
         duration: float | None,
         wait: str,
+        *,
         cpu: int | Iterable[int] | None,
+        priority: int | None,
     ) -> None:
         interval = check_seconds("interval", interval, LONGEST, zero=True)
         self.interval_ns = round(interval * 1e9)
@@ -90,6 +97,7 @@ class Schedule:
             raise ValueError(f"wait is {wait!r}; it must be one of {', '.join(map(repr, WAITS))}")
         self.wait = WAITS[wait]
         self.cpus = None if cpu is None else _check_cpus(cpu)
+        self.priority = 0 if priority is None else check_integer("priority", priority, *_PRIORITIES)
 
     def split(self) -> tuple[int, int]:
         """Return in how many chunks of how many sweeps a bounded run is taken: of a second each.

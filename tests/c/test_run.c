@@ -789,7 +789,7 @@ static void test_time_after_a_chunk(void)
 /* A run in a thread of its own: what a reader that waits for it gets, how it is ended, and that it can fail to begin. */
 static void test_thread(void)
 {
-    for (int k = 0; k < 3; ++k) {
+    for (int k = 0; k < 4; ++k) {
         struct sampler *s = new_sampler(3, 2, 4, 2);
         struct kvmstats_run *run = &s->run;
         struct reading reading = {.s = s};
@@ -805,6 +805,14 @@ static void test_thread(void)
         if (k == 2) {
             run->cpus = &no_cpus;
             run->cpu_words = 1;
+        }
+        if (k == 3) { /* no such priority: there is no thread */
+            run->priority = 1000;
+            CHECK(kvmstats_start(run) == -EINVAL);
+            CHECK(run->joinable == 0 && run->taken == 0);
+            close(run->event_fd);
+            end_sampler(s);
+            continue;
         }
         CHECK(kvmstats_start(run) == 0);
         if (k == 1) { /* a stop ends it, and nothing else does */
