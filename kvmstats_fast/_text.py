@@ -27,10 +27,11 @@ def printable(text: str, most: int = 64) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return what an error says to who sits at a terminal: without the number of its errno."""
+    """Return what an error says to who sits at a terminal: one line, without the number of its errno."""
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    return str(error)
+        text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return printable(text, 1 << 14)
 
 
 def format_table(rows: Sequence[Sequence[str]], align: str) -> str:

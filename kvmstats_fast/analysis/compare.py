@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmstats_fast._arguments import check_fraction
+from kvmstats_fast._arguments import check_fraction, find_fitting
 from kvmstats_fast._text import format_number, format_table
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.samples import Samples
@@ -98,6 +98,22 @@ class Comparison(Mapping[str, Change]):
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def select(self, *names: str) -> Comparison:
+        """Return the comparison of some statistics and figures alone.
+
+        Parameters
+        ----------
+        *names : str
+            Names or globs.
+
+        Raises
+        ------
+        KeyError
+            If one of them fits nothing.
+        """
+        chosen = {name for pattern in names for name in find_fitting(pattern, self) or [self[pattern].name]}
+        return Comparison([change for name, change in self.items() if name in chosen], self.runs, self.confidence)
 
     def exceeds(self, name: str, fraction: float) -> bool:
         """Return whether a statistic or figure changed by more than a fraction, beyond doubt.

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ _VERBS = {
     "stat": "count for a while, or while a command runs, and show it",
     "list": "list the processes that have VMs",
     "run": "start a VMM and show its statistics at its end",
+    "compare": "compare recordings: rates of A against B, with intervals",
+    "convert": "convert a recording or a captured stats file",
+    "capture": "write the whole stats files of a VM, for a bug report",
     "check": "check stats files against the rules of their format",
     "hold-path": "print the path of the library that makes a VMM keep its stats files open",
 }
@@ -70,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verb in _WITH_COMMAND:
         arguments.command = command
     try:
-        status: int = _module(arguments.verb).run(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = _show_warning
+            status: int = _module(arguments.verb).run(arguments)
         if sys.stdout is not None:  # a shell's >&-
             sys.stdout.flush()
     except BrokenPipeError:
@@ -79,10 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except (kvmstats_fast.KvmStatsError, OSError) as error:
+    except (kvmstats_fast.KvmStatsError, OSError, ImportError, MemoryError) as error:
         print(f"kvmstats: {describe_error(error)}", file=sys.stderr)
         return _status(error)
     return status
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"kvmstats: {message}", file=sys.stderr)
 
 
 def _status(error: Exception) -> int:

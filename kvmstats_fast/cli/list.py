@@ -8,7 +8,9 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from kvmstats_fast._text import format_table, printable
+from kvmstats_fast._text import describe_error, format_table, printable
+from kvmstats_fast.cli._grammar import number
+from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.vmm.find import scan
 
 if TYPE_CHECKING:
@@ -21,13 +23,22 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "List the processes that have VMs, vCPUs or their stats files open, and whether their fds may be borrowed."
+        "List the processes that have VMs or vCPUs open, and whether their fds may be borrowed. With -p or FILE, a "
+        "captured stats file or a recording, list statistics: their type, unit and buckets."
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per process")
+    parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
+    parser.add_argument("-w", "--why", action="store_true", help="also say what would help where files are missing")
+    parser.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("file", nargs="*", metavar="FILE", help="a captured stats file or a recording")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """List them; exit status 0 also if there are none."""
+    if arguments.pid or arguments.file:
+        from kvmstats_fast.cli import _stat_list  # noqa: PLC0415 - numpy, which a list of VMs does without
+
+        _stat_list.print_stats(arguments)
+        return 0
     found, unseen = scan("/proc")
     if arguments.json:
         for process in found:
@@ -35,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             print(json.dumps(asdict(process) | {"held": held}))
     elif found:
         _print_table(found)
+        if arguments.why:
+            _print_reasons(found)
     if not found:
         print("kvmstats: no process has a VM open", file=sys.stderr)
     if unseen:
@@ -59,6 +72,20 @@ def _print_table(found: list[VmProcess]) -> None:
         for process in found
     ]
     print(format_table(rows, "><<<<<"))
+
+
+def _print_reasons(found: list[VmProcess]) -> None:
+    """Say of each VM what is missing and what helps."""
+    from kvmstats_fast.vmm.machine import attach  # noqa: PLC0415 - numpy, as above
+
+    for process in found:
+        try:
+            with attach(process.pid) as machine:
+                lacking = machine.explain()
+        except (KvmStatsError, OSError) as error:
+            lacking = describe_error(error)
+        if lacking:
+            print(f"\n{process.pid}: {lacking}")
 
 
 def _shown(name: str) -> str:

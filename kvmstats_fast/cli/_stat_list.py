@@ -1,0 +1,79 @@
+"""The statistics of VMs, captured files or recordings: what each is, in which unit, and in which buckets."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvmstats_fast._text import format_si, format_table, plain_number, printable
+from kvmstats_fast.image import parse
+from kvmstats_fast.samples import Samples
+from kvmstats_fast.vmm.machine import attach
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterable, Iterator
+
+    from kvmstats_fast.stat import Stat
+
+_MOST = 1 << 27  # bytes of a captured file
+_MAGIC = (b"ARROW1", b"PK", b"\xff\xff\xff\xff")  # of recordings: Arrow's file and stream formats, zip
+
+
+def print_stats(arguments: argparse.Namespace) -> None:
+    """Print a row for each statistic of each kind of file."""
+    for number, (whose, stats) in enumerate(_kinds(arguments)):
+        if arguments.json:
+            for stat in stats:
+                print(json.dumps({"of": whose} | _fields(stat)))
+            continue
+        rows = [("NAME", "TYPE", "UNIT", "BUCKETS")]
+        rows += [(printable(stat.name), _type(stat), stat.units() or "-", _buckets(stat)) for stat in stats]
+        print(
+            ("\n" if number else "")
+            + f"{printable(whose, 4096)}: {len(rows) - 1} statistics\n"
+            + format_table(rows, "<<<<")
+        )
+
+
+def _kinds(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterable[Stat]]]:
+    """Yield what is listed: of a VM, one vCPU stands for all."""
+    with ExitStack() as opened:
+        for pid in arguments.pid or []:
+            machine = opened.enter_context(attach(pid))
+            shown = set()
+            for file in machine.files:
+                if (file.kind, file.schema.fingerprint) not in shown:
+                    shown.add((file.kind, file.schema.fingerprint))
+                    yield f"{file.kind} of {machine.name or 'process'} ({pid})", file.schema.stats
+        for path in arguments.file:
+            if Path(path).is_dir() or _is_recording(path):
+                for part in Samples.load(path).split():
+                    yield f"{part.files[0].kind} in {path}", [part.stat(name) for name in part.names]
+            else:
+                with Path(path).open("rb") as capture:
+                    image = parse(capture.read(_MOST), repair=True)
+                yield f"{image.id} in {path}", image.schema.stats
+
+
+def _is_recording(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(8).startswith(_MAGIC)
+
+
+def _type(stat: Stat) -> str:
+    return str(getattr(stat.type, "name", stat.type)).lower()
+
+
+def _buckets(stat: Stat) -> str:
+    if not stat.is_histogram:
+        return f"{stat.size} values" if stat.shape else "-"
+    edges, unit = stat.bucket_edges().tolist(), stat.units(si=True)
+    return f"{stat.size}, the last from {format_si(edges[-2], unit)}"
+
+
+def _fields(stat: Stat) -> dict[str, Any]:
+    edges = [plain_number(edge) for edge in stat.bucket_edges().tolist()] if stat.is_histogram else None
+    return {"name": stat.name, "type": _type(stat), "unit": stat.units(), "size": stat.size, "edges": edges}

@@ -1,0 +1,100 @@
+"""``kvmstats compare``: what became of each statistic from one set of recordings to another."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from kvmstats_fast._text import plain_number
+from kvmstats_fast.analysis.compare import compare
+from kvmstats_fast.cli._grammar import UsageError, add_selection
+from kvmstats_fast.samples import Samples
+
+if TYPE_CHECKING:
+    import argparse
+
+    from kvmstats_fast.analysis.compare import Comparison
+
+_LIMIT = re.compile(r"(?P<name>.+?)\s*(?P<side>[<>])\s*(?P<percent>[+-]?[0-9]+\.?[0-9]*)\s*%")
+_EXCEEDED = 1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this verb."""
+    parser.description = (
+        "Compare recordings: the rate of each statistic in A and in B, the ratio, and its confidence interval. Several "
+        "recordings a side (commas or globs) make it honest, because runs differ. With --fail-if the exit status is 1 "
+        "if a limit is exceeded beyond doubt: if the whole interval is."
+    )
+    parser.add_argument("a", metavar="A", help="recordings, with commas or a glob between them")
+    parser.add_argument("b", metavar="B", help="those to compare with")
+    add_selection(parser)
+    parser.add_argument("-g", "--guest", action="append", metavar="GUEST", help="VM or glob (may be repeated)")
+    per = parser.add_mutually_exclusive_group()
+    per.add_argument("--per", metavar="STAT", help="divide by another statistic instead of seconds")
+    per.add_argument("--work", metavar="N[,M]", type=_work, help="divide by N units of work of each run (A: N, B: M)")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    parser.add_argument(
+        "--fail-if", action="append", metavar="LIMIT", help="such as 'exits>5%%' or 'exits<-5%%' (may be repeated)"
+    )
+    parser.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
+
+
+def _work(text: str) -> tuple[float, float]:
+    parts = [float(part) for part in text.split(",")]
+    if len(parts) > 2:
+        raise ValueError
+    return parts[0], parts[-1]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare them; exit status 1 if a limit is exceeded."""
+    limits = [_parse_limit(text) for text in arguments.fail_if or []]
+    a, b = (_load(side, arguments) for side in (arguments.a, arguments.b))
+    try:
+        compared = compare(a, b, per=arguments.per or arguments.work, confidence=arguments.confidence)
+    except (ValueError, KeyError) as error:
+        raise UsageError(str(error.args[0])) from None
+    _print(compared, arguments)
+    exceeded = [text for text, name, fraction in limits if _exceeds(compared, name, fraction)]
+    for text in exceeded:
+        print(f"kvmstats: exceeded: {text}", file=sys.stderr)
+    return _EXCEEDED if exceeded else 0
+
+
+def _load(side: str, arguments: argparse.Namespace) -> list[Samples]:
+    paths = (path for part in side.split(",") for path in _expand(part))
+    return [Samples.load(path).select(vm=arguments.guest, vcpu=arguments.vcpu) for path in paths]
+
+
+def _expand(part: str) -> list[str]:
+    return sorted(glob.glob(part)) or [part]  # noqa: PTH207 - a name that looks like a glob is one, too
+
+
+def _parse_limit(text: str) -> tuple[str, str, float]:
+    found = _LIMIT.fullmatch(text.strip())
+    fraction = float(found["percent"]) / 100 if found else 0.0
+    if not found or (found["side"] == ">") != (fraction >= 0):
+        raise UsageError(f"{text!r} is not a limit such as 'exits>5%' (more by that) or 'exits<-5%' (less by that)")
+    return text, found["name"], fraction
+
+
+def _exceeds(compared: Comparison, name: str, fraction: float) -> bool:
+    try:
+        return compared.exceeds(name, fraction)
+    except KeyError as error:
+        raise UsageError(str(error.args[0])) from None
+
+
+def _print(compared: Comparison, arguments: argparse.Namespace) -> None:
+    if arguments.event:
+        compared = compared.select(*arguments.event)
+    if not arguments.json:
+        print(compared)
+        return
+    for name, change in compared.to_dict().items():
+        numbers = {key: plain_number(value) for key, value in change.items() if not isinstance(value, str)}
+        print(json.dumps({"name": name} | numbers | {"unit": change["units"]}))

@@ -1,0 +1,80 @@
+"""``kvmstats convert``: a recording, or a captured stats file, in another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmstats_fast.cli._grammar import UsageError
+from kvmstats_fast.formats._put import PRIVATE, put_file
+from kvmstats_fast.image import to_merged
+from kvmstats_fast.samples import Samples
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+_MOST = 1 << 27  # bytes of a captured file
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this verb."""
+    parser.description = (
+        "Convert FILE, a recording, to Parquet (OUT is the root of a data set), CSV, .npz or a recording (arrows); or "
+        "a captured stats file of an old layout to the one of today (merged)."
+    )
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--to", choices=list(_FORMATS), help="default: by the ending of OUT")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT")
+    parser.add_argument("--kind", choices=("vm", "vcpu"), help="for CSV: of what, where a recording has both")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert it."""
+    name = arguments.to or next((name for name in _FORMATS if arguments.output.endswith(f".{name}")), None)
+    if name is None:
+        raise UsageError(f"{arguments.output} does not end in the name of a format: say --to {', '.join(_FORMATS)}")
+    try:
+        _FORMATS[name](arguments)
+    except ValueError as error:  # what the format cannot hold
+        raise UsageError(str(error)) from None
+    print(arguments.output)
+    return 0
+
+
+def _to_parquet(arguments: argparse.Namespace) -> None:
+    from kvmstats_fast.formats.parquet import to_parquet  # noqa: PLC0415 - only who uses it needs pyarrow
+
+    to_parquet(_source(arguments), arguments.output, overwrite=arguments.force)
+
+
+def _to_csv(arguments: argparse.Namespace) -> None:
+    from kvmstats_fast.formats.csv import to_csv  # noqa: PLC0415 - only who uses it needs pyarrow
+
+    to_csv(_source(arguments), arguments.output, kind=arguments.kind, overwrite=arguments.force)
+
+
+def _source(arguments: argparse.Namespace) -> Samples | str:
+    """Return what is to be converted; a recording by its path, so that it is read batch by batch."""
+    return Samples.load(arguments.file) if arguments.file.endswith(".npz") else str(arguments.file)
+
+
+def _save(arguments: argparse.Namespace) -> None:
+    Samples.load(arguments.file).save(arguments.output, overwrite=arguments.force)
+
+
+def _to_merged(arguments: argparse.Namespace) -> None:
+    with Path(arguments.file).open("rb") as file:
+        merged = to_merged(file.read(_MOST))
+    with put_file(Path(arguments.output), overwrite=arguments.force, mode=PRIVATE) as output:
+        output.write(merged)
+
+
+_FORMATS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "parquet": _to_parquet,
+    "csv": _to_csv,
+    "npz": _save,
+    "arrows": _save,
+    "merged": _to_merged,
+}
