@@ -50,7 +50,7 @@ def live(files):
 @contextmanager
 def relay_of(interval, *, count=None, duration=None, chunk=None, depth=8):
     """A relay, whose accounts are right at its end."""
-    with Relay(Schedule(interval, count, duration, "sleep", None), chunk, depth) as relay:
+    with Relay(Schedule(interval, count, duration, "sleep"), chunk, depth) as relay:
         yield relay
 
 

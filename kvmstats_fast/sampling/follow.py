@@ -247,6 +247,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
     duration: float | None = None,
     depth: int = DEPTH,
     cpu: int | Iterable[int] | None = None,
+    priority: int | None = None,
     threads: int = 1,
 ) -> Follow:
     """Sample the VMs of this host on one schedule while VMs and vCPUs come and go.
@@ -269,7 +270,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
         for the next chunk in that time.
     inject, timeout
         As for `attach`.
-    chunk, wait, count, duration, depth, cpu
+    chunk, wait, count, duration, depth, cpu, priority
         As for `Sampler.stream`. `count` and `duration` are of the whole schedule, with or without VMs.
     threads : int
         As for `Sampler`.
@@ -292,7 +293,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
         files of both were seen; or if none fits anything.
     OSError
         There or in the iteration, if /proc cannot be read.
-    KvmStatsError, MemoryError
+    KvmStatsError, PermissionError, MemoryError
         As `Sampler.run`.
 
     Warns
@@ -317,7 +318,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
     """
     choice = _Choice(None if stats is None else check_names("stats", stats))
     relay = Relay(
-        Schedule(interval, count, duration, wait, cpu),
+        Schedule(interval, count, duration, wait, cpu=cpu, priority=priority),
         None if chunk is None else check_integer("chunk", chunk, 1),
         check_integer("depth", depth, 1),
     )

@@ -71,8 +71,8 @@ class Schedule:
         duration: float | None,
         wait: str,
         *,
-        cpu: int | Iterable[int] | None,
-        priority: int | None,
+        cpu: int | Iterable[int] | None = None,
+        priority: int | None = None,
     ) -> None:
         interval = check_seconds("interval", interval, LONGEST, zero=True)
         self.interval_ns = round(interval * 1e9)
