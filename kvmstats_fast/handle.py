@@ -53,6 +53,8 @@ class Owner:
         Of the VMM.
     name : str
         Of the guest; empty if not known.
+    vm, host : str
+        Label of the VM, and the host on which it is; empty for what is known otherwise (`FileInfo`).
     fd : int or None
         Its number in the VMM from which it was borrowed.
     machine : object
@@ -63,6 +65,8 @@ class Owner:
     name: str = ""
     machine: object = None
     fd: int | None = None
+    vm: str = ""
+    host: str = ""
 
 
 _UNKNOWN = Owner()

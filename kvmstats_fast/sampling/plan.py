@@ -165,7 +165,10 @@ class Plan:
         if self._origin is None:
             machine, vms = os.uname(), label_vms(self._known)
             host, kernel = machine.nodename, f"{machine.release} {machine.machine}"
-            files = tuple(FileInfo(*self._known[place][:-1], vms[place], host) for place in self._chosen)
+            files = tuple(
+                FileInfo(*self._known[place][:-1], vms[place], file.handle.owner.host or host)
+                for place, file in zip(self._chosen, self._files, strict=True)
+            )
             self._origin = _Origin(files, host, kernel)
         return self._origin
 
@@ -324,7 +327,7 @@ def _flatten(name: str, files: Iterable[StatsFile | Iterable[StatsFile]]) -> lis
 
 def _describe(file: StatsFile, vm: str) -> Known:
     owner, file_id = file.handle.owner, file.id
-    return Known(file_id, *kind_of(file_id), owner.pid, owner.name, vm)
+    return Known(file_id, *kind_of(file_id), owner.pid, owner.name, vm or owner.vm)
 
 
 def _select(schemas: Iterable[Schema], stats: str | Iterable[str] | None) -> dict[Schema, _Selection]:

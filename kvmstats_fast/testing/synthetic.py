@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import operator
 import os
 import struct
 import sys
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kvmstats_fast._resource import Closing
+from kvmstats_fast._resource import Closing, Fd
 from kvmstats_fast.abi import Layout, join_flags
+from kvmstats_fast.errors import VmGoneError
+from kvmstats_fast.handle import Owner
+from kvmstats_fast.image import parse
 from kvmstats_fast.stats_file import StatsFile
 from kvmstats_fast.testing.stat_lists import ARCHITECTURES, OPTIONS, placed, stats_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+    from kvmstats_fast.handle import Handle
+    from kvmstats_fast.schema import Schema
     from kvmstats_fast.stat import Stat
 
 _ID_SIZE = 64  # of the layouts before the merge
 #: How far the file of a kernel with the count defect claims to reach, and how far it does (seen on Linux 5.10).
 _DEFECT_SIZE = 66896
+#: Files whose reads fail so, at a position near their start: what is at address 0 of a process cannot be read.
+_FAILING = {
+    errno.EIO: ("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC),
+    errno.EBADF: (os.devnull, os.O_WRONLY | os.O_CLOEXEC),
+    errno.ENODATA: (os.devnull, os.O_RDONLY | os.O_CLOEXEC),
+}
 
 
 class SyntheticStats(Closing):
@@ -46,6 +59,9 @@ class SyntheticStats(Closing):
         4: a VM file of a 32-bit kernel, in the v2 and v5 layouts.
     vcpu_id, pid : int
         What the id string says.
+    vm, host, name : str
+        Whose it is, as `FileInfo` has it for files that are opened: the VM's label, the host, the guest's name. With
+        any of them `pid` is the VMM's, too.
     count_defect : bool
         The x86 vCPU file of the original series as it was: the header counts bytes instead of descriptors, and behind
         the table stands other kernel memory, not the values.
@@ -75,9 +91,15 @@ class SyntheticStats(Closing):
         value_size: int = 8,
         vcpu_id: int = 0,
         pid: int | None = None,
+        vm: str = "",
+        host: str = "",
+        name: str = "",
         count_defect: bool = False,
     ) -> None:
         self._fd = -1
+        self._handles: list[Handle] = []  # of the files that were opened
+        self._gone: VmGoneError | None = None
+        self._failing: Fd | None = None
         self.layout = Layout(layout)
         pid = os.getpid() if pid is None else pid
         positional = self.layout in (Layout.V2, Layout.V5)
@@ -97,7 +119,8 @@ class SyntheticStats(Closing):
             raise ValueError("values have 4 bytes only in VM files of the v2 and v5 layouts")
         if count_defect and (arch, kind, self.layout, stats) != ("x86", "vcpu", Layout.V2, None):
             raise ValueError("the count defect is of x86 vCPU files of the v2 layout")
-        self.kind = kind
+        self.kind, self.vcpu_id = kind, vcpu_id if kind == "vcpu" else None
+        self.owner = Owner(pid, name, vm=vm, host=host) if vm or host or name else Owner()
         self.id = f"kvm-{pid}" + (f"/vcpu-{vcpu_id}" if kind == "vcpu" else "")
         self._order = "<" if byteorder == "little" else ">"
         self._value = self._order + ("Q" if value_size == 8 else "I")
@@ -166,14 +189,80 @@ class SyntheticStats(Closing):
             raise ValueError("this SyntheticStats is closed")
         return self._fd
 
+    @property
+    def schema(self) -> Schema:
+        """Header and descriptors, as those of a file that is opened."""
+        return parse(self.to_bytes()).schema
+
     def open(self) -> StatsFile:
-        """Open the file as users do: a StatsFile of its own, which outlives this object as a real one does."""
-        fd = os.dup(self.fileno())
-        try:
-            return StatsFile(fd)
-        except BaseException:
-            os.close(fd)
-            raise
+        """Open the file as users do: a StatsFile of its own, which outlives this object as a real one does.
+
+        Raises
+        ------
+        VmGoneError
+            If its VM is gone (`die`).
+        """
+        if self._gone is not None:
+            raise copy(self._gone)
+        file = StatsFile(Fd(os.dup, self.fileno()))
+        file.handle.owner = self.owner
+        self._handles = [handle for handle in self._handles if not handle.closed]
+        self._handles.append(file.handle)
+        if self._failing is not None:
+            file.handle.fd.replace(self._failing.fileno())
+        return file
+
+    # ---- what happens to VMs
+
+    def die(self) -> None:
+        """Let the VMM exit: what was opened is let go of with `VmGoneError` (ESRCH), and nothing can be opened."""
+        self._gone = VmGoneError(errno.ESRCH, f"process {self.owner.pid} (synthetic) has exited, and its VM with it")
+        self._revoke(self._gone)
+
+    def rebuild(self) -> None:
+        """Let the VM be made anew: what was opened is let go of with `VmGoneError` (ENODEV), and counts begin at 0."""
+        self._gone = None
+        self._revoke(VmGoneError(errno.ENODEV, f"the VM of process {self.owner.pid} (synthetic) is gone"))
+        self.recover()
+        if not self._count_defect:
+            os.pwrite(self.fileno(), bytes(os.fstat(self._fd).st_size - self._data_offset), self._data_offset)
+
+    def _revoke(self, why: Exception) -> None:
+        while self._handles:
+            self._handles.pop().revoke(why)
+
+    def fail(self, error: int = errno.EIO) -> None:
+        """Let every read fail, of files that were opened and of those that will be, until `recover`.
+
+        Parameters
+        ----------
+        error : {errno.EIO, errno.EBADF, errno.ENODATA}
+            What a read fails with. With ENODATA the file has no data any more, which is a FormatError to the reader.
+
+        Raises
+        ------
+        ValueError
+            For any other error.
+        """
+        if error not in _FAILING:
+            names = ", ".join(f"errno.{errno.errorcode[one]}" for one in _FAILING)
+            raise ValueError(f"error is {error}; it must be one of {names}")
+        self._failing = Fd(os.open, *_FAILING[error])
+        self._replace(self._failing.fileno())
+
+    def recover(self) -> None:
+        """Let reads succeed again."""
+        if self._failing is not None:
+            self._replace(self.fileno())
+            self._failing.close()
+            self._failing = None
+
+    def _replace(self, fd: int) -> None:
+        for handle in self._handles:
+            if not handle.closed:
+                handle.fd.replace(fd)
+
+    # ---- what it holds
 
     def to_bytes(self) -> bytes:
         """Return the whole file as it is now."""
@@ -225,6 +314,8 @@ class SyntheticStats(Closing):
 
     def close(self) -> None:
         """Close the file. A second call does nothing; what `open` gave stays open."""
+        if self._failing is not None:
+            self._failing.close()
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
