@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.formats.csv import to_csv
     from kvmstats_fast.formats.parquet import to_parquet
+    from kvmstats_fast.formats.perfetto import to_perfetto
     from kvmstats_fast.formats.recorder import Recorder
     from kvmstats_fast.formats.recording import Recording
     from kvmstats_fast.image import StatsImage, parse, to_merged
@@ -103,6 +104,7 @@ __all__ = [
     "to_csv",
     "to_merged",
     "to_parquet",
+    "to_perfetto",
 ]
 
 _ROOMS = {
@@ -126,6 +128,7 @@ _ROOMS = {
     "file_info": ("FileInfo",),
     "formats.csv": ("to_csv",),
     "formats.parquet": ("to_parquet",),
+    "formats.perfetto": ("to_perfetto",),
     "formats.recorder": ("Recorder",),
     "formats.recording": ("Recording",),
     "image": ("StatsImage", "parse", "to_merged"),

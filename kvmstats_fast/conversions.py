@@ -124,6 +124,12 @@ class Conversions:
 
         return parquet.to_parquet(self, root, host=host, encoding=encoding, overwrite=overwrite, mode=mode)
 
+    def to_perfetto(self: Any, path: str | os.PathLike[str], *, overwrite: bool = False, mode: int = 0o600) -> None:
+        """Write the samples as a Perfetto trace; see `kvmstats_fast.to_perfetto`, which also takes a recording."""
+        from kvmstats_fast.formats import perfetto  # noqa: PLC0415 - only who uses it needs perfetto
+
+        perfetto.to_perfetto(self, path, overwrite=overwrite, mode=mode)
+
     def save(
         self: Any,
         path: str | os.PathLike[str],

@@ -96,7 +96,10 @@ def test_a_recording_is_converted(recordings, capsys):
     assert "out.csv" in capsys.readouterr().err
     assert cli.main(["convert", source, "-o", str(recordings / "out.csv"), "--force"]) == 0
     assert cli.main(["convert", source, "-o", str(recordings / "what")]) == 2
-    assert "does not end in the name of a format: say --to parquet, csv, npz, arrows, merged" in capsys.readouterr().err
+    assert (
+        "does not end in the name of a format: say --to parquet, csv, perfetto, npz, arrows, merged"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_old_stats_file_becomes_one_of_today(tmp_path, capsys):

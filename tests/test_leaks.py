@@ -125,12 +125,13 @@ CALLS |= {
     "Samples.to_xarray": SAMPLES.to_xarray,
     "Samples.to_csv": lambda: SAMPLES.to_csv(ROOM / "x.csv", overwrite=True),
     "Samples.to_parquet": lambda: SAMPLES.to_parquet(ROOM / "set", overwrite=True),
+    "Samples.to_perfetto": lambda: SAMPLES.to_perfetto(ROOM / "x.pftrace", overwrite=True),
     "Samples.save": lambda: SAMPLES.save(ROOM / "run", overwrite=True),
     "Samples.load": lambda: kf.Samples.load(ROOM / "load")["exits"],
 }
 #: These take milliseconds.
 SLOW = {"Samples.figures", "Samples.halt_poll_advice", "Samples.save", "Samples.load", "Histogram.to_pandas"}
-SLOW |= {f"Samples.to_{name}" for name in ("arrow", "pandas", "xarray", "csv", "parquet")}
+SLOW |= {f"Samples.to_{name}" for name in ("arrow", "pandas", "xarray", "csv", "parquet", "perfetto")}
 
 
 def grown(call, calls):

@@ -20,8 +20,8 @@ _MOST = 1 << 27  # bytes of a captured file
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "Convert FILE, a recording, to Parquet (OUT is the root of a data set), CSV, .npz or a recording (arrows); or "
-        "a captured stats file of an old layout to the one of today (merged)."
+        "Convert FILE, a recording, to Parquet (OUT is the root of a data set), CSV, a Perfetto trace, .npz or a "
+        "recording (arrows); or a captured stats file of an old layout to the one of today (merged)."
     )
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--to", choices=list(_FORMATS), help="default: by the ending of OUT")
@@ -32,8 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert it."""
-    name = arguments.to or next((name for name in _FORMATS if arguments.output.endswith(f".{name}")), None)
-    if name is None:
+    ending = arguments.output.rpartition(".")[2]
+    name = arguments.to or _ENDINGS.get(ending, ending)
+    if name not in _FORMATS:
         raise UsageError(f"{arguments.output} does not end in the name of a format: say --to {', '.join(_FORMATS)}")
     try:
         _FORMATS[name](arguments)
@@ -55,6 +56,12 @@ def _to_csv(arguments: argparse.Namespace) -> None:
     to_csv(_source(arguments), arguments.output, kind=arguments.kind, overwrite=arguments.force)
 
 
+def _to_perfetto(arguments: argparse.Namespace) -> None:
+    from kvmstats_fast.formats.perfetto import to_perfetto  # noqa: PLC0415 - only who uses it needs perfetto
+
+    to_perfetto(_source(arguments), arguments.output, overwrite=arguments.force)
+
+
 def _source(arguments: argparse.Namespace) -> Samples | str:
     """Return what is to be converted; a recording by its path, so that it is read batch by batch."""
     return Samples.load(arguments.file) if arguments.file.endswith(".npz") else str(arguments.file)
@@ -74,7 +81,10 @@ def _to_merged(arguments: argparse.Namespace) -> None:
 _FORMATS: dict[str, Callable[[argparse.Namespace], None]] = {
     "parquet": _to_parquet,
     "csv": _to_csv,
+    "perfetto": _to_perfetto,
     "npz": _save,
     "arrows": _save,
     "merged": _to_merged,
 }
+#: Endings that name a format other than by its own name.
+_ENDINGS = {"pftrace": "perfetto"}
