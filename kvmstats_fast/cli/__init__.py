@@ -23,6 +23,7 @@ _VERBS = {
     "stat": "count for a while, or while a command runs, and show it",
     "list": "list the processes that have VMs",
     "run": "start a VMM and show its statistics at its end",
+    "record": "record the VMs of this host while they come and go",
     "compare": "compare recordings: rates of A against B, with intervals",
     "convert": "convert a recording or a captured stats file",
     "capture": "write the whole stats files of a VM, for a bug report",
@@ -32,7 +33,7 @@ _VERBS = {
 
 
 #: Verbs after whose ``--`` a command follows. (`run` takes one without it, too.)
-_WITH_COMMAND = ("stat",)
+_WITH_COMMAND = ("stat", "record")
 
 
 def _module(verb: str) -> Any:

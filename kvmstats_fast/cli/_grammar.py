@@ -39,6 +39,14 @@ def _parse_time(text: str, unit: str, bare: str) -> float:
     return seconds
 
 
+def size(text: str) -> int:
+    """Return bytes: ``500k``, ``100M``, ``2G``; a bare number is bytes."""
+    found = re.fullmatch(r"([0-9]{1,12})([kMG])?B?", text)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size above 0, such as 500k, 100M or 2G")
+    return int(found[1]) * {"k": 10**3, "M": 10**6, "G": 10**9}.get(found[2], 1)
+
+
 def number(text: str) -> int:
     """Return a whole number above 0."""
     if not (text.isascii() and text.isdecimal() and len(text) < 19 and int(text)):
@@ -58,13 +66,14 @@ def vcpu_ranges(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def add_targets(parser: argparse.ArgumentParser, *, recorded: bool = True) -> None:
-    """Add what names VMs, or with `recorded` files."""
+def add_targets(parser: argparse.ArgumentParser, *, recorded: bool = True, socket: bool = True) -> None:
+    """Add what names VMs; and a socket, and recordings, where the verb takes them."""
     group = parser.add_argument_group("whose statistics (default: every VM of this host that may be attached to)")
     group.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
     group.add_argument("-g", "--guest", action="append", metavar="GUEST", help="guest's name or glob (may be repeated)")
     group.add_argument("--inject", action="store_true", help="have a VMM open the stats files that it does not hold")
-    group.add_argument("--socket", metavar="PATH", help="take the files that a VMM hands over at a Unix socket")
+    if socket:
+        group.add_argument("--socket", metavar="PATH", help="take the files that a VMM hands over at a Unix socket")
     if recorded:
         group.add_argument("file", nargs="*", metavar="FILE", help="a recording instead of a VM")
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
-import threading
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvmstats_fast.cli._command import call_at_end, ended_by_signals, start, wait_for
 from kvmstats_fast.cli._grammar import UsageError, add_output, add_selection, add_targets, duration, interval, number
 from kvmstats_fast.cli._output import RowWriter, open_output
 from kvmstats_fast.cli._present import present
 from kvmstats_fast.cli._rows import make_rows
 from kvmstats_fast.cli._targets import are_named, check_targets, open_targets
-from kvmstats_fast.cli.run import not_started, start_and_show
+from kvmstats_fast.cli.run import start_and_show
 from kvmstats_fast.errors import SamplingWarning
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.measure import measure
@@ -25,7 +23,7 @@ from kvmstats_fast.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from kvmstats_fast.cli._targets import Targets
 
@@ -118,10 +116,10 @@ def _show_recorded(arguments: argparse.Namespace, opened: ExitStack) -> None:
 
 
 def _count_once(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
-    with _ended_by_signals() as ended, measure(targets.files) as measured:
+    with ended_by_signals() as ended, measure(targets.files) as measured:
         status = 0
         if arguments.command:
-            status = _wait(_start(arguments.command))
+            status = wait_for(start(arguments.command))
         else:
             ended.wait(arguments.duration)
     show(measured.samples)
@@ -132,14 +130,14 @@ def _count_once(arguments: argparse.Namespace, targets: Targets, show: _Shown) -
 def _count_intervals(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
     sampler = Sampler(targets.files)
     process = None
-    with _ended_by_signals(sampler.stop), warnings.catch_warnings():
+    with ended_by_signals(sampler.stop), warnings.catch_warnings():
         warnings.simplefilter("ignore", SamplingWarning)  # said once, at the end
         count = None if arguments.count is None else arguments.count + 1
         stream = sampler.stream(arguments.interval, 1, count=count, duration=arguments.duration)
         with stream as chunks:
             if arguments.command:
-                process = _start(arguments.command)
-                threading.Thread(target=lambda: (process.wait(), sampler.stop()), daemon=True).start()
+                process = start(arguments.command)
+                call_at_end(process, sampler.stop)
             first = None
             for before, after in pairwise(chunks):
                 first = before if first is None else first
@@ -147,41 +145,7 @@ def _count_intervals(arguments: argparse.Namespace, targets: Targets, show: _Sho
                 show(both, (int(after.time[-1]) - int(first.time[0])) / 1e9)
         if stream.missed:
             print(f"kvmstats: intervals missed: {stream.missed}", file=sys.stderr)
-    return 0 if process is None else _wait(process)
-
-
-@contextmanager
-def _ended_by_signals(stop: object = None) -> Iterator[threading.Event]:
-    """Have Ctrl-C and SIGTERM end the counting, whose result is then shown."""
-    ended = threading.Event()
-
-    def end(*_: object) -> None:
-        ended.set()
-        if callable(stop):
-            stop()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield ended
-        return
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield ended
-    finally:
-        for signal_number, handler in before.items():
-            signal.signal(signal_number, handler)
-
-
-def _start(command: list[str]) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(command)  # noqa: S603 - what the user asks for
-    except OSError as error:
-        raise not_started(error) from None
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a command; its exit status as a shell has it."""
-    status = process.wait()
-    return status if status >= 0 else 128 - status
+    return 0 if process is None else wait_for(process)
 
 
 def _report_lost(samples: Samples) -> None:

@@ -193,6 +193,20 @@ class Recorder(Closing):
                 if is_time:
                     self._flush()
 
+    def rotate(self) -> None:
+        """Begin new files: what was recorded up to now is whole, and can be moved away.
+
+        Raises
+        ------
+        OSError, RuntimeError, ValueError
+            As `write`.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path}: this recording has ended")
+        with self._lock():
+            self._end_part()
+            self._begin_part(self._part.run)
+
     @contextmanager
     def _lock(self) -> Iterator[None]:
         if not self._writing.acquire(blocking=False):

@@ -1,0 +1,265 @@
+"""``kvmstats record``: the VMs of a host into a recording, while they come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvmstats_fast._text import format_si, printable
+from kvmstats_fast.cli._command import call_at_end, ended_by_signals, on_signals, start, wait_for
+from kvmstats_fast.cli._grammar import UsageError, add_targets, duration, interval, number, size
+from kvmstats_fast.formats.recorder import Recorder, is_stream_name
+from kvmstats_fast.sampling.flight import Condition, EachSecond, Flight
+from kvmstats_fast.sampling.follow import follow
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from kvmstats_fast.samples import Samples
+    from kvmstats_fast.sampling.follow import Follow
+
+_PROGRESS = 0.5  # s between lines of progress
+_PART = re.compile(r"(?:vm|vcpu)[0-9]*-([0-9]{5,})\.arrows")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this verb."""
+    parser.usage = "kvmstats record [options] [-- COMMAND ...]"
+    parser.description = (
+        "Record every VM of this host, or those that are named, until Ctrl-C, for a while, or while COMMAND runs. VMs "
+        "and vCPUs that come are taken up, those that go are let go of. SIGHUP begins new files. With --when the "
+        "recording is a flight recorder: PATH/full has all sweeps around what was found, PATH/overview one a second."
+    )
+    add_targets(parser, recorded=False, socket=False)
+    parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
+    parser.add_argument("-I", "--interval", type=interval, default=1.0, metavar="TIME", help="default: 1s")
+    parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="record for so long (10m, 24h)")
+    parser.add_argument("-n", "--count", type=number, metavar="N", help="number of sweeps")
+    parser.add_argument("-o", "--output", metavar="PATH", help="a new directory (default: kvmstats-DATE-TIME)")
+    parser.add_argument("--force", action="store_true", help="replace a recording that is there")
+    parser.add_argument("--rotate", metavar="SIZE|TIME", type=_rotation, help="begin new files (100M, 1h)")
+    parser.add_argument("--keep", type=number, metavar="N", help="remove all but the last N files of a kind")
+    parser.add_argument("--when", metavar="CONDITION", help="'exits>50000/s', 'halted_fraction<5%%': a flight recorder")
+    parser.add_argument("--before", type=duration, metavar="TIME", help="seconds kept before (default: 1s)")
+    parser.add_argument("--after", type=duration, metavar="TIME", help="seconds kept behind (default: 1s)")
+    parser.add_argument("--per-vcpu", action="store_true", help="judge each vCPU, instead of a VM's sum")
+
+
+def _rotation(text: str) -> dict[str, Any]:
+    if text.endswith(("s", "m", "h")):
+        return {"rotate_seconds": duration(text)}
+    return {"rotate_bytes": size(text)}
+
+
+class _Writer(Protocol):
+    """What samples are written to."""
+
+    sweeps: int
+    size: int
+
+    def write(self, samples: Samples) -> None: ...
+    def rotate(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Record."""
+    condition = _condition(arguments)
+    if arguments.keep and not arguments.rotate:
+        raise UsageError("--keep removes old files: it takes --rotate, which begins new ones")
+    path = Path(arguments.output or time.strftime("kvmstats-%Y%m%d-%H%M%S"))
+    names = [*(arguments.pid or []), *(arguments.guest or [])] or None
+    with ExitStack() as opened:
+        chunks = opened.enter_context(
+            follow(
+                names,
+                arguments.interval,
+                arguments.event,
+                inject=arguments.inject,
+                count=arguments.count,
+                duration=arguments.duration,
+            )
+        )
+        if arguments.force:
+            _remove(path)
+        writer = opened.enter_context(_open(path, arguments, condition))
+        shown = _Shown(chunks, writer)
+        status = _record(arguments, chunks, writer, shown)
+    if arguments.keep:
+        _retain(writer, arguments.keep)  # the last files have come into being at the end
+    shown.end(path, "full" if condition else "")
+    return status
+
+
+def _record(arguments: argparse.Namespace, chunks: Follow, writer: _Writer, shown: _Shown) -> int:
+    process = None
+    hung_up = threading.Event()
+    with ended_by_signals(chunks.stop), on_signals((signal.SIGHUP,), hung_up.set):
+        if arguments.command:
+            process = start(arguments.command)
+            call_at_end(process, chunks.stop)
+        for samples in chunks:
+            writer.write(samples)
+            if hung_up.is_set():
+                hung_up.clear()
+                writer.rotate()
+            if arguments.keep:
+                _retain(writer, arguments.keep)
+            shown.update(samples)
+    return 0 if process is None else wait_for(process)
+
+
+def _condition(arguments: argparse.Namespace) -> Condition | None:
+    if not arguments.when:
+        for option, given in (
+            ("--before", arguments.before),
+            ("--after", arguments.after),
+            ("--per-vcpu", arguments.per_vcpu),
+        ):
+            if given:
+                raise UsageError(f"--{option.replace('_', '-')} is about what is found: it takes --when")
+        return None
+    try:
+        return Condition.parse(arguments.when, per_vcpu=arguments.per_vcpu)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+@contextlib.contextmanager
+def _open(path: Path, arguments: argparse.Namespace, condition: Condition | None) -> Iterator[Any]:
+    rotation = arguments.rotate or {}
+    if condition is None:
+        with Recorder(path, **rotation) as recorder:
+            yield recorder
+        return
+    with Recorder(path / "full", **rotation) as full, Recorder(path / "overview") as overview:
+        flight = _FlightWriter(Flight(condition, arguments.before or 1.0, arguments.after or 1.0), full, overview)
+        yield flight
+        flight.end()
+
+
+class _FlightWriter:
+    """Writes what a flight recorder keeps."""
+
+    def __init__(self, flight: Flight, full: Recorder, overview: Recorder) -> None:
+        self._flight, self._each_second = flight, EachSecond()
+        self.full, self._overview = full, overview
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps in both."""
+        return self.full.sweeps + self._overview.sweeps
+
+    @property
+    def size(self) -> int:
+        """Bytes of both."""
+        return self.full.size + self._overview.size
+
+    @property
+    def path(self) -> Path:
+        """Where the rotated files are."""
+        return self.full.path
+
+    def write(self, samples: Samples) -> None:
+        """Write what is to be kept."""
+        try:
+            for part in self._flight.feed(samples):
+                self.full.write(part)
+        except KeyError as error:  # a name that is not there
+            raise UsageError(str(error.args[0])) from None
+        for sweep in self._each_second.feed(samples):
+            self._overview.write(sweep)
+
+    def rotate(self) -> None:
+        """Begin new files."""
+        self.full.rotate()
+        self._overview.rotate()
+
+    def end(self) -> None:
+        """Write the last second."""
+        for sweep in self._each_second.end():
+            self._overview.write(sweep)
+
+
+def _retain(writer: Any, keep: int) -> None:
+    """Remove the oldest files of a recording."""
+    parts: dict[int, list[str]] = {}
+    with os.scandir(writer.path) as entries:
+        for entry in entries:
+            if found := _PART.fullmatch(entry.name):
+                parts.setdefault(int(found[1]), []).append(entry.path)
+    for number_of_part in sorted(parts)[:-keep]:
+        for path in parts[number_of_part]:
+            Path(path).unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a recording that is there, and nothing but recordings."""
+    for folder in (path / "full", path / "overview", path):
+        if folder.is_dir():
+            names = [one.name for one in folder.iterdir()]
+            if foreign := [name for name in names if not is_stream_name(name)]:
+                raise FileExistsError(
+                    errno.EEXIST, f"it holds more than a recording ({printable(foreign[0])})", str(folder)
+                )
+            for name in names:
+                (folder / name).unlink()
+            folder.rmdir()
+
+
+class _Shown:
+    """Says on stderr how far it is: on a terminal in one line that changes."""
+
+    def __init__(self, chunks: Follow, writer: _Writer) -> None:
+        self._chunks, self._writer = chunks, writer
+        self._began = self._said = time.monotonic()
+        self._live = sys.stderr.isatty()
+        self._refused: dict[int, str] = {}
+        self.vms: dict[str, None] = {}
+        self._sweeps = 0
+        if not chunks.machines:
+            self._print("no VM yet; it waits for one")
+
+    def update(self, samples: Samples) -> None:
+        """Take note of what was written."""
+        self._sweeps += len(samples)
+        self.vms |= dict.fromkeys(samples.vms)
+        for pid, why in self._chunks.refused.items():
+            if self._refused.get(pid) != why:
+                self._print(f"process {pid} is left out: {printable(why.partition('. What helps')[0], 400)}")
+        self._refused = self._chunks.refused
+        now = time.monotonic()
+        if self._live and now - self._said >= _PROGRESS:
+            self._said = now
+            print(f"\r\x1b[K{self._describe()}", end="", file=sys.stderr, flush=True)
+
+    def _describe(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._began), 60)
+        hours, minutes = divmod(minutes, 60)
+        vms = len(self._chunks.machines)
+        return (
+            f"{hours:02}:{minutes:02}:{seconds:02}  {vms} VM{'' if vms == 1 else 's'}  {self._sweeps:,} sweeps  "
+            f"{self._chunks.missed:,} missed  {format_si(self._writer.size, 'B')}"
+        )
+
+    def _print(self, text: str) -> None:
+        print(("\r\x1b[K" if self._live else "") + f"kvmstats: {text}", file=sys.stderr)
+
+    def end(self, path: Path, part: str) -> None:
+        """Say what was recorded, and what can be done with it."""
+        vms = len(self.vms)
+        self._print(
+            f"{self._sweeps:,} sweeps of {vms} VM{'' if vms == 1 else 's'}, {self._chunks.missed:,} ticks missed, "
+            f"{format_si(self._writer.size, 'B')}: kvmstats stat {shlex.quote(str(path / part))}"
+        )

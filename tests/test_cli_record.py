@@ -1,0 +1,140 @@
+"""kvmstats record: a recording of what comes and goes, whole whatever ends it."""
+
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from holder import Holder
+from qemu import until
+
+import kvmstats_fast as kf
+from kvmstats_fast import cli
+from kvmstats_fast.testing import exit_counter
+
+pytest.importorskip("pyarrow")
+pytestmark = pytest.mark.real_vm
+
+
+@contextmanager
+def recording(*arguments):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "kvmstats_fast", "record", *map(str, arguments)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def sweeps_in(path):
+    """How many are on the disk."""
+    return len(kf.Samples.load(path)) if path.exists() and any(path.iterdir()) else 0
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_guest_did_is_recorded_and_a_signal_ends_it(tmp_path, end):
+    """Every exit; SIGHUP begins new files; the last line says what can be done with it."""
+    path = tmp_path / "out"
+    with (
+        Holder() as vmm,
+        recording("-p", vmm.pid, "-I", "5ms", "-o", path, "-e", "exits", "-e", "fpu_reload") as running,
+    ):
+        assert until(path.exists)  # it samples by then
+        vmm.do("guest.run(500, vcpu=1)")
+        for part in range(2):  # so there was a sweep since
+            running.send_signal(signal.SIGHUP)
+            assert until((path / f"vcpu-{part:05}.arrows").exists)
+        running.send_signal(end)
+        _, err = running.communicate()
+    assert running.returncode == 0
+    assert re.search(rf"sweeps of 1 VM, \d+ ticks missed, .*: kvmstats stat {path}\n$", err)
+    assert {one.name for one in path.iterdir()} >= {"vcpu-00000.arrows", "vcpu-00001.arrows"}
+    run = kf.Samples.load(path)
+    assert run.total(exit_counter())[1] >= 500
+    assert run.total(exit_counter())[0] == 0
+
+
+def test_it_records_while_a_command_runs_and_has_its_status(tmp_path, capsys):
+    """A VM that comes meanwhile is taken up; what is there is not replaced."""
+    path = tmp_path / "out"
+    with Holder() as vmm:
+        command = [sys.executable, "-c", "import sys, time; time.sleep(0.2); sys.exit(9)"]
+        options = ["-p", str(vmm.pid), "-I", "10ms", "-o", str(path)]
+        assert cli.main(["record", *options, "--", *command]) == 9
+        assert sweeps_in(path) > 3
+        assert cli.main(["record", *options, "-n", "1"]) == 1
+        assert "it is not empty" in capsys.readouterr().err
+        assert cli.main(["record", *options, "-n", "2", "--force"]) == 0
+        assert sweeps_in(path) == 2
+        (path / "mine").touch()
+        assert cli.main(["record", *options, "-n", "2", "--force"]) == 1
+        assert (path / "mine").exists()
+
+
+def test_only_the_last_files_are_kept(tmp_path, capsys):
+    """--rotate and --keep: what is old goes, what is left can be read."""
+    path = tmp_path / "out"
+    with Holder(1) as vmm:
+        options = ["-p", str(vmm.pid), "-I", "10ms", "-n", "40", "-o", str(path)]
+        assert cli.main(["record", *options, "--rotate", "0.1s", "--keep", "2"]) == 0
+    names = sorted(one.name for one in path.glob("vcpu-*"))
+    assert len(names) == 2
+    assert names[0] > "vcpu-00000.arrows"
+    with pytest.warns(kf.RecordingWarning, match="missing"):
+        assert 5 < len(kf.Samples.load(path)) < 30
+    capsys.readouterr()
+
+
+def test_a_kill_loses_only_what_waited(tmp_path):
+    """What was flushed can be read; with a small flush that is nearly all."""
+    path = tmp_path / "out"
+    with Holder(1) as vmm, recording("-p", vmm.pid, "-I", "1ms", "-o", path, "--rotate", "0.2s") as running:
+        assert until((path / "vcpu-00001.arrows").exists)
+        running.kill()
+        running.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kf.RecordingWarning)  # a batch may have been cut short
+        assert len(kf.Samples.load(path)) > 20
+
+
+def test_a_flight_recorder_keeps_a_burst_in_full_and_a_sweep_a_second(tmp_path, capsys):
+    """With what was before and after it, and nothing else at full rate."""
+    path = tmp_path / "out"
+    work = "import time; time.sleep(0.5); guest.run(20000); time.sleep(0.5)"
+    with Holder(1) as vmm:
+        options = ["-p", str(vmm.pid), "-I", "2ms", "-o", str(path), "--when", f"{exit_counter()}>2000/s"]
+        options += ["--before", "100ms", "--after", "100ms", "-d", "3s"]
+        with recording(*options) as running:
+            assert until((path / "full").exists)
+            vmm.do(work)
+            running.send_signal(signal.SIGINT)
+            running.communicate()
+    full, overview = (kf.Samples.load(path / part) for part in ("full", "overview"))
+    assert full.total(exit_counter())[0] >= 20000
+    counts = full[exit_counter()][:, 0]
+    began, ended = np.flatnonzero(np.diff(counts))[[0, -1]]
+    assert 0 < began < ended < len(full) - 2
+    assert full.time[began] - full.time[0] <= 0.11e9
+    assert full.tick.tolist() == sorted(set(full.tick.tolist()))
+    assert overview.interval == 1.0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--before", "1s"], "--before is about what is found: it takes --when"),
+        (["--per-vcpu"], "--per-vcpu is about what is found"),
+        (["--keep", "2"], "--keep removes old files: it takes --rotate"),
+        (["--when", "exits"], "is not a condition"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_status_2(arguments, text, capsys):
+    """Before anything is attached to or written."""
+    assert cli.main(["record", *arguments]) == 2
+    assert text in capsys.readouterr().err
