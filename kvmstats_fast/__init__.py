@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kvmstats_fast.samples import SampleError, Samples
     from kvmstats_fast.sampling.follow import Follow, follow
     from kvmstats_fast.sampling.measure import measure
+    from kvmstats_fast.sampling.measured import Measured
     from kvmstats_fast.sampling.sampler import Sampler
     from kvmstats_fast.sampling.stream import Stream
     from kvmstats_fast.schema import Schema
@@ -73,6 +74,7 @@ __all__ = [
     "Histogram",
     "KvmStatsError",
     "Layout",
+    "Measured",
     "Recorder",
     "Recording",
     "RecordingWarning",
@@ -135,6 +137,7 @@ _ROOMS = {
     "samples": ("SampleError", "Samples"),
     "sampling.follow": ("Follow", "follow"),
     "sampling.measure": ("measure",),
+    "sampling.measured": ("Measured",),
     "sampling.sampler": ("Sampler",),
     "sampling.stream": ("Stream",),
     "schema": ("Schema",),

@@ -838,41 +838,6 @@ def test_a_stream_that_is_dropped_stops(files):
     assert not kernel_threads() - before
 
 
-# ---- measure
-
-
-def test_measure_says_what_happened_in_between(made, files):
-    """Deltas and rates are of the block alone; elapsed and cost are seconds, and the cost is in elapsed."""
-    made[1].add("exits", 1000)
-    with kf.measure(files, ["exits", "halt_wait_hist", "mmu_unsync"]) as m:
-        made[1].add("exits", 5)
-        made[2].add("halt_wait_hist", 3, bucket=4)
-        time.sleep(0.02)
-    assert m.delta["exits"].tolist() == [5, 0]
-    assert m.delta["halt_wait_hist"][1].tolist() == [0, 0, 0, 0, 3] + [0] * 27
-    assert m.rate["exits"][0] == pytest.approx(5 / m.elapsed)
-    assert m.elapsed >= 0.02
-    assert 0 < m.cost < m.elapsed
-    assert sorted(m.delta) == ["exits", "halt_wait_hist", "mmu_unsync"]
-    assert len(m.samples) == len(m.rate["exits"]) == 2
-    with pytest.raises(KeyError, match="io_exits"):
-        m.delta["io_exits"]
-    with pytest.raises(RuntimeError, match="has been used"), m:
-        pass
-
-
-def test_measure_does_not_hide_what_went_wrong_in_the_block(files):
-    """An error of the block comes out, also when it took the files with it."""
-
-    def close_and_fail():
-        for file in files:
-            file.close()
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError), kf.measure(files):
-        close_and_fail()
-
-
 # ---- the real kernel
 
 
@@ -926,16 +891,6 @@ def test_any_number_of_real_vcpus_is_sampled(vcpus, resources):
     everything = kf.Sampler(files).run(0, count=3)
     assert everything.files[-1].vcpu_id == vcpus - 1
     assert everything["halt_wait_hist"].shape == (3, vcpus, 32)
-
-
-@pytest.mark.real_vm
-def test_measure_counts_the_exits_of_a_block(guest, stats):
-    """What a real guest did in the block, and nothing else."""
-    with kf.measure(stats) as m:
-        guest.run(250, vcpu=1)
-    change = {name: int(m.delta[name][1]) for name in m.samples.vcpu.names if not m.samples.stat(name).shape}
-    assert counts_right(change, 250)
-    assert m.delta[exit_counter()][0] == 0
 
 
 def test_the_memory_check_knows_what_is_available():

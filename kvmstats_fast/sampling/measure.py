@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import inspect
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.errors import KvmStatsError, SamplingWarning, warn_caller
-from kvmstats_fast.samples import Samples
-from kvmstats_fast.sampling.plan import LiveRow, Plan
-from kvmstats_fast.sampling.wall_clock import WallClock
+from kvmstats_fast._arguments import article
+from kvmstats_fast.sampling.measured import Measured, Results, Source
+from kvmstats_fast.sampling.plan import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
-    import numpy.typing as npt
-    from typing_extensions import Self
-
+    from kvmstats_fast.sampling.measured import Phase, PhaseBlock, Span
     from kvmstats_fast.sampling.plan import StatsFiles
 
+    _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-class _Changes(Mapping[str, "npt.NDArray[Any]"]):
-    """Names to changes, worked out when asked for."""
-
-    def __init__(self, samples: Samples, change: Callable[[str], npt.NDArray[Any]]) -> None:
-        self._samples = samples
-        self._change = change
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        result: npt.NDArray[Any] = self._change(name)[0]
-        return result
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._samples.names)
-
-    def __len__(self) -> int:
-        return len(self._samples.names)
+#: The block that this thread or task entered last and has not left: several may be in one `measure` at once.
+_INNERMOST: ContextVar[Measured | None] = ContextVar("kvmstats_measured", default=None)
 
 
-class measure:  # noqa: N801 - used as a function is
+class measure(Results):  # noqa: N801 - used as a function is
     """Measure what happens while a block of code runs.
+
+    Make it once, and use it as often as you like: making it looks at every file, and entering it takes one sweep.
 
     Parameters
     ----------
@@ -50,69 +36,123 @@ class measure:  # noqa: N801 - used as a function is
 
     Attributes
     ----------
-    elapsed : float
-        Seconds from one reading to the other.
-    delta, rate : mapping
-        ``m.delta["exits"]``: the change of each file that has the statistic, as `Samples.delta` says, shape ``(n,)`` or
-        ``(n, buckets)``; ``m.rate["exits"]`` the same per second, as `Samples.rate` says.
-    samples : Samples
-        The two readings.
-    cost : float
-        Seconds that the two readings took together. About half of it lies between the two and is a part of `elapsed`:
-        so much the measurement adds to what it measures.
+    counts, delta, rate, elapsed, cost, samples, phases
+        Those of the block that was entered last and is still open, or else of the one that ended last: see `Measured`,
+        which ``as m`` gives for each block by itself.
 
     Raises
     ------
     OSError, FormatError, ValueError
         If no file can be read, before or after the block; after a block that raised, its own error comes out instead.
+    RuntimeError
+        From an attribute if there was no block yet.
 
     Warns
     -----
     SamplingWarning
         If the wall clock jumped by more than 10 ms in the meantime.
 
+    Notes
+    -----
+    ``async with`` works as ``with`` does, and ``@measure(files)`` measures each call of a function or coroutine
+    function. Blocks may be nested, and threads and tasks may be in blocks of one `measure` at the same time: every
+    block counts what the files count meanwhile, whoever causes it.
+
     Examples
     --------
     >>> with measure(files, "exits") as m:      # doctest: +SKIP
+    ...     with m.phase("boot"):
+    ...         boot()
     ...     work()
-    >>> m.delta["exits"]                        # doctest: +SKIP
+    >>> m.counts, m.phases["boot"].counts       # doctest: +SKIP
+    ({'exits': 1000}, {'exits': 700})
     """
 
     def __init__(self, files: StatsFiles, stats: str | Iterable[str] | None = None) -> None:
-        self._live = LiveRow(Plan(files, stats, threads=1))
-        self._readings: list[Samples] = []
-        self._remarks: list[str] = []
+        self._source = Source(Plan(files, stats, threads=1))
+        self._open: list[Measured] = []
+        self._last: Measured | None = None
 
-    def _read(self) -> None:
-        live, offset = self._live, self._wall_clock.follow(lib.kvmstats_wall_offset())
-        start = time.monotonic_ns()
-        status = lib.kvmstats_sweep(live.c)
-        live.sweep_ns[0] = time.monotonic_ns() - start
-        live.check(status, strict=False)
-        live.time[0], live.tick[0] = start, len(self._readings)
-        errors = live.find_errors(0, 1)
-        self._readings.append(live.make_samples(slice(1), copy=True, wall_offset=offset, errors=errors))
+    @property
+    def _current(self) -> Measured:
+        found = self._open[-1] if self._open else self._last
+        if found is None:
+            raise RuntimeError("nothing was measured yet: enter this measure using `with`, or call what it decorates")
+        return found
 
-    def __enter__(self) -> Self:
-        if self._readings:
-            raise RuntimeError("this measure has been used; make another one")
-        self._wall_clock = WallClock(lib.kvmstats_wall_offset(), self._remarks)
-        self._read()
-        return self
+    def read_span(self) -> Span:
+        """Return the readings of the block that counts. Inner to the package."""
+        return self._current.read_span()
+
+    @property
+    def phases(self) -> Mapping[str, Phase]:
+        """As `Measured.phases`."""
+        return self._current.phases
+
+    def phase(self, name: str) -> PhaseBlock:
+        """Measure a part of the block that is open, as `Measured.phase` does."""
+        return self._current.phase(name)
+
+    def __enter__(self) -> Measured:
+        block = Measured(self._source)
+        block.outer = _INNERMOST.get()
+        _INNERMOST.set(block)
+        self._open.append(block)
+        return block
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            self._read()
-        except (KvmStatsError, OSError, ValueError):
-            if exc is not None:
-                return  # what went wrong in the block is the news
-            raise
-        samples = self.samples = Samples.concatenate(self._readings)
-        self.elapsed = int(samples.time[1] - samples.time[0]) / 1e9
-        self.cost = int(samples.sweep_ns.sum()) / 1e9
-        self.delta: Mapping[str, npt.NDArray[Any]] = _Changes(samples, samples.delta)
-        self.rate: Mapping[str, npt.NDArray[Any]] = _Changes(samples, samples.rate)
-        for remark in self._remarks:
-            warn_caller(remark, SamplingWarning)
+        block = self._leave()
+        self._last = block
+        block.close(exc)
+
+    def _leave(self) -> Measured:
+        """Return the block that this thread or task leaves."""
+        block = innermost = _INNERMOST.get()
+        while block is not None and block not in self._open:
+            block = block.outer
+        if block is None:  # entered in another context, as the fixtures of some test runners are
+            if not self._open:
+                raise RuntimeError("this measure is left, but was not entered")
+            block = self._open[-1]
+        elif block is innermost:
+            _INNERMOST.set(block.outer)
+        self._open.remove(block)
+        return block
+
+    async def __aenter__(self) -> Measured:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.__exit__(exc_type, exc, traceback)
+
+    def __call__(self, function: _Function) -> _Function:
+        """Return the function so that each call of it is a block.
+
+        Raises
+        ------
+        TypeError
+            If it is no function; or a generator function, whose code runs after the call: use ``with`` in it.
+        """
+        if not callable(function):
+            raise TypeError(f"{article(function)} cannot be decorated; measure takes functions")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"{function.__qualname__} is a generator, which runs after the call: use `with` inside it")
+        if inspect.iscoroutinefunction(function):
+
+            @wraps(function)
+            async def measured(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+        else:
+
+            @wraps(function)
+            def measured(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return function(*args, **kwargs)
+
+        return measured  # type: ignore[return-value]  # of the same signature

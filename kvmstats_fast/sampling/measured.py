@@ -1,0 +1,366 @@
+"""Measured: two readings around a block of code, and what follows from them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kvmstats_fast import changes
+from kvmstats_fast._arguments import article
+from kvmstats_fast._kvmstats import lib
+from kvmstats_fast.abi import StatType
+from kvmstats_fast.errors import KvmStatsError, SamplingWarning, warn_caller
+from kvmstats_fast.samples import Samples
+from kvmstats_fast.sampling.plan import LiveRow, Plan
+from kvmstats_fast.sampling.wall_clock import WallClock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+    from kvmstats_fast.samples import SampleError
+
+_LOW_HALF = (1 << 32) - 1
+#: Entries of a phase that are kept before they are added up.
+_PENDING = 64
+
+
+class _Reading(NamedTuple):
+    """Every file read once: one sweep, with the values of each group of files, (1, files, words)."""
+
+    time: int
+    sweep_ns: int
+    wall_offset: int
+    values: tuple[npt.NDArray[np.uint64], ...]
+    errors: tuple[SampleError, ...]
+
+
+class Source(threading.local):
+    """Reads the files of a plan, into memory that each thread has for itself."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._live = LiveRow(plan)
+
+    def read(self) -> _Reading:
+        """Return a reading; raises what is wrong if no file can be read."""
+        live, offset = self._live, lib.kvmstats_wall_offset()
+        start = time.monotonic_ns()
+        status = lib.kvmstats_sweep(live.c)
+        sweep_ns = time.monotonic_ns() - start
+        if status:
+            live.check(status, strict=False)
+        errors = live.find_errors(0, 1) if status else ()
+        return _Reading(start, sweep_ns, offset, tuple(group.values.copy() for group in live.groups), errors)
+
+
+class Span:
+    """Two readings, and what follows from them."""
+
+    def __init__(self, plan: Plan, first: _Reading, last: _Reading) -> None:
+        if first.errors:
+            last = _leave_out(plan, last, first.errors)
+        self._plan, self._readings = plan, (first, last)
+        self._samples: Samples | None = None
+        self.remarks: list[str] = []
+        self._offset = WallClock(first.wall_offset, self.remarks).follow(last.wall_offset)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from one reading to the other."""
+        first, last = self._readings
+        return (last.time - first.time) / 1e9
+
+    @property
+    def cost(self) -> float:
+        """Seconds that the readings took."""
+        return sum(reading.sweep_ns for reading in self._readings) / 1e9
+
+    @property
+    def samples(self) -> Samples:
+        """The readings, as Samples."""
+        if self._samples is None:
+            offsets = (self._readings[0].wall_offset, self._offset)
+            self._samples = Samples.concatenate(map(self._one_sweep, range(2), self._readings, offsets))
+        return self._samples
+
+    def _one_sweep(self, tick: int, reading: _Reading, wall_offset: int) -> Samples:
+        pairs = zip(self._plan.groups, reading.values, strict=True)
+        groups = tuple(group.with_values(values) for group, values in pairs)
+        files, host, kernel = self._plan.origin
+        return Samples(
+            groups,
+            files,
+            np.array([reading.time], np.int64),
+            np.array([reading.sweep_ns], np.int64),
+            np.array([tick], np.uint64),
+            wall_offset=wall_offset,
+            errors=reading.errors,
+            host=host,
+            kernel=kernel,
+        )
+
+    def count(self) -> dict[str, int]:
+        """Add up all words of a group at once: a pass for each statistic would take a hundred times as long."""
+        first, last = self._readings
+        counts: dict[str, int] = {}
+        for group, before, after in zip(self._plan.groups, first.values, last.values, strict=True):
+            both = np.concatenate([before, after])
+            change = changes.delta(both.reshape(2, -1), grows=True)[0].reshape(both.shape[1:])
+            # In halves, whose sums a uint64 holds.
+            halves = ((change >> np.uint64(32)).sum(axis=0), (change & np.uint64(_LOW_HALF)).sum(axis=0))
+            words = [(high << 32) + low for high, low in zip(*(half.tolist() for half in halves), strict=True)]
+            for name, (stat, word) in group.places.items():
+                if stat.type == StatType.CUMULATIVE and not stat.shape:
+                    counts[name] = counts.get(name, 0) + words[word]  # of files of another kernel
+        return counts
+
+
+def _leave_out(plan: Plan, reading: _Reading, errors: tuple[SampleError, ...]) -> _Reading:
+    """Return the reading without files that could not be read before: of these there is no change to tell."""
+    failed = [error.file for error in errors]
+    for group, values in zip(plan.groups, reading.values, strict=True):
+        values[:, np.isin(group.columns, failed)] = 0
+    others = tuple(error for error in reading.errors if error.file not in failed)
+    return reading._replace(errors=errors + others)
+
+
+class _Changes(Mapping[str, "npt.NDArray[Any]"]):
+    """Names to changes, worked out when asked for."""
+
+    def __init__(self, samples: Samples, change: Callable[[str], npt.NDArray[Any]]) -> None:
+        self._samples = samples
+        self._change = change
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        result: npt.NDArray[Any] = self._change(name)[0]
+        return result
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._samples.names)
+
+    def __len__(self) -> int:
+        return len(self._samples.names)
+
+
+class Results:
+    """What a block says, while it runs and afterwards."""
+
+    def read_span(self) -> Span:
+        """Return the readings that count; within a block the second one is taken now. Inner to the package."""
+        raise NotImplementedError
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How much each statistic that counts up did, raw, added up over all files: ``{"exits": 1000}``.
+
+        A new dict of Python's ints, for JSON and arithmetic, of cumulative statistics of one value; the others are in
+        `delta`. What a file counted that could not be read is not in it: `samples.errors` names such files.
+        """
+        return self.read_span().count()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from one reading to the other."""
+        return self.read_span().elapsed
+
+    @property
+    def cost(self) -> float:
+        """Seconds that the two readings took together.
+
+        About half of it lies between the two and is a part of `elapsed`: so much the measurement adds to what it
+        measures.
+        """
+        return self.read_span().cost
+
+    @property
+    def samples(self) -> Samples:
+        """The two readings."""
+        return self.read_span().samples
+
+    @property
+    def delta(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The change of each file, raw, by name, as `Samples.delta` says: shape ``(n,)`` or ``(n, buckets)``."""
+        samples = self.read_span().samples
+        return _Changes(samples, samples.delta)
+
+    @property
+    def rate(self) -> Mapping[str, npt.NDArray[Any]]:
+        """The same per second in base units, as `Samples.rate` says."""
+        samples = self.read_span().samples
+        return _Changes(samples, samples.rate)
+
+
+class Phase:
+    """A named part of a block, all its entries added up.
+
+    Attributes
+    ----------
+    entries : int
+        How often it was entered, and left.
+    """
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self._elapsed = self._cost = 0.0
+        self._counts: dict[str, int] = {}
+        self._pending: list[Span] = []
+
+    def add(self, span: Span) -> None:
+        """Add what one entry said. Inner to the package."""
+        self.entries += 1
+        self._elapsed += span.elapsed
+        self._cost += span.cost
+        self._pending.append(span)
+        if len(self._pending) == _PENDING:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        while self._pending:
+            for name, count in self._pending.pop().count().items():
+                self._counts[name] = self._counts.get(name, 0) + count
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """As `Measured.counts`."""
+        self._add_up()
+        return dict(self._counts)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds."""
+        return self._elapsed
+
+    @property
+    def cost(self) -> float:
+        """Seconds, as `Measured.cost`."""
+        return self._cost
+
+    def __repr__(self) -> str:
+        return f"<Phase: entered {self.entries} times, {self._elapsed:.6g} s>"
+
+
+class Measured(Results):
+    """What happened in one block: ``with measure(files) as m:`` gives one.
+
+    After the block everything is of the whole block. Within it everything is of the block so far, and each look at an
+    attribute takes another reading.
+
+    Attributes
+    ----------
+    counts : dict of str to int
+        ``m.counts["exits"]``: how much each statistic that counts up did, added up over all files.
+    delta, rate : mapping of str to numpy.ndarray
+        ``m.delta["exits"]``: the change of each file; ``m.rate["exits"]`` the same per second.
+    elapsed, cost : float
+        Seconds from one reading to the other, and that the readings took.
+    samples : Samples
+        The two readings.
+
+    Raises
+    ------
+    OSError, FormatError, ValueError
+        From an attribute within the block: if no file can be read any more.
+    RuntimeError
+        From an attribute after a block at whose end no file could be read.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._whole: Span | None = None
+        self._phases: dict[str, Phase] = {}
+        self.outer: Measured | None = None
+        self.is_open = True
+        self._first = source.read()
+
+    def read_span(self) -> Span:
+        """Return those at the start and at the end. Inner to the package."""
+        if self._whole is not None:
+            return self._whole
+        if not self.is_open:
+            raise RuntimeError("nothing is known of this block: at its end no file could be read")
+        return Span(self._source.plan, self._first, self._source.read())
+
+    def close(self, exc: BaseException | None) -> None:
+        """Take the second reading at the end of the block, which raised `exc`. Inner to the package."""
+        self.is_open = False
+        try:
+            last = self._source.read()
+        except (KvmStatsError, OSError, ValueError):
+            if exc is not None:
+                return  # what went wrong in the block is the news
+            raise
+        self._whole = Span(self._source.plan, self._first, last)
+        try:
+            for remark in self._whole.remarks:
+                warn_caller(remark, SamplingWarning)
+        except SamplingWarning:  # where warnings are errors
+            if exc is None:
+                raise
+
+    @property
+    def phases(self) -> Mapping[str, Phase]:
+        """What `phase` measured: name to `Phase`, in the order in which they first ended."""
+        return MappingProxyType(self._phases)
+
+    def phase(self, name: str) -> PhaseBlock:
+        """Measure a part of the block by itself.
+
+        Parameters
+        ----------
+        name : str
+            Its key in `phases`. A phase that is entered again adds up.
+
+        Returns
+        -------
+        context manager
+            ``with m.phase("boot") as part:`` gives a `Measured` of this one entry. A phase may have phases.
+
+        Raises
+        ------
+        TypeError
+            If `name` is not a str.
+        RuntimeError
+            If the block has ended.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name is {article(name)}; it must be the name of a phase")
+        if not self.is_open:
+            raise RuntimeError(f"phase {name!r} is a part of a block that has ended")
+        return PhaseBlock(self, name)
+
+    def enter_phase(self) -> Measured:
+        """Begin a part of this block. Inner to the package."""
+        return Measured(self._source)
+
+    def leave_phase(self, name: str, part: Measured, exc: BaseException | None) -> None:
+        """End it, and add it to `phases`. Inner to the package."""
+        try:
+            part.close(exc)
+        finally:
+            if part._whole is not None:
+                self._phases.setdefault(name, Phase()).add(part._whole)
+
+
+class PhaseBlock:
+    """Enters and leaves a phase."""
+
+    def __init__(self, whole: Measured, name: str) -> None:
+        self._whole, self._name = whole, name
+        self._parts: list[Measured] = []
+
+    def __enter__(self) -> Measured:
+        self._parts.append(self._whole.enter_phase())
+        return self._parts[-1]
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._whole.leave_phase(self._name, self._parts.pop(), exc)
