@@ -393,13 +393,23 @@ class Samples(Answers, Conversions):
         return changes
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Samples:
-        """Read what `save` or a `Recorder` wrote.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        stats: str | Iterable[str] | None = None,
+        start: When | None = None,
+        stop: When | None = None,
+    ) -> Samples:
+        """Read what `save` or a `Recorder` wrote, or some of it: what is not asked for is not decompressed.
 
         Parameters
         ----------
         path : path-like
             A recording's directory, one of its files, or an ``.npz``.
+        stats : str or iterable of str, optional
+            Names or globs of statistics, as `select` takes them.
+        start, stop : str, datetime.datetime, numpy.datetime64, float or None
+            A range of time, as `between` takes it.
 
         Returns
         -------
@@ -410,7 +420,11 @@ class Samples(Answers, Conversions):
         Raises
         ------
         FileNotFoundError, KvmStatsError
-            If it is not there, or no recording.
+            If it is not there, or no recording; or if it has several runs, see `open_recordings`.
+        KeyError
+            If there is no such statistic.
+        TypeError, ValueError
+            As `between`.
 
         Warns
         -----
@@ -419,7 +433,7 @@ class Samples(Answers, Conversions):
         """
         from kvmstats_fast.formats import npz  # noqa: PLC0415 - reaches pyarrow
 
-        return npz.load(path)
+        return npz.load(path, stats, spans.Span.of(start, stop))
 
     @classmethod
     def concatenate(cls, parts: Iterable[Samples]) -> Samples:

@@ -61,6 +61,26 @@ class Span:
             raise ValueError(f"start is {start}, which is after stop, {stop}")
         return cls(first, last)
 
+    @property
+    def is_relative(self) -> bool:
+        """Return whether anything of it counts from the first sweep."""
+        return any(moment is not None and not moment.is_wall for moment in (self.start, self.stop))
+
+    def moved(self, ns: int) -> Span:
+        """Return the same range for samples that start so many ns later: of what counts from the first sweep."""
+        moments = (
+            moment if moment is None or moment.is_wall else moment._replace(ns=moment.ns - ns)
+            for moment in (self.start, self.stop)
+        )
+        return Span(*moments)
+
+    def may_have(self, wall: tuple[int, int], since: tuple[int, int]) -> bool:
+        """Whether it has any of the ns from first to last: of the wall clock, and since the first sweep."""
+        return not (
+            (self.start is not None and (wall if self.start.is_wall else since)[1] < self.start.ns)
+            or (self.stop is not None and (wall if self.stop.is_wall else since)[0] >= self.stop.ns)
+        )
+
     def find(self, samples: Samples) -> list[slice]:
         """Return which sweeps are in the range; several slices if the wall clock went back and passed it again."""
         inside = np.ones(len(samples) + 2, np.bool_)

@@ -449,7 +449,7 @@ NPZ_LIES = [
     ("1.4.npy", npy(np.zeros((6, 2), np.uint64)), "1.4"),
     ("1.4.npy", npy(np.zeros((6, 2, 6), np.uint64)), "1.4"),
     ("about.npy", npy(np.frombuffer(DEEP, np.uint8)), "about"),
-    ("about.npy", npy(np.frombuffer(b'{"format": 3, "files": []}', np.uint8)), "formats 1 to 3"),
+    ("about.npy", npy(np.frombuffer(b'{"format": 4, "files": []}', np.uint8)), "formats 1 to 3"),
     ("about.npy", npy(np.frombuffer(b'{"format": 2, "files": [5]}', np.uint8)), "about['files'][0]"),
     ("about.npy", b"", "about"),
 ]

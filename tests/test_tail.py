@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 import kvmstats_fast as kf
-from kvmstats_fast.formats.recorded_run import RecordedRun
+from kvmstats_fast.formats.recorded_run import _RunReader
 
 VM = made.schema_of(None, "vm")
 ODD = made.schema_of(made.ODD)
@@ -123,7 +123,7 @@ def test_a_recording_that_was_opened_earlier_is_read_as_it_is_now(path):
 def test_a_tail_that_is_merged_between_two_looks_is_not_missed(first, path, monkeypatch):
     """A reader opens the tail before the files that it is merged into."""
     x, sweeps = at_1_hz(20)
-    open_tail = RecordedRun._open_tail
+    open_tail = _RunReader._open_tail
     recorder = kf.Recorder(path, flush_seconds=2, batch_bytes=7 * SWEEP_BYTES)
 
     def merged_meanwhile(*arguments, **options):
@@ -137,7 +137,7 @@ def test_a_tail_that_is_merged_between_two_looks_is_not_missed(first, path, monk
         recorder.write(part)
     assert names(path)[1:] == ["vcpu-00000.tail.arrows", "vm-00000.arrows", "vm-00000.tail.arrows"]
     with monkeypatch.context() as patch:
-        patch.setattr(RecordedRun, "_open_tail", merged_meanwhile)
+        patch.setattr(_RunReader, "_open_tail", merged_meanwhile)
         found, _ = read(lambda: kf.Recording(path))
     recorder.close()
     assert len(found) >= 12

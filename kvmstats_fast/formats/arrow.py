@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 WHOSE = ("host", "vm", "pid", "vcpu")
 #: Columns in front of the statistics; vcpu_id in files of vCPUs only. Those of format 1 start at `time`.
 OWN = (*WHOSE, "time", "tick", "sweep_ns", "file", "id", "vcpu_id")
+#: Those that say which sweep and file a row is of; what the others say is in the metadata, too.
+ROWS = ("time", "tick", "sweep_ns", "file")
 #: What the column `vcpu` has for the file of a VM; and `pid`, where integers have no null, for one that is not known.
 NONE = -1
 

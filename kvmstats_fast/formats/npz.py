@@ -8,12 +8,13 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmstats_fast._arguments import check_names
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.file_info import FileInfo, identify
 from kvmstats_fast.formats._put import put_directory, put_file
@@ -23,12 +24,19 @@ from kvmstats_fast.formats.limits import check_size
 from kvmstats_fast.formats.metadata import INT64, Check, listed, mapping, read_json, whole
 from kvmstats_fast.formats.origin import BATCH_FIELDS, FORMAT, HOST, INTERVAL, KERNEL, KIND, check_files, check_format
 from kvmstats_fast.formats.stream_file import open_regular
+from kvmstats_fast.formats.wanted import ALWAYS, EVERYTHING
 from kvmstats_fast.groups import Columns
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.schema import schema_of
+from kvmstats_fast.spans import between
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy.typing as npt
+
+    from kvmstats_fast.selection import Selection
+    from kvmstats_fast.spans import Span
 
 #: Attributes of Samples that JSON holds as they are.
 _PLAIN: dict[str, Check] = BATCH_FIELDS | {"interval": INTERVAL, "host": HOST, "kernel": KERNEL}
@@ -56,13 +64,20 @@ def save(
         recorder.write(samples)
 
 
-def load(path: str | os.PathLike[str]) -> Samples:
+def load(path: str | os.PathLike[str], stats: str | Iterable[str] | None, span: Span) -> Samples:
     """See `Samples.load`."""
+    selection = EVERYTHING if stats is None else replace(EVERYTHING, names=check_names("stats", stats))
+    if selection.names == ():
+        raise ValueError("stats is empty: name statistics, or leave it out for all of them")
     if Path(path).suffix == ".npz":
-        return _read_npz(Path(path))
+        samples, names = _read_npz(Path(path), selection)
+        if selection != EVERYTHING:
+            selection.check(samples.files, names, str(path))
+            samples = selection.take(samples)
+        return samples if span == ALWAYS else between(samples, span)
     from kvmstats_fast.formats.recording import Recording  # noqa: PLC0415 - needs pyarrow
 
-    return Recording(path).load()
+    return Recording(path).load_some(selection, span)
 
 
 def _write_npz(samples: Samples, file: Any, *, compressed: bool) -> None:
@@ -89,11 +104,12 @@ def _write_npz(samples: Samples, file: Any, *, compressed: bool) -> None:
     (np.savez_compressed if compressed else np.savez)(file, **arrays)  # type: ignore[arg-type]
 
 
-def _read_npz(path: Path) -> Samples:
+def _read_npz(path: Path, selection: Selection) -> tuple[Samples, list[str]]:
+    """Return all sweeps of the selected statistics, and the names of all statistics there are."""
     with open_regular(path) as fd, _File(fd.fileno(), closefd=False) as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                return _Npz(path, archive, file.size).read()
+                return _Npz(path, archive, file.size).read(selection)
         except (KvmStatsError, MemoryError, OSError):
             raise
         except Exception as error:  # noqa: BLE001 - zipfile lets anything out when bytes are not a ZIP archive
@@ -144,15 +160,16 @@ class _Npz:
             raise KvmStatsError(f"{path}: its members claim {stored} of its {size} bytes")
         check_size(sum(member.file_size for member in members), stored, str(path))
 
-    def read(self) -> Samples:
-        """Return the Samples."""
+    def read(self, selection: Selection) -> tuple[Samples, list[str]]:
+        """Return all sweeps of the selected statistics, and the names of all statistics there are."""
         about = self._read_about()
         time = self._array("time", np.int64)
         sweep_ns, tick = self._array("sweep_ns", np.int64, time.shape), self._array("tick", np.uint64, time.shape)
         check_steps(about, len(time), str(self._path))
         check_order(time, str(self._path))
-        return Samples(
-            self._read_groups(about, len(time)),
+        names: dict[str, None] = {}
+        samples = Samples(
+            self._read_groups(about, len(time), selection, names),
             identify([FileInfo(*info) for info in about["files"]], about["host"]),
             time,
             sweep_ns,
@@ -160,6 +177,7 @@ class _Npz:
             errors=restore(about["errors"]),
             **{name: about[name] for name in _PLAIN} | {"wall_steps": tuple(map(tuple, about["wall_steps"]))},
         )
+        return samples, [*names]
 
     def _read_about(self) -> dict[str, Any]:
         """Return what the file says of itself, checked."""
@@ -176,8 +194,10 @@ class _Npz:
         about |= read_json(raw, "about", source, mapping(checks))
         return about
 
-    def _read_groups(self, about: dict[str, Any], sweeps: int) -> tuple[Columns, ...]:
-        """Return the groups: their files, schema and values."""
+    def _read_groups(
+        self, about: dict[str, Any], sweeps: int, selection: Selection, names: dict[str, None]
+    ) -> tuple[Columns, ...]:
+        """Return the groups: their files, schema, and the values that are selected; add the names of all to `names`."""
         groups = []
         seen: set[int] = set()
         for number, group in enumerate(about["groups"]):
@@ -200,6 +220,10 @@ class _Npz:
             order = group["stats"]
             if len(set(order)) < len(order) or max(order, default=0) >= len(schema):
                 raise KvmStatsError(f"{self._path}: about['groups'][{number}]['stats'] must be different descriptors")
+            there = [schema.stats[index].name for index in order]
+            names |= dict.fromkeys(there)
+            chosen = frozenset(selection.find_stats(there))
+            order = [index for index in order if schema.stats[index].name in chosen]
             stats = [schema.stats[index] for index in order]
             arrays = tuple(
                 self._array(f"{number}.{index}", np.uint64, (sweeps, len(files), *stat.shape))

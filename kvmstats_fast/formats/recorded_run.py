@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats.steps import to_samples_joined
 from kvmstats_fast.formats.stream_file import StreamFile
+from kvmstats_fast.formats.wanted import EVERYTHING, Step, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 #: A recorder that goes on may put another tail in the place of one that is being opened, file by file.
 _ATTEMPTS = 5
+#: Only when the sweeps were.
+_NO_STATS = Wanted(replace(EVERYTHING, names=()))
 
 
 class RecordedRun:
@@ -50,8 +54,7 @@ class RecordedRun:
             places.setdefault(file.origin.part, []).append(file)
         self.first = min(files, key=lambda file: (file.origin.part, file.origin.columns)).origin
         kept = self._check_origins()
-        self._kept = sorted(kept)
-        self.files: tuple[FileInfo, ...] = tuple(self.first.files[index] for index in self._kept)
+        self.files: tuple[FileInfo, ...] = tuple(self.first.files[index] for index in sorted(kept))
         self.kinds_gone = sorted({info.kind for index, info in enumerate(self.first.files) if index not in kept})
 
     @property
@@ -62,7 +65,7 @@ class RecordedRun:
     @property
     def size(self) -> int:
         """Return the bytes of its files."""
-        return sum(file.size for places in (self.parts, self.tails) for files in places.values() for file in files)
+        return sum(file.size for file in self.streams)
 
     def _check_origins(self) -> set[int]:
         """Return which files' values are here; KvmStatsError if the streams do not belong together."""
@@ -81,41 +84,7 @@ class RecordedRun:
             kept |= here
         return kept
 
-    def has_one_batch(self) -> bool:
-        """Whether there is no second batch."""
-        files = [file for files in self.parts.values() for file in files]
-        with suppress(FileNotFoundError):
-            return len(self.parts) == 1 and not self.tails and all(file.has_one_batch() for file in files)
-        return False
-
-    def read(self, size: int, lost: list[str], seen: list[int], *, in_place: bool) -> Iterator[tuple[Samples, int]]:
-        """Give Samples of at least `size` bytes of values, but the last ones, and how many bytes they take in files.
-
-        What cannot be read is added to `lost`, and the numbers of the parts that were read to `seen`.
-        """
-        for number in self.numbers:
-            # The tail first: what is moved out of it later is moved to a file that is not yet open.
-            tail = self._open_tail(self.tails.get(number, []), lost, in_place=in_place)
-            stay = _open(self._find_stay(number), lost, in_place=in_place)
-            if stay or tail:
-                seen.append(number)
-                yield from self._read_part(number, stay, tail, size, lost)
-
-    def _open_tail(
-        self, files: Sequence[StreamFile], lost: list[str], *, in_place: bool
-    ) -> dict[StreamFile, Iterator[Batch]]:
-        """Return the streams of a tail as it is now, with their batches, all of the same tail if that can be had."""
-        opened: dict[StreamFile, Iterator[Batch]] = {}
-        for _ in range(_ATTEMPTS):
-            opened = {}
-            for file in files:
-                with suppress(FileNotFoundError, KvmStatsError):  # it was removed, and another is being begun
-                    opened |= _open([StreamFile(file.path)], lost, in_place=in_place)
-            if len(opened) in (0, len(files)) and len({file.origin.tail for file in opened}) <= 1:
-                break
-        return opened
-
-    def _find_stay(self, number: int) -> list[StreamFile]:
+    def find_stay(self, number: int) -> list[StreamFile]:
         """Return the streams of a part, those that were begun since the recording was opened too."""
         found = list(self.parts.get(number, []))
         for tail in self.tails.get(number, ()):
@@ -125,77 +94,149 @@ class RecordedRun:
                     found.append(StreamFile(path))
         return sorted(found, key=lambda file: file.origin.columns)
 
-    def _read_part(
-        self,
-        number: int,
-        stay: dict[StreamFile, Iterator[Batch]],
-        tail: dict[StreamFile, Iterator[Batch]],
-        size: int,
-        lost: list[str],
-    ) -> Iterator[tuple[Samples, int]]:
-        start = max((file.origin.tail or 0 for file in tail), default=None)
-        sweeps = 0
-        if self._has_all_kinds(stay):
-            for samples, stored in self._join_kinds(stay, size, lost, tail_start=start):
-                sweeps += len(samples)
-                yield samples, stored
-            if start is not None and sweeps < start:
-                lost.append(f"of part {number}, {start - sweeps} sweeps before those in its tail are missing")
-        elif start != 0:  # else there was none to write to it
-            lost.append(self._name_missing(number, stay))
-        if start is None or sweeps > start:
-            return  # what was in the tail is among the others now
-        if self._has_all_kinds(tail):
-            yield from self._join_kinds(tail, size, lost)
-        else:
-            lost.append(self._name_missing(number, tail))
+    def has_one_batch(self) -> bool:
+        """Whether there is no second batch."""
+        files = [file for files in self.parts.values() for file in files]
+        with suppress(FileNotFoundError):
+            return len(self.parts) == 1 and not self.tails and all(file.has_one_batch() for file in files)
+        return False
 
-    def _gone(self, there: Iterable[StreamFile]) -> set[str]:
-        here = {index for file in there for index in file.origin.columns}
-        return {info.kind for index, info in zip(self._kept, self.files, strict=True) if index not in here}
+    @property
+    def streams(self) -> list[StreamFile]:
+        """Return all streams, in the order of the parts."""
+        places = (place.get(number, []) for number in self.numbers for place in (self.parts, self.tails))
+        return [file for files in places for file in files]
 
-    def _has_all_kinds(self, there: Iterable[StreamFile]) -> bool:
-        return not self._gone(there)
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the statistics that were sampled, each once."""
+        return list(dict.fromkeys(stat.name for file in self.streams for stat in file.stats))
 
-    def _name_missing(self, number: int, there: Sequence[StreamFile] | dict[StreamFile, Iterator[Batch]]) -> str:
-        text = f"part {number} has no file of kind {_join(sorted(self._gone(there)))}"
-        if not there:
-            return text
-        left_out = f"{_join(file.path for file in there)}, of the same sweeps, was left out and can be read by itself"
-        return f"{text}; {left_out}"
+    def began(self) -> int:
+        """Return the `time` of the first sweep; 0 if there is none."""
+        for file in self.streams:
+            with suppress(FileNotFoundError):
+                for batch in file.read(_NO_STATS, [], in_place=True):
+                    samples = to_samples_joined([batch], [], file.origin)
+                    if len(samples):
+                        return int(samples.time[0])
+        return 0
 
-    def _join_kinds(
-        self,
-        there: dict[StreamFile, Iterator[Batch]],
-        size: int,
-        lost: list[str],
-        *,
-        tail_start: int | None = None,
-    ) -> Iterator[tuple[Samples, int]]:
-        """Put the batches of the kinds together, which were sampled together, and those that follow each other.
+    def read(self, wanted: Wanted, size: int, lost: list[str], seen: list[int], *, in_place: bool) -> Iterator[Step]:
+        """Give what is wanted, at least `size` bytes of values at once, but the last ones.
 
-        Where a tail starts behind them, what one kind has beyond them is in it.
+        What cannot be read is added to `lost`, and the numbers of the parts that were read to `seen`.
         """
+        return wanted.take(_RunReader(self, wanted, size, lost, in_place=in_place).read(seen))
+
+
+class _RunReader:
+    """Reads a run once."""
+
+    def __init__(self, run: RecordedRun, wanted: Wanted, size: int, lost: list[str], *, in_place: bool) -> None:
+        self._run, self._wanted, self._size, self._lost, self._in_place = run, wanted, size, lost, in_place
+        self._kept = sorted({index for file in self._choose(run.streams) for index in file.origin.columns})
+        self._follows = True
+        self._sweeps = 0  # of the part that were read or passed over
+
+    def _choose(self, files: Iterable[StreamFile]) -> list[StreamFile]:
+        return [file for file in files if self._wanted.has_any(file.origin, file.stats)]
+
+    def read(self, seen: list[int]) -> Iterator[Step]:
+        """Give the parts in turn."""
+        if not self._kept:
+            seen.extend(self._run.numbers)
+            return
+        for number in self._run.numbers:
+            # The tail first: what is moved out of it later is moved to a file that is not yet open.
+            tail = self._open_tail(self._choose(self._run.tails.get(number, [])))
+            stay = self._open(self._choose(self._run.find_stay(number)))
+            if stay or tail:
+                seen.append(number)
+                yield from self._read_part(number, stay, tail)
+
+    def _open(self, files: Iterable[StreamFile]) -> dict[StreamFile, Iterator[Batch]]:
+        """Return those of the streams that are there, with their batches."""
+        opened = {}
+        for file in files:
+            with suppress(FileNotFoundError):  # deleted since the recording was opened
+                opened[file] = file.read(self._wanted, self._lost, in_place=self._in_place)
+        return opened
+
+    def _open_tail(self, files: Sequence[StreamFile]) -> dict[StreamFile, Iterator[Batch]]:
+        """Return the streams of a tail as it is now, with their batches, all of the same tail if that can be had."""
+        opened: dict[StreamFile, Iterator[Batch]] = {}
+        for _ in range(_ATTEMPTS):
+            opened = {}
+            for file in files:
+                with suppress(FileNotFoundError, KvmStatsError):  # it was removed, and another is being begun
+                    opened |= self._open([StreamFile(file.path)])
+            if len(opened) in (0, len(files)) and len({file.origin.tail for file in opened}) <= 1:
+                break
+        return opened
+
+    def _read_part(
+        self, number: int, stay: dict[StreamFile, Iterator[Batch]], tail: dict[StreamFile, Iterator[Batch]]
+    ) -> Iterator[Step]:
+        start = max((file.origin.tail or 0 for file in tail), default=None)
+        self._sweeps = 0
+        if not self._gone(stay):
+            yield from self._join_kinds(stay, tail_start=start)
+            if start is not None and self._sweeps < start:
+                missing = start - self._sweeps
+                self._lost.append(f"of part {number}, {missing} sweeps before those in its tail are missing")
+        elif start != 0:  # else there was none to write to it
+            self._lost.append(self._name_missing(number, stay))
+        if start is None or self._sweeps > start:
+            return  # what was in the tail is among the others now
+        if not self._gone(tail):
+            yield from self._join_kinds(tail)
+        else:
+            self._lost.append(self._name_missing(number, tail))
+
+    def _gone(self, there: Iterable[StreamFile]) -> list[str]:
+        """Return of which kinds a stream is missing."""
+        here = {index for file in there for index in file.origin.columns}
+        return sorted({self._run.first.files[index].kind for index in self._kept if index not in here})
+
+    def _name_missing(self, number: int, there: Iterable[StreamFile]) -> str:
+        text = f"part {number} has no file of kind {_join(self._gone(there))}"
+        paths = _join(file.path for file in there)
+        return f"{text}; {paths}, of the same sweeps, was left out and can be read by itself" if paths else text
+
+    def _join_kinds(self, there: dict[StreamFile, Iterator[Batch]], *, tail_start: int | None = None) -> Iterator[Step]:
+        """Put the batches of the kinds together, which were sampled together, and those that follow each other."""
         files = list(there)
         waiting: list[list[Batch]] = []
-        waiting_size = sweeps = 0
+        waiting_size = 0
+        for batches in self._read_together(there, tail_start):
+            is_wanted = batches[0].records is not None
+            for batch in batches:
+                if (batch.records is not None) != is_wanted:
+                    raise KvmStatsError(f"{batch.source}: column 'time' is not that of the other kinds")
+            if is_wanted:
+                waiting.append(batches)
+                waiting_size += sum(batch.size for batch in batches)
+            if waiting and (not is_wanted or waiting_size >= self._size):
+                yield from self._to_samples(files, waiting)
+                waiting, waiting_size = [], 0
+            self._follows &= is_wanted
+        if waiting:
+            yield from self._to_samples(files, waiting)
+
+    def _read_together(self, there: dict[StreamFile, Iterator[Batch]], tail_start: int | None) -> Iterator[list[Batch]]:
+        """Give the batches that all kinds have; where a tail starts behind them, what one has beyond them is in it."""
         while True:
             read = {file: next(batches, None) for file, batches in there.items()}
             present = [batch for batch in read.values() if batch is not None]
             if len(present) < len(read):
                 break
-            waiting.append(present)
-            waiting_size += sum(batch.size for batch in present)
-            sweeps += present[0].happened["sweeps"]
-            if waiting_size >= size:
-                yield from self._to_samples(files, waiting)
-                waiting, waiting_size = [], 0
-        if waiting:
-            yield from self._to_samples(files, waiting)
+            self._sweeps += present[0].happened["sweeps"]
+            yield present
         if present:
-            if sweeps != tail_start:
+            if self._sweeps != tail_start:
                 ahead = _join(file.path for file, batch in read.items() if batch is not None)
-                lost.append(
+                self._lost.append(
                     f"{ahead} has batches after the end of the other kind's file, which were left out: it can be read "
                     "by itself"
                 )
@@ -203,11 +244,13 @@ class RecordedRun:
                 for _ in batches:
                     pass  # so that what is lost of each is told
 
-    def _to_samples(self, files: Sequence[StreamFile], waiting: list[list[Batch]]) -> Iterator[tuple[Samples, int]]:
+    def _to_samples(self, files: Sequence[StreamFile], waiting: list[list[Batch]]) -> Iterator[Step]:
         """Give batches of all files as one; one by one where they do not go together, or where one is damaged."""
         try:
             kinds = [
-                to_samples_joined(batches, file.stats, file.origin)
+                to_samples_joined(
+                    batches, [file.stats[index] for index in self._wanted.choose(file.stats)], file.origin
+                )
                 for file, batches in zip(files, zip(*waiting, strict=True), strict=True)
             ]
             _check_same_sweeps(files, kinds)
@@ -218,19 +261,11 @@ class RecordedRun:
                 raise
         else:
             whole = kinds[0].restrict([group for samples in kinds for group in samples.groups], self._kept)
-            yield whole, sum(batch.stored for batches in waiting for batch in batches)
+            yield Step(whole, sum(batch.stored for batches in waiting for batch in batches), self._follows)
+            self._follows = True
             return
         for batches in waiting:
             yield from self._to_samples(files, [batches])
-
-
-def _open(files: Iterable[StreamFile], lost: list[str], *, in_place: bool) -> dict[StreamFile, Iterator[Batch]]:
-    """Return those of the streams that are there, with their batches."""
-    opened = {}
-    for file in files:
-        with suppress(FileNotFoundError):  # deleted since the recording was opened
-            opened[file] = file.read(lost, in_place=in_place)
-    return opened
 
 
 def _check_same_sweeps(files: Sequence[StreamFile], kinds: Sequence[Samples]) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import sys
-import warnings
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvmstats_fast.errors import KvmStatsError, RecordingWarning
+from kvmstats_fast.errors import KvmStatsError, RecordingWarning, warn_caller
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.recorded_run import RecordedRun
 from kvmstats_fast.formats.steps import STEP_BYTES
 from kvmstats_fast.formats.stream_file import StreamFile
+from kvmstats_fast.formats.wanted import ALWAYS, EVERYTHING, Wanted
 from kvmstats_fast.formats.whole import Whole
 from kvmstats_fast.samples import Samples
 
@@ -24,16 +23,9 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.formats.origin import Origin
-
-_PACKAGE = str(Path(__file__).parents[1])
-
-
-def _warn(text: str) -> None:
-    """Warn at the line that called into the package."""
-    level, frame = 1, sys._getframe()  # noqa: SLF001 - public in spite of its name
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, RecordingWarning, level)
+    from kvmstats_fast.formats.wanted import Step
+    from kvmstats_fast.selection import Selection
+    from kvmstats_fast.spans import Span
 
 
 def find_files(path: Path) -> list[Path]:
@@ -148,28 +140,28 @@ class Recording:
 
     def __iter__(self) -> Iterator[Samples]:
         """Give the batches in turn; their arrays are the file's memory where it is not compressed."""
-        return (samples for samples, _ in self._read(0, in_place=True))
+        return (step.samples for step in self._read(0, in_place=True))
 
     def read(self, size: int) -> Iterator[Samples]:
         """Give the batches in turn, small ones put together until their values take `size` bytes."""
-        return (samples for samples, _ in self._read(size, in_place=False))
+        return (step.samples for step in self._read(size, in_place=False))
 
-    def _read(self, size: int, *, in_place: bool) -> Iterator[tuple[Samples, int]]:
-        """Give Samples, and how many bytes they take in their files."""
+    def _read(self, size: int, *, in_place: bool, wanted: Wanted | None = None) -> Iterator[Step]:
+        """Give what is wanted of all runs."""
         lost = [f"{error}; it was left out" for error in self._refused]
         seen: list[int] = []
         for run in self._runs:
-            yield from run.read(size, lost, seen, in_place=in_place)
+            yield from run.read(wanted or Wanted(), size, lost, seen, in_place=in_place)
         if self.path.is_dir():
             lost[:0] = _name_gaps(seen, self._runs[-1].numbers[-1])
             kinds_gone = sorted({kind for run in self._runs for kind in run.kinds_gone})
             if kinds_gone and not self._refused:
                 lost.append(f"the file of kind {', '.join(kinds_gone)} is missing")
         if lost:
-            _warn(f"{self.path}: not all of this recording could be read: {'; '.join(lost)}")
+            warn_caller(f"{self.path}: not all of this recording could be read: {'; '.join(lost)}", RecordingWarning)
 
     def load(self) -> Samples:
-        """Return all of it as one Samples; of a single uncompressed batch without a copy.
+        """Return all of it as one Samples; of a single uncompressed batch without a copy. See `Samples.load`.
 
         Raises
         ------
@@ -179,25 +171,39 @@ class Recording:
             If there is no whole batch in it; or if it has several runs, each of other stats files: iterate over it, or
             see `open_recordings`.
         """
+        return self.load_some(EVERYTHING, ALWAYS)
+
+    def load_some(self, selection: Selection, span: Span) -> Samples:
+        """Return what is selected as one Samples. Inner to the package: `Samples.load` is what users call."""
         if len(self._runs) > 1:
             raise KvmStatsError(
                 f"{self.path}: its {len(self._runs)} runs are of different stats files and do not make one Samples: "
                 "iterate over it, or read it with kvmstats_fast.open_recordings"
             )
-        pool = need("pyarrow", "arrow").default_memory_pool()
         (run,) = self._runs
+        if selection != EVERYTHING:
+            selection.check(run.files, run.names, str(self.path))
+        wanted = Wanted(selection, span, run.began() if span.is_relative else 0)
+        pool = need("pyarrow", "arrow").default_memory_pool()
         whole = Whole(run.size)
         # A single batch stays where it is; more are copied once, each let go of as soon as that is done.
-        for samples, stored in self._read(STEP_BYTES, in_place=run.has_one_batch()):
+        for step in self._read(STEP_BYTES, in_place=run.has_one_batch(), wanted=wanted):
+            if whole and not step.follows:
+                raise ValueError(
+                    f"{self.path}: the wall clock was set back, so that these samples pass this time more than once: "
+                    "give seconds from the start"
+                )
             with self._calling_it_damaged():
-                whole.add(samples, stored)
-            del samples
+                whole.add(step.samples, step.stored)
+            del step
             pool.release_unused()  # it would keep what batches were read and decompressed to
         with self._calling_it_damaged():
             joined = whole.join()
-        if joined is None:
-            raise KvmStatsError(f"{self.path}: there is no whole batch in this recording")
-        return joined
+        if joined is not None:
+            return joined
+        for step in run.read(Wanted(selection), 0, [], [], in_place=True):
+            return step.samples[:0]
+        raise KvmStatsError(f"{self.path}: there is no whole batch in this recording")
 
     @contextmanager
     def _calling_it_damaged(self) -> Iterator[None]:

@@ -30,7 +30,8 @@ class Batch:
 
     Attributes
     ----------
-    records : pyarrow.RecordBatch
+    records : pyarrow.RecordBatch or None
+        None: none of it is wanted.
     happened : dict
         What its metadata says (`Happened.read`).
     source : str
@@ -60,7 +61,7 @@ def to_samples_joined(batches: Sequence[Batch], stats: Sequence[Stat], origin: O
         (batch,) = batches
         return to_samples(batch.records, stats, batch.happened, origin, batch.source)
     source = f"{batches[0].source} and those behind it"
-    samples = to_samples(_join_records(batches, len(stats)), stats, _join_happened(batches), origin, source)
+    samples = to_samples(_join_records(batches), stats, _join_happened(batches), origin, source)
     starts = list(accumulate(batch.happened["sweeps"] for batch in batches))[:-1]
     places = np.array([start for start in starts if 0 < start < len(samples)], np.intp)
     if (samples.tick[places] <= samples.tick[places - 1]).any():
@@ -68,19 +69,10 @@ def to_samples_joined(batches: Sequence[Batch], stats: Sequence[Stat], origin: O
     return samples
 
 
-def _join_records(batches: Sequence[Batch], stats: int) -> Any:
-    """Return one record batch of the columns that are read."""
-    pa = need("pyarrow", "arrow")
-    table = pa.Table.from_batches([batch.records for batch in batches])
-    names = table.schema.names
-    kept = [
-        *(names.index(name) for name in ("time", "tick", "sweep_ns", "file")),
-        *range(len(names) - stats, len(names)),
-    ]
-    for place in set(range(len(names) - stats)) - set(kept):
-        if table.column(place).null_count and names[place] != "pid":
-            raise KvmStatsError(f"column {names[place]!r} has nulls")
-    joined = table.select(kept).combine_chunks().to_batches()
+def _join_records(batches: Sequence[Batch]) -> Any:
+    """Return one record batch."""
+    table = need("pyarrow", "arrow").Table.from_batches([batch.records for batch in batches])
+    joined = table.combine_chunks().to_batches()
     if len(joined) != 1:
         raise KvmStatsError("these batches have no rows, or too many for one")
     return joined[0]

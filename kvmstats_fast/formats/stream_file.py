@@ -7,21 +7,24 @@ import mmap
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmstats_fast._resource import Fd
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import need
+from kvmstats_fast.formats.arrow import ROWS, as_numpy
 from kvmstats_fast.formats.batches import Happened, stats_of
 from kvmstats_fast.formats.ipc import NoMessageError, measure_next
 from kvmstats_fast.formats.limits import check_size
 from kvmstats_fast.formats.origin import Origin
 from kvmstats_fast.formats.steps import Batch
+from kvmstats_fast.formats.wanted import ALWAYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from kvmstats_fast.formats.wanted import Wanted
     from kvmstats_fast.stat import Stat
 
 #: The last bytes of a stream that was ended.
@@ -67,12 +70,12 @@ class StreamFile:
         self._pa = need("pyarrow", "arrow")
         opened = self._open(in_place=True)
         self.size = len(opened.view)
-        self._schema = opened.reader.schema
+        self._schema = self._begin(opened, None).stream.schema
         self.origin = Origin.decode(self._schema.metadata, str(path))
         self.stats: list[Stat] = stats_of(self._schema, self.origin, str(path))
 
     def _open(self, *, in_place: bool) -> _Opened:
-        """Open the file, and a reader of it that has read the schema.
+        """Open the file.
 
         What is read `in_place` stays, with the map, for as long as it is used; else `_Opened.forget` works.
         """
@@ -89,14 +92,19 @@ class StreamFile:
                     buffer = pa.py_buffer(forgetful)
             except OSError as error:
                 raise self._shortage(error) or OSError(error.errno, error.strerror, str(self.path)) from None
-        source = pa.BufferReader(buffer)
+        return _Opened(memoryview(buffer).cast("B"), buffer, forgetful)
+
+    def _begin(self, opened: _Opened, columns: list[int] | None) -> _Reader:
+        """Return a reader of some columns, which has read the schema; KvmStatsError if there is none."""
+        pa = self._pa
+        source = pa.BufferReader(opened.buffer)
+        options = pa.ipc.IpcReadOptions(use_threads=False, included_fields=columns)
         try:
-            reader = pa.ipc.open_stream(source, options=pa.ipc.IpcReadOptions(use_threads=False))
+            return _Reader(source, pa.ipc.open_stream(source, options=options))
         except (pa.ArrowException, OSError) as error:
             raise self._shortage(error) or KvmStatsError(
-                f"{self.path}: not a recording: no Arrow stream begins in its {len(buffer)} bytes: {error}"
+                f"{self.path}: not a recording: no Arrow stream begins in its {len(opened.view)} bytes: {error}"
             ) from None
-        return _Opened(memoryview(buffer).cast("B"), source, reader, forgetful)
 
     def _shortage(self, error: Exception) -> MemoryError | None:
         """Return a MemoryError if that is what it is: Arrow's is an ArrowException, too, and its codecs only say so."""
@@ -107,65 +115,96 @@ class StreamFile:
         """Whether there is nothing behind the first batch."""
         opened = self._open(in_place=True)
         try:
-            claim = measure_next(opened.view, opened.source.tell())
+            claim = measure_next(opened.view, self._begin(opened, None).source.tell())
             return claim is None or measure_next(opened.view, claim[2]) is None
         except NoMessageError:
             return True
 
-    def read(self, lost: list[str], *, in_place: bool) -> Iterator[Batch]:
-        """Open it and give batch by batch, `in_place` as the memory of the file where it is not compressed.
+    def read(self, wanted: Wanted, lost: list[str], *, in_place: bool) -> Iterator[Batch]:
+        """Open it and give batch by batch what is wanted, `in_place` as the file's memory where it is not compressed.
 
         What cannot be read is added to `lost`. FileNotFoundError, at once, if the file has been deleted.
         """
         opened = self._open(in_place=in_place)
-        if not opened.reader.schema.equals(self._schema, check_metadata=True):
+        if not self._begin(opened, None).stream.schema.equals(self._schema, check_metadata=True):
             raise KvmStatsError(f"{self.path}: another file took its place while it was read")
-        return self._read_batches(opened, lost)
+        return self._read_batches(opened, wanted, lost)
 
-    def _read_batches(self, opened: _Opened, lost: list[str]) -> Iterator[Batch]:
-        view, whole, batches = opened.view, opened.source.tell(), 0
+    def _read_batches(self, opened: _Opened, wanted: Wanted, lost: list[str]) -> Iterator[Batch]:
+        names = self._schema.names
+        columns = [*map(names.index, ROWS), *(len(names) - len(self.stats) + one for one in wanted.choose(self.stats))]
+        reader = self._begin(opened, columns)
+        clock = None if wanted.span == ALWAYS else self._begin(opened, [names.index("time")])
         happened = Happened(self.origin)
-        while (read := self._read_batch(view, whole, opened.reader)) is not None:
-            start, whole, batches = whole, opened.source.tell(), batches + 1
-            batch, metadata, size = read
-            name = f"{self.path}: batch {batches}"
-            try:
-                batch.validate()  # pyarrow aborts the process where a list is longer than its values
-            except self._pa.ArrowInvalid as error:
-                raise KvmStatsError(f"{name} is damaged: {error}") from None
-            yield Batch(batch, happened.read(metadata, name), name, size, whole - start)
-            del batch, read
+        view, whole, batches = opened.view, reader.source.tell(), 0
+        while (read := self._read_batch(view, whole, clock or reader, batches)) is not None:
+            what = happened.read(read.metadata, read.name)
+            records = read.records
+            if clock is not None:
+                is_wanted = wanted.may_have(as_numpy(records.column(0)), what)
+                if not is_wanted and batches:
+                    reader.source.seek(clock.source.tell())
+                elif (
+                    both := self._read_batch(view, whole, reader, batches)
+                ) is None:  # dictionaries come with the first
+                    break
+                else:
+                    records = both.records
+                    del both
+                records = records if is_wanted else None
+            start, whole, batches = whole, (clock or reader).source.tell(), batches + 1
+            size = 0 if records is None else records.nbytes
+            yield Batch(records, what, read.name, size, whole - start)
+            del records, read
             opened.forget(start)
         rest = len(view) - whole
         if view[whole:] != END_OF_STREAM:
             torn = f"the {rest} bytes after that are not a whole batch" if rest else "nothing follows"
             lost.append(f"{self.path} was not ended: it has {batches} whole batches, to byte {whole}; {torn}")
 
-    def _read_batch(self, view: memoryview, start: int, reader: Any) -> tuple[Any, Any, int] | None:
-        """Return the next batch, its metadata and size; None at the end of the stream, or of what is whole of it."""
+    def _read_batch(self, view: memoryview, start: int, reader: _Reader, batches: int) -> _Read | None:
+        """Return the next batch; None at the end of the stream, or of what is whole of it."""
+        name = f"{self.path}: batch {batches + 1}"
         try:
             claim = measure_next(view, start)
             if claim is None:
                 return None
-            size, stored, _ = claim
-            check_size(size, stored, str(self.path))
-            batch, metadata = reader.read_next_batch_with_custom_metadata()
+            check_size(*claim[:2], str(self.path))
+            records, metadata = reader.stream.read_next_batch_with_custom_metadata()
         except NoMessageError:
             return None
         except (StopIteration, self._pa.ArrowException, OSError) as error:  # bytes that changed on the disk
             if shortage := self._shortage(error):
                 raise shortage from None
             return None
-        return batch, metadata, max(size, stored)
+        try:
+            records.validate()  # pyarrow aborts the process where a list is longer than its values
+        except self._pa.ArrowInvalid as error:
+            raise KvmStatsError(f"{name} is damaged: {error}") from None
+        return _Read(records, metadata, name)
+
+
+class _Reader(NamedTuple):
+    """What reads a stream, and from where."""
+
+    source: Any
+    stream: Any
+
+
+class _Read(NamedTuple):
+    """A record batch, its metadata, and what it is called in messages."""
+
+    records: Any
+    metadata: Any
+    name: str
 
 
 @dataclass
 class _Opened:
-    """The bytes of a file, and what reads them."""
+    """The bytes of a file."""
 
     view: memoryview
-    source: Any
-    reader: Any
+    buffer: Any
     forgetful: mmap.mmap | None
     forgotten: int = 0
 

@@ -32,6 +32,9 @@ class Whole:
         self._arrays: list[list[npt.NDArray[np.uint64]]] = []
         self._sweeps = self._room = 0
 
+    def __bool__(self) -> bool:
+        return bool(self._heads)
+
     def add(self, samples: Samples, stored: int) -> None:
         """Add samples, which take so many bytes in their files; ValueError if they are of other statistics."""
         groups = cast("tuple[Columns, ...]", samples.groups)

@@ -1,0 +1,106 @@
+"""What of a recording is read: some statistics, files, a range of time. The rest is passed over, not decompressed."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kvmstats_fast.formats.metadata import INT64
+from kvmstats_fast.selection import Selection
+from kvmstats_fast.spans import Span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from kvmstats_fast.formats.origin import Origin
+    from kvmstats_fast.samples import Samples
+    from kvmstats_fast.stat import Stat
+
+EVERYTHING = Selection(None, None, None, None, None)
+ALWAYS = Span(None, None)
+
+
+class Step(NamedTuple):
+    """Samples that were read at once.
+
+    Attributes
+    ----------
+    samples : Samples
+    stored : int
+        Bytes that they take in their files.
+    follows : bool
+        Whether they follow those of the step before: nothing between them was passed over.
+    """
+
+    samples: Samples
+    stored: int
+    follows: bool
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a run is read.
+
+    Attributes
+    ----------
+    selection : Selection
+    span : Span
+    since : int
+        Where seconds of the span count from: `Samples.time` of the first sweep of the run.
+    """
+
+    selection: Selection = EVERYTHING
+    span: Span = ALWAYS
+    since: int = 0
+
+    @property
+    def is_everything(self) -> bool:
+        """Return whether nothing is passed over."""
+        return self.selection == EVERYTHING and self.span == ALWAYS
+
+    def choose(self, stats: Sequence[Stat]) -> list[int]:
+        """Return which of the statistics of a file are read."""
+        names = frozenset(self.selection.find_stats([stat.name for stat in stats]))
+        return [index for index, stat in enumerate(stats) if stat.name in names]
+
+    def has_any(self, origin: Origin, stats: Sequence[Stat]) -> bool:
+        """Whether anything of a file is read."""
+        files = self.selection.find_files(origin.files)
+        return bool(self.choose(stats)) and not set(origin.columns).isdisjoint(files)
+
+    def may_have(self, wall: npt.NDArray[np.int64], happened: dict[str, Any]) -> bool:
+        """Whether any of the sweeps of a batch may be in the range; `wall` is when those of its rows were."""
+        if self.span == ALWAYS:
+            return True
+        steps = [(0, happened["wall_offset"]), *map(tuple, happened["wall_steps"])]
+        ticks, rowless, _ = happened["rowless"]
+        first_rowless = happened["sweeps"] - len(ticks)
+        times = [
+            time + steps[max(bisect_right(steps, (sweep, INT64[1])) - 1, 0)][1]
+            for sweep, time in enumerate(rowless, first_rowless)
+        ]
+        offsets = [offset for _, offset in steps]
+        if len(wall):
+            times += [int(wall.min()), int(wall.max())]
+        if not times:
+            return False
+        first, last = min(times), max(times)
+        return self.span.may_have((first, last), (first - max(offsets) - self.since, last - min(offsets) - self.since))
+
+    def take(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """Give what is wanted of samples that follow each other."""
+        is_whole = True  # to the end of the step before
+        for step in steps:
+            samples = self.selection.take(step.samples) if self.selection != EVERYTHING else step.samples
+            if self.span == ALWAYS:
+                yield step._replace(samples=samples)
+                continue
+            end, is_whole = 0 if step.follows and is_whole else -1, False
+            since = int(samples.time[0]) - self.since if len(samples) else 0
+            for one in self.span.moved(since).find(samples):
+                yield Step(samples[one], step.stored, one.start == end)
+                end, is_whole = one.stop, one.stop == len(samples)
