@@ -98,7 +98,7 @@ def _cells(row: Row, indent: str, every: Row | None, vcpus: int) -> tuple[str, s
 def _bars(row: Row, width: int, output: TextIO) -> list[str]:
     """Return a histogram: a line for each bucket from the first to the last that counted anything."""
     counts, edges, unit = row.buckets or [], row.edges, row.stat.units(si=True)
-    lines = [f"  {printable(row.stat.name)}: {row.value:,} values"]
+    lines = [f"  {printable(row.stat.name)}: {row.value:,} value{'' if row.value == 1 else 's'}"]
     if not any(counts):
         return lines
     first = next(i for i, count in enumerate(counts) if count)
