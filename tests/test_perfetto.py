@@ -63,7 +63,7 @@ def test_every_value_of_every_sweep_is_in_it(x, tmp_path):
     counters, about, _ = read(tmp_path / "x.pftrace")
     assert counters.pop(("härd", "sweep_ns")) == list(zip(x.time.tolist(), x.sweep_ns.tolist(), strict=True))
     seen = 0
-    for part, name in [(part, name) for part in x.groups for name in part.places]:
+    for part, name in [(group, name) for group in x.groups for name in group.places]:
         one, shown = part.places[name][0], name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         for column, index in enumerate(part.columns.tolist()):
             stop = 4 if index == 2 else 6
