@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -154,3 +155,25 @@ def test_launch(tmp_path):
     with launch() as machine, machine.process as process:
         process.kill()
     interrupt_everywhere(launch, least=1000)
+
+
+def test_launch_interrupted_within_popen(monkeypatch):
+    """A real SIGINT between the fork and the line that stores the pid leaves no VMM: it takes effect behind that."""
+    module, name = (
+        (subprocess, "_fork_exec") if sys.version_info >= (3, 11) else (subprocess._posixsubprocess, "fork_exec")
+    )
+    real = getattr(module, name)
+
+    def fork_and_interrupt(*arguments):
+        pid = real(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(module, name, fork_and_interrupt)
+    before, processes = open_files(), children()
+    with pytest.raises(KeyboardInterrupt):
+        kf.launch(["/bin/sleep", "100"], stdout=subprocess.PIPE)
+    gc.collect()
+    assert children() == processes
+    assert not open_files() - before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import stat
 import struct
 import subprocess
+import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +119,30 @@ def start(
     loaded = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     environment["LD_PRELOAD"] = ":".join(dict.fromkeys([*loaded, library]))
     started = [] if started is None else started
-    started.extend(map(partial(subprocess.Popen, env=environment, **popen), (argv,)))
+    with _CtrlCLater():
+        started.extend(map(partial(subprocess.Popen, env=environment, **popen), (argv,)))
     return started[-1]
+
+
+class _CtrlCLater:
+    """In its block Ctrl-C is only taken note of; at the end of the block it takes effect.
+
+    Popen is written in Python: interrupted between fork and the line that stores the pid, it would leave a VMM that
+    nobody knows, and pipes. Python runs handlers of signals in the main thread alone.
+    """
+
+    def __enter__(self) -> None:
+        self._came: list[tuple[int, Any]] = []
+        self._handler = signal.getsignal(signal.SIGINT)
+        self._put_off = callable(self._handler) and threading.current_thread() is threading.main_thread()
+        if self._put_off:
+            signal.signal(signal.SIGINT, lambda *came: self._came.append(came))
+
+    def __exit__(self, *_: object) -> None:
+        if self._put_off:
+            signal.signal(signal.SIGINT, self._handler)
+        for came in self._came:
+            self._handler(*came)  # type: ignore[operator,misc]  # it is callable, or nothing came
 
 
 def _check(path: Path, deep: int) -> None:
