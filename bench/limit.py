@@ -1,25 +1,24 @@
-"""The limit: a bare C loop of pread over the same fds, compiled on the spot and run in this process.
+"""The limits: bare C loops over the same fds, compiled on the spot and run in this process.
 
-`lost_ticks` and `overslept_ticks` are the limits of a schedule: the ticks that a loop misses on this machine which only
-reads the clock, or only sleeps from tick to tick.
+`sweeps` calls the C library's pread, as a good C programmer does; `sweeps_in_place` makes the system call where it
+stands, as this package does (csrc/read.h), and nothing else. `lost_ticks` and `overslept_ticks` are the limits of a
+schedule: the ticks that a loop misses on this machine which only reads the clock, or only sleeps from tick to tick.
 """
 
 import importlib.util
+import statistics
 import tempfile
+import threading
+from pathlib import Path
 
+import numpy as np
 from cffi import FFI
 
+_CSRC = Path(__file__).parent.parent / "csrc"
 _SOURCE = """
+#include "clock.h"
+#include "read.h"
 #include <sys/prctl.h>
-#include <time.h>
-#include <unistd.h>
-
-static long long now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1000000000LL + now.tv_nsec;
-}
 
 /* Returns the ticks that passed while another thread had the processor: gaps between clock readings, in intervals. */
 static long lost_ticks(long interval, long long duration)
@@ -28,7 +27,7 @@ static long lost_ticks(long interval, long long duration)
     long long before = now_ns(), end = before + duration;
     while (before < end) {
         long long now = now_ns();
-        lost += (now - before) / interval;
+        lost += ((now < end ? now : end) - before) / interval;
         before = now;
     }
     return lost;
@@ -44,7 +43,8 @@ static long overslept_ticks(long interval, long long duration)
     for (; due < end; due += interval) {
         struct timespec at = {due / 1000000000, due % 1000000000};
         clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, 0);
-        long late = (now_ns() - due) / interval;
+        long long now = now_ns();
+        long late = ((now < end ? now : end) - due) / interval;
         missed += late;
         due += late * interval;
     }
@@ -52,28 +52,89 @@ static long overslept_ticks(long interval, long long duration)
     return missed;
 }
 
-static double sweeps(const int *fds, const long *positions, long n, long size, char *rows, long repeat)
+/* Returns how many ns of so many another thread had the processor: gaps of more than 5 us between clock readings. */
+static long long lost_ns(long long duration)
 {
-    struct timespec a, b;
-    clock_gettime(CLOCK_MONOTONIC, &a);
-    for (long r = 0; r < repeat; ++r)
-        for (long i = 0; i < n; ++i)
-            if (pread(fds[i], rows + i * size, (size_t)size, positions[i]) != size)
-                return -1;
-    clock_gettime(CLOCK_MONOTONIC, &b);
-    return ((b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec)) / repeat;
+    long long lost = 0, before = now_ns(), end = before + duration;
+    while (before < end) {
+        long long now = now_ns();
+        if (now - before > 5000)
+            lost += now - before;
+        before = now;
+    }
+    return lost;
 }
 """
 
+#: A bare loop over files, with the call that reads one still to be filled in.
+_SWEEPS = """
+static double NAME(const int *fds, const long *positions, long n, long size, char *rows, long repeat)
+{
+    long long start = now_ns();
+    for (long r = 0; r < repeat; ++r)
+        for (long i = 0; i < n; ++i)
+            if (READ(fds[i], rows + i * size, (size_t)size, positions[i]) != size)
+                return -1;
+    return (double)(now_ns() - start) / repeat;
+}
+"""
+_READS = {"sweeps": "pread", "sweeps_in_place": "pread_once"}
+
 
 def compile_limit():
-    """Return (ffi, lib); lib.sweeps gives the nanoseconds of one sweep, the others numbers of ticks."""
+    """Return (ffi, lib); lib.sweeps* give the nanoseconds of one sweep, the others numbers of ticks or nanoseconds."""
     builder = FFI()
-    builder.cdef("double sweeps(const int *, const long *, long, long, char *, long);")
+    for name in _READS:
+        builder.cdef(f"double {name}(const int *, const long *, long, long, char *, long);")
     builder.cdef("long lost_ticks(long, long long); long overslept_ticks(long, long long);")
-    builder.set_source("_kvmstats_limit", _SOURCE, extra_compile_args=["-O2"])
+    builder.cdef("long long lost_ns(long long);")
+    builder.set_source(
+        "_kvmstats_limit",
+        _SOURCE + "".join(_SWEEPS.replace("NAME", name).replace("READ", read) for name, read in _READS.items()),
+        include_dirs=[str(_CSRC)],
+        extra_compile_args=["-O2"],
+    )
     with tempfile.TemporaryDirectory() as folder:
         spec = importlib.util.spec_from_file_location("_kvmstats_limit", builder.compile(folder))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module.ffi, module.lib
+
+
+LIBC, IN_PLACE = "limit: pread, a bare C loop", "limit: the call in place, a bare C loop"
+
+
+def sweep_timers(limit, files, repeat):
+    """Timers of the bare loops, ns per file, into rows that stand side by side as a Sampler's do."""
+    ffi, lib = limit
+    size = files[0].schema.data_size
+    rows = np.zeros((len(files), size), np.uint8)
+    fds = ffi.new("int[]", [file.fileno() for file in files])
+    positions = ffi.new("long[]", [file.header.data_offset for file in files])
+    pointer = ffi.from_buffer("char[]", rows)
+
+    def timer(sweeps):
+        return lambda: sweeps(fds, positions, len(files), size, pointer, repeat) / len(files)
+
+    return {LIBC: timer(lib.sweeps), IN_PLACE: timer(lib.sweeps_in_place)}
+
+
+def free_processors(limit, wanted, milliseconds=20):
+    """Return a call that finds out how free so many processors are, and says so of all the times it was called."""
+    shares = []
+
+    def look():
+        lost = [0] * wanted
+
+        def spin(place):
+            lost[place] = limit[1].lost_ns(milliseconds * 1_000_000)
+
+        threads = [threading.Thread(target=spin, args=(place,)) for place in range(wanted)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        shares.append(1 - max(lost) / (milliseconds * 1e6))
+        return f"{wanted} processors at once were free {statistics.median(shares):.0%} of the time"
+
+    return look

@@ -50,5 +50,14 @@ class PythonStatsFile:
         fd = self.fd
         return [values.unpack(os.pread(fd, size, at)) for size, at, values in self.places]
 
+    def snapshot(self):
+        words = self.data_size // 8
+        values = struct.unpack(f"={words}Q", os.pread(self.fd, self.data_size, self.data_offset))
+        return {
+            stat.name: values[at] if stat.size == 1 else values[at : at + stat.size]
+            for stat in self.stats.values()
+            for at in (stat.offset // 8,)
+        }
+
     def close(self):
         os.close(self.fd)

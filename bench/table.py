@@ -42,29 +42,51 @@ def compare(benchmark, title, contenders, loops=2000):
     benchmark.pedantic(next(iter(contenders.values()))[0], rounds=ROUNDS, iterations=loops)
 
 
-def compare_timers(benchmark, title, timers, *, before=nothing, rounds=ROUNDS):
-    """Run the timers in turn, `rounds` times, and keep their medians and their ratios to the first.
+def turns(labels, number):
+    """Return the labels in the order of round `number`: each is first, and each last, equally often."""
+    labels = list(labels)
+    first = number % len(labels)
+    return labels[first:] + labels[:first]
 
-    timers: {label: (timer, target)}. A timer returns nanoseconds. target: ("at least" or "at most", ratio), or None. A
-    ratio is taken within each round; the table has the median and the quartiles over all rounds.
+
+def compare_timers(  # noqa: PLR0913 - what is compared, with what, and how often
+    benchmark, title, timers, *, reference=None, before=nothing, rounds=ROUNDS, note=nothing
+):
+    """Run the timers in rounds, in another order each time, and keep their medians and their ratios to a reference.
+
+    timers: {label: (timer, target)}. A timer returns nanoseconds. target: ("at least" or "at most", ratio), or with a
+    label behind it: of that row, not of the reference; or None. reference: labels of which the fastest in a round is
+    what its ratios are to; the first label by itself, if none are given. The table has the median of the rounds'
+    ratios, and the quartiles. note: called at the end of each round; its last result is a remark in the title.
     """
     times = {label: [] for label in timers}
-    for _ in range(rounds):
+    for number in range(rounds):
         before()
-        for label, (timer, _) in timers.items():
-            times[label].append(timer())
-    first = next(iter(timers))
+        for label in turns(timers, number):
+            times[label].append(timers[label][0]())
+        remark = note()
+    title += f"; {remark}" if remark else ""
+    fastest = [min(values) for values in zip(*(times[label] for label in reference or list(times)[:1]), strict=True)]
     for label, values in times.items():
-        ratios = [value / own for value, own in zip(values, times[first], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        target = timers[label][1]
-        verdict = ""
-        if target:
-            what, limit = target
-            reached = middle >= limit if what == "at least" else middle <= limit
-            verdict = f"{what} {limit}x: {'reached' if reached else 'MISSED'}"
+        low, middle, high = statistics.quantiles(ratios_of(values, fastest), n=4)
+        verdict = judge(timers[label][1], values, fastest, times)
         add(title, label, statistics.median(values), ratio=middle, quartiles=(low, high), verdict=verdict)
         benchmark.extra_info[f"{title}: {label}"] = {"ns": round(statistics.median(values), 1), "ratio": middle}
+
+
+def ratios_of(values, others):
+    """Return the ratio in each round."""
+    return [value / other for value, other in zip(values, others, strict=True)]
+
+
+def judge(target, values, fastest, times):
+    """Say whether a row has reached its target; nothing if it has none."""
+    if not target:
+        return ""
+    what, limit, *other = target
+    middle = statistics.median(ratios_of(values, times[other[0]] if other else fastest))
+    reached = "reached" if (middle >= limit if what == "at least" else middle <= limit) else "MISSED"
+    return f"{what} {limit}x of {other[0]}: {middle:.3g}x, {reached}" if other else f"{what} {limit}x: {reached}"
 
 
 def add(title, label, ns, *, ratio=None, quartiles=None, verdict=""):  # noqa: PLR0913 - the columns of the table
@@ -83,7 +105,8 @@ def machine():
 def lines():
     """Yield the table line by line: every row, those that lose too."""
     yield machine()
-    yield "medians of interleaved rounds, an empty loop's cost taken off; ratio to the first row of a group [quartiles]"
+    yield "medians of interleaved rounds in changing order, an empty loop's cost taken off; ratio [quartiles] to what"
+    yield "is 1x: the first row of a group, or in each round the faster of its limits"
     title = None
     for row in ROWS:
         if row["group"] != title:

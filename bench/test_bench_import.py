@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from table import compare_timers
 
-ROUNDS = 41
+ROUNDS = 31
 KVMSTATS = str(Path(sysconfig.get_path("scripts"), "kvmstats"))
 
 
