@@ -7,17 +7,17 @@ import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from kvmstats_fast._arguments import check_fraction
 from kvmstats_fast._text import format_html, format_number, format_table, plain_number
-from kvmstats_fast.analysis.whole_run import WholeRun
 from kvmstats_fast.formats import need
+from kvmstats_fast.spans import read_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -124,6 +124,13 @@ _ALIGN = "<>><"
 _SETTINGS = (0, 10_000, 25_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_000_000)
 
 
+class Halts(NamedTuple):
+    """What the vCPUs of one kernel did in a run: the histograms of `_HISTOGRAMS`, over so many seconds of theirs."""
+
+    histograms: tuple[Histogram, ...]
+    seconds: float
+
+
 #: Where KVM's module parameter is.
 PARAMETER = Path("/sys/module/kvm/parameters/halt_poll_ns")
 
@@ -139,12 +146,29 @@ def halt_poll_advice(
         raise TypeError(f"settings is {settings!r}; it must be whole numbers of ns") from None
     if not settings or min(settings) < 0 or max(settings) >= 1 << 63:
         raise ValueError(f"settings is {settings}; it must be one or more numbers of ns, each from 0 to 2**63 - 1")
-    run = WholeRun(samples, "vcpu")
-    kernels = [(part, columns) for part, columns in run.kernels if set(part.names).issuperset(_HISTOGRAMS)]
-    if not kernels:
+    return advise(gather_halts(samples), {samples.host}, settings, most_vain)
+
+
+def gather_halts(samples: Samples) -> list[Halts]:
+    """Return the halts of each kernel's vCPUs that have the histograms."""
+    parts = [part for part in samples.vcpu.split() if set(part.names).issuperset(_HISTOGRAMS)]
+    return [
+        Halts(
+            tuple(part.histogram(name).sum() for name in _HISTOGRAMS),
+            float(np.nansum(read_seconds(part))),
+        )
+        for part in parts
+    ]
+
+
+def advise(
+    halts_of: Sequence[Halts], hosts: set[str], settings: Sequence[int] = _SETTINGS, most_vain: float = 0.01
+) -> HaltPollAdvice | None:
+    """Return the advice that follows from the halts of these hosts, of one run or several; None without any."""
+    if not halts_of:
         return None
-    elapsed = sum(float(np.nansum(run.seconds[columns])) for _, columns in kernels) * 1e9 or np.nan
-    histograms = [tuple(part.histogram(name).sum() for name in _HISTOGRAMS) for part, _ in kernels]
+    elapsed = sum(seconds for _, seconds in halts_of) * 1e9 or np.nan
+    histograms = [one for one, _ in halts_of]
     polls_caught = sum(int(success.count) for success, _, _ in histograms)
     halts = polls_caught + sum(int(wait.count) for _, _, wait in histograms)
     rows = np.zeros(len(settings), [("halt_poll_ns", np.int64), *((name, np.float64) for name in _BOUNDS)])
@@ -168,7 +192,7 @@ def halt_poll_advice(
         polls_caught / halts if halts else np.nan,
         polled * 1e9 / elapsed,
         most_vain,
-        _read_parameter() if samples.host == os.uname().nodename else None,
+        _read_parameter() if hosts == {os.uname().nodename} else None,
     )
 
 

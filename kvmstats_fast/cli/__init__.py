@@ -23,6 +23,7 @@ _VERBS = {
     "stat": "count for a while, or while a command runs, and show it",
     "list": "list the processes that have VMs",
     "run": "start a VMM and show its statistics at its end",
+    "report": "say what was recorded, as text or as a page for a ticket",
     "record": "record the VMs of this host while they come and go",
     "compare": "compare recordings: rates of A against B, with intervals",
     "convert": "convert a recording or a captured stats file",

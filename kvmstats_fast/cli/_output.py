@@ -24,17 +24,21 @@ _REPLACED = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class RowWriter:
-    """Writes rows as JSON or CSV, as the command line says; `text` is what is asked for by neither."""
+    """Writes rows as JSON or CSV, as the command line says; `text` is what is asked for by neither.
 
-    def __init__(self, arguments: argparse.Namespace, output: TextIO) -> None:
+    In CSV there is a column for each of `more`, too: fields that only rows of this verb have.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, output: TextIO, more: Sequence[str] = ()) -> None:
         self.text = not arguments.json and arguments.csv is None
         self.output = output
         self._csv: Any = None
+        self._columns = (*FIELDS, *more)
         if arguments.csv is not None:
             if len(arguments.csv) != 1 or arguments.csv in '\n\r"':
                 raise UsageError(f"{arguments.csv!r} is not a separator: it must be one character, and no quote")
             self._csv = csv.writer(output, delimiter=arguments.csv, lineterminator="\n")
-            self._csv.writerow(FIELDS)
+            self._csv.writerow(self._columns)
 
     def write(self, rows: Sequence[Row], time: float | None = None) -> None:
         """Write rows; in CSV a histogram has a row for each bucket that counted, which its lower edge names."""
@@ -43,13 +47,13 @@ class RowWriter:
             if self._csv is None:
                 print(json.dumps(fields, ensure_ascii=False), file=self.output)
             elif row.buckets is None:
-                self._csv.writerow([_cell(fields.get(name)) for name in FIELDS])
+                self._csv.writerow([_cell(fields.get(name)) for name in self._columns])
             else:
                 lower = row.edges or list(range(len(row.buckets)))
                 for edge, count in zip(lower, row.buckets, strict=False):
                     if count:
                         one = fields | {"value": count, "rate": None, "bucket": edge}
-                        self._csv.writerow([_cell(one.get(name)) for name in FIELDS])
+                        self._csv.writerow([_cell(one.get(name)) for name in self._columns])
         self.output.flush()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from kvmstats_fast._text import display_width, format_si, format_table, printable
 from kvmstats_fast.abi import StatType
@@ -43,7 +43,7 @@ def present(samples: Samples, rows: Sequence[Row], vmms: Mapping[int, str], outp
             lines += _table(chosen, len(vcpus) or 1 if vcpu is None else 1, width)
             for row in chosen:
                 if row.stat.is_histogram:
-                    lines += ["", *_bars(row, width, output)]
+                    lines += ["", *bars(row, width, output)]
         derived = [
             (f"  {figure.name}", f"{100 * value:.1f} %")
             for figure in fractions
@@ -61,41 +61,71 @@ def _title(row: Row, vcpus: int, elapsed: float, vmms: Mapping[int, str]) -> str
     return f"VM {printable(row.vm)}{pid}, {vcpus} vCPU{'' if vcpus == 1 else 's'}, {elapsed:.3f} s"
 
 
-def _table(rows: Sequence[Row], vcpus: int, width: int) -> list[str]:
+def fit_table(rows: Sequence[Sequence[str]], align: str, width: int, drop: Sequence[int] = ()) -> list[str]:
+    """Return the lines of a table; without the columns `drop`, one after the other, until it is no wider than that."""
+    kept = list(range(len(align)))
+    for column in [None, *drop]:
+        kept = [one for one in kept if one != column]
+        cells = [[row[one] for one in kept] for row in rows]
+        lines = format_table(cells, "".join(align[one] for one in kept)).splitlines()
+        if max(map(display_width, lines)) <= width:
+            break
+    return lines
+
+
+_Row = TypeVar("_Row", bound="Row")
+
+
+def arrange(rows: Sequence[_Row]) -> list[tuple[str, _Row, _Row | None]]:
+    """Return rows of numbers in the order in which they are shown: their indent, the row, and what it is a share of."""
     plain = [row for row in rows if row.buckets is None]
     every = next((row for row in plain if row.stat.name in ALL_EXITS), None)
     kinds = [row for row in plain if every and row is not every and EXIT_KIND.fullmatch(row.stat.name)]
     kinds.sort(key=lambda row: -row.value)
     rest = [row for row in plain if row is not every and row not in kinds]
-    cells = [_cells(row, "  ", every, vcpus) for row in ([every] if every else [])]
-    cells += [_cells(row, "    ", every, vcpus) for row in kinds]
-    cells += [_cells(row, "  ", None, vcpus) for row in rest]
+    shown = [("  ", every, every)] if every else []
+    return [*shown, *(("    ", row, every) for row in kinds), *(("  ", row, None) for row in rest)]
+
+
+def _table(rows: Sequence[Row], vcpus: int, width: int) -> list[str]:
+    cells = [_cells(row, indent, every, vcpus) for indent, row, every in arrange(rows)]
     if not cells:
         return ["  nothing moved"] if not rows else []
-    lines = format_table(cells, "<>><").splitlines()
-    if max(map(display_width, lines)) > width:
-        lines = format_table([row[:3] for row in cells], "<>>").splitlines()
-    return lines
+    return fit_table(cells, "<>><", width, [3])
 
 
 def _cells(row: Row, indent: str, every: Row | None, vcpus: int) -> tuple[str, str, str, str]:
-    name = indent + printable(row.stat.name)
-    if row.unit:
-        value = format_si(row.value, row.unit)
-        if row.rate is None:
-            return name, value, "", "now" if row.stat.type == StatType.INSTANT else "peak"
-        if row.unit == "s":
-            whose = "of its time" if vcpus == 1 else f"of {vcpus} vCPUs' time"
-            return name, value, f"{100 * row.rate / vcpus:.1f} %", whose
-        return name, value, f"{format_si(row.rate, row.unit)}/s", ""
-    value = f"{row.value:,}"
+    name, value = indent + printable(row.stat.name), format_value(row, row.value)
     if row.rate is None:
         return name, value, "", "now" if row.stat.type == StatType.INSTANT else "peak"
-    share = f"{100 * row.value / every.value:.1f} %" if every and every is not row and every.value else ""
-    return name, value, f"{row.rate:,.1f}/s", share
+    if row.unit == "s":
+        return (
+            name,
+            value,
+            format_rate(row, row.rate, vcpus),
+            "of its time" if vcpus == 1 else f"of {vcpus} vCPUs' time",
+        )
+    return name, value, format_rate(row, row.rate, vcpus), format_share(row, every)
 
 
-def _bars(row: Row, width: int, output: TextIO) -> list[str]:
+def format_value(row: Row, value: float) -> str:
+    """Return a value of a statistic as text."""
+    return format_si(value, row.unit) if row.unit else f"{value:,}"
+
+
+def format_rate(row: Row, rate: float, vcpus: int) -> str:
+    """Return a rate as text; of time it is a share of that of so many vCPUs."""
+    if row.unit == "s":
+        return f"{100 * rate / vcpus:.1f} %"
+    return f"{format_si(rate, row.unit)}/s" if row.unit else f"{rate:,.1f}/s"
+
+
+def format_share(row: Row, every: Row | None) -> str:
+    """Return what a kind of exits is of all, as text."""
+    return f"{100 * row.value / every.value:.1f} %" if every and every is not row and every.value else ""
+
+
+def bars(row: Row, width: int, output: TextIO) -> list[str]:
     """Return a histogram: a line for each bucket from the first to the last that counted anything."""
     counts, edges, unit = row.buckets or [], row.edges, row.stat.units(si=True)
     lines = [f"  {printable(row.stat.name)}: {row.value:,} value{'' if row.value == 1 else 's'}"]

@@ -75,19 +75,49 @@ class Row:
         return self.stat.bucket_edges().tolist() if self.stat.is_histogram else []
 
 
-def make_rows(samples: Samples, *, per_vcpu: bool = False) -> list[Row]:
-    """Return the rows of all VMs, or of all vCPUs, in the order of the files and of their statistics."""
-    rows: list[Row] = []
-    for vm in samples.by_vm().values():
-        for part in vm.split():
-            by_vcpu = per_vcpu and part.files[0].kind == "vcpu"
-            groups = [[i] for i in range(len(part.files))] if by_vcpu else [list(range(len(part.files)))]
-            for name in part.names:
-                rows += _rows_of(part, part.stat(name), groups, by_vcpu=by_vcpu)
-    return rows
+def make_rows(samples: Samples, by: str = "vm") -> list[Row]:
+    """Return the rows of all VMs, vCPUs or hosts, in the order of the files and of their statistics."""
+    return [
+        row
+        for part, groups in _group(samples, by)
+        for name in part.names
+        for row in _rows_of(part, part.stat(name), groups, by)
+    ]
 
 
-def _rows_of(part: Samples, stat: Stat, groups: list[list[int]], *, by_vcpu: bool) -> Iterator[Row]:
+def rows_over_time(samples: Samples, by: str) -> Iterator[tuple[Row, npt.NDArray[np.float64]]]:
+    """Yield each row that `make_rows` gives, with its rate from each sweep to the next, (T - 1,).
+
+    Of instant values it is the value at each sweep, (T,), and of peaks and histograms there is nothing, (0,).
+    """
+    for part, groups in _group(samples, by):
+        for name in part.names:
+            stat = part.stat(name)
+            values = np.empty((0, len(part.files)))
+            if not (stat.shape or stat.type == StatType.PEAK):
+                values = part.rate(name) if stat.grows else _known(part, part.si(name))
+            for row, group in zip(_rows_of(part, stat, groups, by), groups, strict=True):
+                known = ~np.isnan(values[:, group]).all(axis=1)
+                yield row, np.where(known, np.nansum(values[:, group], axis=1), np.nan)
+
+
+def _known(part: Samples, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return values with NaN where a file had failed."""
+    known = values.astype(np.float64)
+    for error in part.errors:
+        known[error.sweep :, error.file] = np.nan
+    return known
+
+
+def _group(samples: Samples, by: str) -> Iterator[tuple[Samples, list[list[int]]]]:
+    """Yield the files of one kind and kernel, and which of them a row is of."""
+    for whole in [samples] if by == "host" else samples.by_vm().values():
+        for part in whole.split():
+            alone = by == "vcpu" and part.files[0].kind == "vcpu"
+            yield part, [[i] for i in range(len(part.files))] if alone else [list(range(len(part.files)))]
+
+
+def _rows_of(part: Samples, stat: Stat, groups: list[list[int]], by: str) -> Iterator[Row]:
     name = stat.name
     if stat.type == StatType.PEAK or not stat.grows:
         values, rates = _last(part, name), None
@@ -95,13 +125,13 @@ def _rows_of(part: Samples, stat: Stat, groups: list[list[int]], *, by_vcpu: boo
         values, rates = part.total(name), part.mean_rate(name)
     for group in groups:
         info = part.files[group[0]]
-        vcpu = info.vcpu_id if by_vcpu else None
+        vm, pid = ("", None) if by == "host" else (info.vm, info.pid)
         chosen = stat.as_signed(values[group])
         buckets = chosen.sum(axis=0).tolist() if stat.shape else None
         total = sum(chosen.tolist()) if buckets is None else sum(buckets)
         value = total if buckets is not None else total / stat.factor if stat.exponent < 0 else total * stat.factor
         rate = None if rates is None else _sum_known(rates[group])
-        yield Row(info.host, info.vm, info.pid, vcpu, stat, value, rate, buckets)
+        yield Row(info.host, vm, pid, info.vcpu_id if by == "vcpu" else None, stat, value, rate, buckets)
 
 
 def _last(part: Samples, name: str) -> npt.NDArray[Any]:

@@ -95,7 +95,8 @@ class _Shown:
     def __call__(self, samples: Samples, time: float | None = None) -> None:
         arguments = self._arguments
         samples = samples.select(*arguments.event or (), vcpu=arguments.vcpu)
-        rows = [row for row in make_rows(samples, per_vcpu=arguments.per_vcpu) if row.moved or arguments.zero]
+        every = make_rows(samples, "vcpu" if arguments.per_vcpu else "vm")
+        rows = [row for row in every if row.moved or arguments.zero]
         if not self._writer.text:
             self._writer.write(rows, time)
             return

@@ -1,0 +1,96 @@
+"""``kvmstats report``: what recordings say, as text, JSON, CSV, a picture, or a page for a ticket."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvmstats_fast._text import plain_number
+from kvmstats_fast.cli import _report_html, _report_plot, _report_text
+from kvmstats_fast.cli._grammar import UsageError, add_output, add_selection, interval
+from kvmstats_fast.cli._output import RowWriter, open_output
+from kvmstats_fast.cli._recorded import SPREAD, summarize
+from kvmstats_fast.formats._put import PRIVATE, put_file
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+    from kvmstats_fast.cli._recorded import Recorded
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this verb."""
+    parser.description = (
+        "Say what was recorded: hosts, VMs and when they lived; rates, with the least, the median and the 99th "
+        "percentile over time; figures, histograms, what other halt_poll_ns would do; missed ticks, and what sampling "
+        "itself cost. Several recordings are added up. What did not move is left out."
+    )
+    parser.add_argument("file", nargs="+", metavar="FILE", help="a recording")
+    parser.add_argument(
+        "--by", choices=("vm", "vcpu", "host"), default="vm", help="of what there is a value (default: %(default)s)"
+    )
+    parser.add_argument("-g", "--guest", action="append", metavar="GUEST", help="VM or glob (may be repeated)")
+    add_selection(parser)
+    parser.add_argument(
+        "-I",
+        "--interval",
+        type=interval,
+        metavar="TIME",
+        help="what rates over time are of (default: a thousandth of each run)",
+    )
+    parser.add_argument("-z", "--zero", action="store_true", help="also show what did not move")
+    add_output(parser)
+    parser.add_argument("--plot", metavar="FILE", help="draw rates over time into a new file, such as rates.png")
+    parser.add_argument("--html", metavar="FILE", help="write one page, which needs nothing else, to a new file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Read the recordings, and say it."""
+    chosen: dict[str, Any] = {"vm": arguments.guest, "vcpu": arguments.vcpu}
+    try:
+        recorded = summarize(
+            arguments.file,
+            arguments.by,
+            lambda samples: samples.select(*arguments.event or (), **chosen),
+            arguments.interval,
+        )
+    except (KeyError, ValueError) as error:
+        raise UsageError(str(error.args[0])) from None
+    with open_output(arguments) as output:
+        writer = RowWriter(arguments, output, SPREAD)
+        if writer.text and arguments.output == "-" and (arguments.plot or arguments.html):
+            pass  # the files are what was asked for
+        elif writer.text:
+            _report_text.write(recorded, output, zero=arguments.zero)
+        elif arguments.json:
+            for one in _objects(recorded, zero=arguments.zero):
+                print(json.dumps(one, ensure_ascii=False), file=output)
+        else:
+            writer.write([row for row in recorded.rows if row.moved or arguments.zero])
+    if arguments.html:
+        page = _report_html.make_page(recorded, zero=arguments.zero)
+        with put_file(Path(arguments.html), overwrite=arguments.force, mode=PRIVATE) as file:
+            file.write(page.encode("utf-8", "backslashreplace"))
+    if arguments.plot:
+        _report_plot.draw(recorded, Path(arguments.plot), overwrite=arguments.force)
+    return 0
+
+
+def _objects(recorded: Recorded, *, zero: bool) -> Iterator[dict[str, Any]]:
+    """Yield what JSON has: an object for each run, VM, statistic, figure, and the advice."""
+    yield from ({"what": "run"} | run.fields() for run in recorded.runs)
+    yield from ({"what": "vm"} | life.fields() for life in recorded.lives)
+    yield from ({"what": "statistic"} | row.fields() for row in recorded.rows if row.moved or zero)
+    for figure in recorded.figures.values():
+        infos = figure.files or [None] * len(figure.values)
+        vms = figure.vms or ("",) * len(figure.values)
+        for host, vm, info, value in zip(figure.hosts, vms, infos, figure.values.tolist(), strict=True):
+            whose = {"host": host, "vm": vm, "pid": info and info.pid, "vcpu": info and info.vcpu_id}
+            if not math.isnan(value):
+                about = {"name": figure.name, "value": plain_number(value), "unit": figure.units}
+                yield {"what": "figure"} | whose | about | {"formula": figure.formula}
+    if recorded.advice is not None:
+        yield {"what": "halt_poll_advice"} | recorded.advice.to_dict()
