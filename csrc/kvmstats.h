@@ -2,10 +2,11 @@
 /*
  * kvmstats.h - KVM's binary statistics files: the format, and the parser
  *
- * This header is the manual of the C core, together with sweep.h (many files at once), run.h (on a schedule), process.h
- * (other processes), inject.h (opening files inside a running VMM) and rename.h (what is written to disk). None of them
- * needs a kernel header: everything they rely on of the file format is written down here. build_ffi.py cuts the part
- * between the two "cdef" lines out of each and hands it to cffi, so Python sees exactly what is declared here.
+ * This header is the manual of the C core, together with sweep.h (many files at once), run.h (on a schedule), series.h
+ * (what follows from the values of a run), process.h (other processes), inject.h (opening files inside a running VMM)
+ * and rename.h (what is written to disk). None of them needs a kernel header: everything they rely on of the file format
+ * is written down here. build_ffi.py cuts the part between the two "cdef" lines out of each and hands it to cffi, so
+ * Python sees exactly what is declared here.
  *
  * LIMITATIONS
  *   - layout.c is pure C11 over bytes. The rest is for Linux; inject.c does nothing except on x86-64. gcc or clang is

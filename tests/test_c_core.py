@@ -14,9 +14,10 @@ from kvmstats_fast.testing import SyntheticStats
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-CORE = [str(CSRC / name) for name in ("layout.c", "sweep.c", "run.c", "process.c", "inject.c", "rename.c")]
+CORE = [str(CSRC / name) for name in ("layout.c", "sweep.c", "run.c", "series.c", "process.c", "inject.c", "rename.c")]
 TEST_CORE = str(TESTS / "c" / "test_core.c")
 TEST_RUN = str(TESTS / "c" / "test_run.c")
+TEST_SERIES = str(TESTS / "c" / "test_series.c")
 FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
 CAPTURES = sorted((TESTS / "data" / "captures").glob("*/*.bin"))
 
@@ -61,6 +62,7 @@ IMPORTS = {
     "layout.c": set(),
     "sweep.c": READING | ERRNO,
     "run.c": RUNNING | READING | ERRNO,
+    "series.c": set(),
     "process.c": {"syscall"} | ERRNO,
     "rename.c": {"syscall"} | ERRNO,
     "inject.c": TRACING | ERRNO,
@@ -185,6 +187,18 @@ def test_the_core_is_clean_under_valgrind(tmp_path):
         pytest.skip("there is no valgrind")
     program = build(tmp_path / "test_core", "-g", TEST_CORE, *CORE, *LIBC_PREAD)
     assert core_checks(check(valgrind, "--quiet", "--error-exitcode=99", "--leak-check=full", program)) > 1000
+
+
+@pytest.mark.parametrize("way", ["plain", "sanitizers", "valgrind"])
+def test_series_are_those_of_the_plainest_loops(tmp_path, sanitizers, way):
+    """Changes, rates, resets and sums of any shape, to the last bit, at the edge of memory, and clean as above."""
+    valgrind = shutil.which("valgrind") if way == "valgrind" else None
+    if way == "valgrind" and valgrind is None:
+        pytest.skip("there is no valgrind")
+    options = sanitizers if way == "sanitizers" else ["-g"]
+    program = build(tmp_path / "test_series", *options, TEST_SERIES, str(CSRC / "series.c"))
+    wrapper = [valgrind, "--quiet", "--error-exitcode=99"] if valgrind else []
+    assert re.fullmatch(r"test_series: \d{6,} checks\n", check(*wrapper, program))
 
 
 @pytest.mark.parametrize("sanitize", [[], ["-g", "-fsanitize=thread"], SANITIZE], ids=["plain", "threads", "addresses"])

@@ -1,0 +1,412 @@
+/* SPDX-License-Identifier: MIT */
+/* Changes, rates, resets and sums: pure functions over values. The contracts are in series.h. */
+#include "series.h"
+
+#include <errno.h>
+#include <math.h>
+#include <string.h>
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+enum {
+    LANES = 2,           /* 16 bytes, which every 64-bit machine works on at once; others take them apart */
+    LINE = 8,            /* u64 in a cache line */
+    LARGEST_TILE = 2048, /* 16 KiB of stack for the seconds */
+    LEAST_SWEEPS = 8,    /* in a tile of some of the files: the sweep that it starts from is read for two tiles */
+};
+
+/* They need only be aligned as a u64 is. */
+typedef uint64_t words __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
+typedef double doubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
+
+enum what { GATHER, DELTAS, RATES, RESETS, TOTALS };
+
+/* Some files, and the changes from sweep i to i + 1 for i in [sweep, sweep + sweeps). To gather: the values of sweep i. */
+struct tile {
+    uint64_t sweep, sweeps;
+    uint64_t file, files;
+    double seconds[LARGEST_TILE]; /* how long each change took */
+};
+
+/*
+ * A series in a tile, as [rows][runs] of `count` values that are `step` apart. A run is the buckets of a histogram in a
+ * file; of a statistic with one value all files of a sweep, or of all sweeps where there is no gap between them.
+ */
+struct part {
+    struct kvmstats_series *series;
+    const struct tile *tile;
+    const uint64_t *values;
+    uint64_t rows, runs, count, step;
+    uint64_t out;      /* where the results start */
+    uint64_t row_size; /* how many there are in a sweep */
+    uintptr_t ahead;   /* bytes from a value to the same place of the next tile */
+};
+
+/* How changes become results. */
+struct recipe {
+    words goes_down; /* -1: what fell has fallen; 0: it was cleared and counts from 0 */
+    words high;
+    doubles offset, divide, multiply;
+};
+
+/* ---- two values */
+
+ALWAYS_INLINE words both(uint64_t value)
+{
+    return (words){value, value};
+}
+
+/* With a step of 0, the same value twice. */
+ALWAYS_INLINE words load(const uint64_t *from, uint64_t step)
+{
+    return step == 1 ? *(const words *)from : (words){from[0], from[step]};
+}
+
+/* Bit 63 is set where `after` is less: the borrow of the subtraction, for SSE2 does not compare u64. */
+ALWAYS_INLINE words borrow(words before, words after)
+{
+    return (~after & before) | (~(after ^ before) & (after - before));
+}
+
+/*
+ * u64 to double, rounded once, for which SSE2 has no instruction. Each half becomes the end of the mantissa of a double
+ * with an exponent that gives it its worth: 2^84 + upper * 2^32, and 2^52 + lower. Taking both powers off the first is
+ * exact; adding the second rounds. Of a signed word 2^63 is added to the upper half, and taken off too.
+ */
+static const uint64_t LOW = 0x4330000000000000, HIGH = 0x4530000000000000, SIGNED_HIGH = 0x4530000080000000;
+static const double POWERS = 0x1.00000001p84, SIGNED_POWERS = 0x1.00000801p84;
+
+ALWAYS_INLINE doubles convert(words word, words high, doubles offset)
+{
+    words upper = (word >> 32) ^ high;
+    words lower = (word & 0xffffffff) | LOW;
+    return ((doubles)upper - offset) + (doubles)lower;
+}
+
+/* Adds to *fallen what fell; of values that are cleared together, its change is not yet known. */
+ALWAYS_INLINE words change_two(words before, words after, const struct recipe *recipe, int together, words *fallen)
+{
+    words fell = borrow(before, after);
+
+    if (!together)
+        return after - (before & (((fell >> 63) - 1) | recipe->goes_down));
+    *fallen |= fell;
+    return after - before;
+}
+
+/* Returns changes, or the bits of rates if there is something to divide by. */
+ALWAYS_INLINE words finish(words change, const struct recipe *recipe, const doubles *by)
+{
+    return by ? (words)(convert(change, recipe->high, recipe->offset) / *by * recipe->multiply) : change;
+}
+
+/* ---- one part */
+
+/* The next tile may lie where no processor expects it. Beyond the last there may be no memory, which is ignored. */
+ALWAYS_INLINE void prefetch(const uint64_t *value, uintptr_t ahead)
+{
+    __builtin_prefetch((const void *)((uintptr_t)value + ahead));
+}
+
+ALWAYS_INLINE void prefetch_run(const uint64_t *run, uint64_t count, uintptr_t ahead)
+{
+    for (uint64_t i = 0; i < count; i += LINE)
+        prefetch(run + i, ahead);
+}
+
+ALWAYS_INLINE const uint64_t *find_run(const struct part *part, uint64_t row, uint64_t run)
+{
+    return part->values + row * part->series->sweep_step + run * part->series->file_step;
+}
+
+/*
+ * Write the changes of a part, or rates. When it is compiled, these are known: as_rates; `together`, whether the values
+ * of a run are cleared together; the step, if it is 1; `each`, whether a run has a value of each sweep.
+ */
+ALWAYS_INLINE void change_part(const struct part *part, int as_rates, int together, uint64_t step, int each)
+{
+    const struct kvmstats_series *series = part->series;
+    const uint64_t apart = series->sweep_step, count = part->count;
+    const uintptr_t ahead = part->ahead;
+    const double offset = series->grows ? POWERS : SIGNED_POWERS;
+    const struct recipe recipe = {
+        .goes_down = both(series->grows ? 0 : UINT64_MAX),
+        .high = both(series->grows ? HIGH : SIGNED_HIGH),
+        .offset = {offset, offset},
+        .divide = {series->divide, series->divide},
+        .multiply = {series->multiply, series->multiply},
+    };
+
+    for (uint64_t row = 0; row < part->rows; ++row) {
+        uint64_t *out = (uint64_t *)series->out + part->out + row * part->row_size;
+        const double *seconds = part->tile->seconds + row;
+        doubles by = recipe.divide;
+        if (as_rates)
+            by *= *seconds;
+        for (uint64_t run = 0; run < part->runs; ++run, out += count) {
+            const uint64_t *before = find_run(part, row, run);
+            words fallen = {0, 0};
+            if (step == 1)
+                prefetch_run(before + apart, count, ahead);
+            uint64_t i = 0;
+            for (; i + LANES <= count; i += LANES, before += LANES * step) {
+                if (step != 1) {
+                    prefetch(before + apart, ahead);
+                    prefetch(before + apart + step, ahead);
+                }
+                if (each)
+                    by = *(const doubles *)(seconds + i) * recipe.divide;
+                words change = change_two(load(before, step), load(before + apart, step), &recipe, together, &fallen);
+                *(words *)(out + i) = finish(change, &recipe, as_rates ? &by : NULL);
+            }
+            if (i < count) {
+                prefetch(before + apart, ahead);
+                if (each)
+                    by = seconds[i] * recipe.divide;
+                words change = change_two(load(before, 0), load(before + apart, 0), &recipe, together, &fallen);
+                out[i] = finish(change, &recipe, as_rates ? &by : NULL)[0];
+            }
+            /* That a histogram was cleared is known at its end. */
+            if (together && series->grows && (fallen[0] | fallen[1]) >> 63)
+                for (i = 0; i < count; ++i)
+                    out[i] = finish(both(find_run(part, row, run)[apart + i]), &recipe, as_rates ? &by : NULL)[0];
+        }
+    }
+}
+
+static void change_deltas(const struct part *part)
+{
+    if (part->series->width > 1)
+        change_part(part, 0, 1, 1, 0);
+    else if (part->step == 1)
+        change_part(part, 0, 0, 1, 0);
+    else
+        change_part(part, 0, 0, part->step, 0);
+}
+
+static void change_rates(const struct part *part)
+{
+    if (part->series->width > 1)
+        change_part(part, 1, 1, 1, 0);
+    else if (part->rows < part->tile->sweeps)
+        change_part(part, 1, 0, part->step, 1);
+    else if (part->step == 1)
+        change_part(part, 1, 0, 1, 0);
+    else
+        change_part(part, 1, 0, part->step, 0);
+}
+
+static void gather_part(const struct part *part)
+{
+    for (uint64_t row = 0; row < part->rows; ++row) {
+        uint64_t *out = (uint64_t *)part->series->out + part->out + row * part->row_size;
+        for (uint64_t run = 0; run < part->runs; ++run) {
+            const uint64_t *value = find_run(part, row, run);
+            for (uint64_t i = 0; i < part->count; ++i, value += part->step) {
+                prefetch(value, part->ahead);
+                *out++ = *value;
+            }
+        }
+    }
+}
+
+ALWAYS_INLINE int any_fell(const struct part *part, uint64_t step)
+{
+    const uint64_t apart = part->series->sweep_step;
+    words fallen = {0, 0};
+
+    for (uint64_t row = 0; row < part->rows; ++row)
+        for (uint64_t run = 0; run < part->runs; ++run) {
+            const uint64_t *before = find_run(part, row, run);
+            uint64_t i = 0;
+            if (step == 1)
+                prefetch_run(before + apart, part->count, part->ahead);
+            for (; i + LANES <= part->count; i += LANES, before += LANES * step) {
+                if (step != 1) {
+                    prefetch(before + apart, part->ahead);
+                    prefetch(before + apart + step, part->ahead);
+                }
+                fallen |= borrow(load(before, step), load(before + apart, step));
+            }
+            if (i < part->count) {
+                prefetch(before + apart, part->ahead);
+                fallen |= borrow(load(before, 0), load(before + apart, 0));
+            }
+        }
+    return (fallen[0] | fallen[1]) >> 63 != 0;
+}
+
+/* Whether anything in a part was cleared. */
+static int was_any_cleared(const struct part *part)
+{
+    if (!part->series->grows)
+        return 0;
+    return part->step == 1 ? any_fell(part, 1) : any_fell(part, part->step);
+}
+
+static int was_cleared(const struct kvmstats_series *series, const uint64_t *before)
+{
+    for (uint64_t i = 0; i < series->width; ++i)
+        if (before[series->sweep_step + i] < before[i])
+            return 1;
+    return 0;
+}
+
+static void mark_part(const struct part *part)
+{
+    const struct kvmstats_series *series = part->series;
+    const struct tile *tile = part->tile;
+    const int any = was_any_cleared(part);
+
+    for (uint64_t i = 0; i < tile->sweeps; ++i) {
+        uint8_t *out = (uint8_t *)series->out + (part->out + i * part->row_size) / series->width;
+        for (uint64_t file = 0; file < tile->files; ++file)
+            out[file] = any && was_cleared(series, find_run(part, i, file));
+    }
+}
+
+static void add_part(const struct part *part)
+{
+    struct kvmstats_series *series = part->series;
+    const struct tile *tile = part->tile;
+    const int any = was_any_cleared(part);
+    /* Where nothing was cleared, all changes together are the last value less the first. */
+    const uint64_t sweeps = any ? 1 : tile->sweeps;
+
+    for (uint64_t i = 0; i < tile->sweeps; i += sweeps)
+        for (uint64_t file = 0; file < tile->files; ++file) {
+            const uint64_t *before = find_run(part, i, file), *after = before + sweeps * series->sweep_step;
+            uint64_t *sums = (uint64_t *)series->out + (tile->file + file) * series->width;
+            const int cleared = any && was_cleared(series, before);
+            for (uint64_t j = 0; j < series->width; ++j) {
+                uint64_t change = cleared ? after[j] : after[j] - before[j];
+                sums[j] += change;
+                series->overflowed |= series->grows && sums[j] < change;
+            }
+        }
+}
+
+/* ---- a table */
+
+/* Whether all that is read and written has addresses. */
+static int fits(const struct kvmstats_table *table)
+{
+    const uint64_t sweeps = table->sweeps ? table->sweeps : 1; /* there are sums without a sweep, too */
+    const uint64_t files = table->files ? table->files : 1;
+
+    for (uint64_t i = 0; i < table->num_series; ++i) {
+        const struct kvmstats_series *series = &table->series[i];
+        uint64_t in_sweeps, in_files, end, size;
+        if (__builtin_mul_overflow(sweeps - 1, series->sweep_step, &in_sweeps) ||
+            __builtin_mul_overflow(files - 1, series->file_step, &in_files) ||
+            __builtin_add_overflow(in_sweeps, in_files, &end) || __builtin_add_overflow(end, series->width, &end) ||
+            __builtin_mul_overflow(sweeps, files, &size) || __builtin_mul_overflow(size, series->width, &size) ||
+            end > SIZE_MAX / 8 || size > SIZE_MAX / 8)
+            return 0;
+    }
+    return 1;
+}
+
+static struct part find_part(const struct kvmstats_table *table, struct kvmstats_series *series,
+                             const struct tile *tile, enum what what)
+{
+    const int is_whole = tile->files == table->files;
+    const int has_gaps = series->sweep_step != table->files * series->file_step;
+    struct part part = {.series = series, .tile = tile, .rows = tile->sweeps};
+
+    part.values = series->values + tile->sweep * series->sweep_step + tile->file * series->file_step;
+    part.out = (tile->sweep * table->files + tile->file) * series->width;
+    part.row_size = table->files * series->width;
+    part.runs = series->width > 1 ? tile->files : 1;
+    part.count = series->width > 1 ? series->width : tile->files;
+    part.step = series->width > 1 ? 1 : series->file_step;
+    /* In rates the changes of a run have the same seconds, or each its own. */
+    if (series->width == 1 && is_whole && !has_gaps && (what != RATES || table->files == 1)) {
+        part.rows = 1;
+        part.count *= tile->sweeps;
+    }
+    uint64_t ahead = tile->files * series->file_step;
+    if (tile->file + tile->files == table->files) /* the next tile begins with the first file */
+        ahead = tile->sweeps * series->sweep_step - tile->file * series->file_step;
+    part.ahead = (uintptr_t)(ahead * 8);
+    return part;
+}
+
+static void find_seconds(const struct kvmstats_table *table, struct tile *tile)
+{
+    for (uint64_t i = 0; i < tile->sweeps; ++i) {
+        const int64_t *time = table->time + tile->sweep + i;
+        int64_t ns = (int64_t)((uint64_t)time[1] - (uint64_t)time[0]);
+        tile->seconds[i] = ns ? (double)ns / 1e9 : (double)NAN;
+    }
+}
+
+static void work_on(const struct part *part, enum what what)
+{
+    if (what == GATHER)
+        gather_part(part);
+    else if (what == DELTAS)
+        change_deltas(part);
+    else if (what == RATES)
+        change_rates(part);
+    else if (what == RESETS)
+        mark_part(part);
+    else
+        add_part(part);
+}
+
+static int work(const struct kvmstats_table *table, enum what what)
+{
+    const uint64_t results = table->sweeps && what != GATHER ? table->sweeps - 1 : table->sweeps;
+    struct tile tile;
+
+    if (!fits(table))
+        return -EOVERFLOW;
+    for (uint64_t i = 0; i < table->num_series && what == TOTALS; ++i) {
+        table->series[i].overflowed = 0;
+        memset(table->series[i].out, 0, (size_t)(table->files * table->series[i].width * 8));
+    }
+    if (table->files == 0)
+        return 0;
+    /* All files of some sweeps, or of at least LEAST_SWEEPS as many files as there is room for. */
+    const uint64_t room = table->tile > LARGEST_TILE ? LARGEST_TILE : table->tile ? table->tile : 1;
+    const uint64_t most = room > LEAST_SWEEPS ? room / LEAST_SWEEPS : 1;
+    const uint64_t files = table->files < most ? table->files : most, sweeps = room / files;
+    for (tile.sweep = 0; tile.sweep < results; tile.sweep += sweeps)
+        for (tile.file = 0; tile.file < table->files; tile.file += files) {
+            tile.sweeps = results - tile.sweep < sweeps ? results - tile.sweep : sweeps;
+            tile.files = table->files - tile.file < files ? table->files - tile.file : files;
+            if (what == RATES && tile.file == 0)
+                find_seconds(table, &tile);
+            for (uint64_t i = 0; i < table->num_series; ++i) {
+                const struct part part = find_part(table, &table->series[i], &tile, what);
+                work_on(&part, what);
+            }
+        }
+    return 0;
+}
+
+int kvmstats_gather(const struct kvmstats_table *table)
+{
+    return work(table, GATHER);
+}
+
+int kvmstats_deltas(const struct kvmstats_table *table)
+{
+    return work(table, DELTAS);
+}
+
+int kvmstats_rates(const struct kvmstats_table *table)
+{
+    return work(table, RATES);
+}
+
+int kvmstats_resets(const struct kvmstats_table *table)
+{
+    return work(table, RESETS);
+}
+
+int kvmstats_totals(const struct kvmstats_table *table)
+{
+    return work(table, TOTALS);
+}
