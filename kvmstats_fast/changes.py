@@ -1,58 +1,102 @@
-"""Changes of a statistic from sweep to sweep: differences, resets, rates and sums, in one pass over memory each.
+"""Changes of samples: from sweep to sweep, per second, where counters were cleared, and over the whole run.
 
-Inner to the package: functions over arrays of raw values whose first axis is time. `Samples` has the public methods.
+Inner to the package: `Samples` has the public methods, and `series` works them out for files of one kernel.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from kvmstats_fast.groups import cut_rows, rows_per_block
+from kvmstats_fast import series
+from kvmstats_fast._arguments import check_names, find_fitting
+from kvmstats_fast.errors import unknown_stat
+from kvmstats_fast.groups import find_columns, join_columns
+from kvmstats_fast.spans import last_sweeps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import TypeAlias
+
     import numpy.typing as npt
 
+    from kvmstats_fast.groups import Group
+    from kvmstats_fast.samples import Samples
+    from kvmstats_fast.series import Values
     from kvmstats_fast.stat import Stat
 
-#: Changes that a sum over time holds at once, in sweeps.
-TOTAL_ROWS = 1 << 14
+    Change: TypeAlias = npt.NDArray[np.uint64] | npt.NDArray[np.int64]
 
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 _MOST = 1 << 64
 
 
-def delta(values: npt.NDArray[np.uint64], *, grows: bool) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
-    """Return the change from each sweep to the next: uint64 of what grows, else int64."""
-    change = np.empty((max(len(values) - 1, 0), *values.shape[1:]), np.uint64)
-    for rows in cut_rows(len(change), rows_per_block(values)):
-        _subtract(values, rows, change[rows], grows=grows)
-    return change if grows else change.view(np.int64)
+class Total(NamedTuple):
+    """How much a statistic changed over a run, modulo 2**64, and whether that is too little."""
+
+    name: str
+    change: Change
+    overflowed: bool
+
+    def exact(self) -> Change:
+        """Return the change; ValueError if a uint64 does not hold it."""
+        if self.overflowed:
+            raise ValueError(
+                f"the changes of {self.name}, which was cleared on the way, add up to more than a uint64 holds"
+            )
+        return self.change
 
 
-def rate(values: npt.NDArray[np.uint64], time: npt.NDArray[np.int64], stat: Stat) -> npt.NDArray[np.float64]:
-    """Return the change per second in base units; NaN between two sweeps of the same ns."""
-    seconds = np.diff(time) / 1e9
-    seconds[seconds == 0] = np.nan
-    factor = 1.0 if stat.is_histogram else stat.float_factor
-    if stat.exponent < 0:
-        seconds, factor = seconds * factor, 1.0  # 10**9 is exact as a float, 10**-9 is not
-    seconds = seconds.reshape(-1, *[1] * (values.ndim - 1))
-    result = np.empty((len(seconds), *values.shape[1:]))
-    room = np.empty((min(len(result), rows_per_block(values)), *values.shape[1:]), np.uint64)
-    for rows in cut_rows(len(result), rows_per_block(values)):
-        part = result[rows]
-        change = room[: len(part)]
-        _subtract(values, rows, change, grows=stat.grows)
-        np.divide(change if stat.grows else change.view(np.int64), seconds[rows], out=part)
-        if factor != 1:
-            part *= factor
-    return result
+def deltas(samples: Samples, names: Sequence[str]) -> dict[str, Change]:
+    """Return the change from each sweep to the next, by name; see `Samples.delta`."""
+    found = _collect(samples, names, lambda _, stats, values: series.deltas(stats, values))
+    return {name: _blank(samples, name, change, 0) for name, change in found.items()}
 
 
-def find_resets(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Return where a statistic that grows fell, (sweeps - 1, files); a histogram is cleared as a whole."""
-    return _fell(values[:-1], values[1:])
+def rates(samples: Samples, names: Sequence[str]) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the change per second, by name; see `Samples.rate`."""
+    found = _collect(samples, names, lambda _, stats, values: series.rates(stats, values, samples.time))
+    return {name: _blank(samples, name, rate, np.nan) for name, rate in found.items()}
+
+
+def resets(samples: Samples, names: Sequence[str]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return where statistics were cleared, by name; see `Samples.resets`."""
+    found = _collect(samples, names, lambda _, stats, values: series.resets(stats, values))
+    return {name: _blank(samples, name, cleared, 0) for name, cleared in found.items()}
+
+
+def totals(samples: Samples, names: Sequence[str]) -> dict[str, Total]:
+    """Return the change over the whole run, by name; see `Samples.total`."""
+    ends = last_sweeps(samples) + 1
+    overflowed: set[str] = set()
+
+    def add_up(group: Group, stats: Sequence[Stat], values: Sequence[Values]) -> list[Change]:
+        end = ends[group.columns]
+        if (end == len(samples)).all():
+            parts = [series.totals(stats, values)]
+        else:  # what a file has from the sweep on at which it failed means nothing
+            files = enumerate(end.tolist())
+            parts = [series.totals(stats, [one[:stop, i : i + 1] for one in values]) for i, stop in files]
+        for sums in parts:
+            overflowed.update(stat.name for stat, one in zip(stats, sums, strict=True) if one.overflowed)
+        return [np.concatenate([one.values for one in sums]) for sums in zip(*parts, strict=True)]
+
+    found = _collect(samples, names, add_up, axis=0)
+    return {name: Total(name, change, name in overflowed) for name, change in found.items()}
+
+
+def choose(samples: Samples, names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Return the statistics that names or globs fit, each once; None: all. KeyError if one fits nothing."""
+    if names is None:
+        return samples.names
+    chosen: dict[str, None] = {}
+    for pattern in check_names("names", names):
+        fitting = find_fitting(pattern, samples.names)
+        if not fitting:
+            raise unknown_stat(pattern, samples.names, "these samples")
+        chosen |= dict.fromkeys(fitting)
+    return tuple(chosen)
 
 
 def add_exactly(values: npt.NDArray[np.uint64], axis: int, what: str) -> npt.NDArray[np.uint64]:
@@ -66,17 +110,28 @@ def add_exactly(values: npt.NDArray[np.uint64], axis: int, what: str) -> npt.NDA
     return result
 
 
-def _fell(before: npt.NDArray[np.uint64], after: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    fell: npt.NDArray[np.bool_] = after < before
-    return np.any(fell, axis=2) if fell.ndim == 3 else fell
+def _collect(
+    samples: Samples,
+    names: Sequence[str],
+    work: Callable[[Group, Sequence[Stat], Sequence[Values]], Sequence[npt.NDArray[Any]]],
+    axis: int = 1,
+) -> dict[str, npt.NDArray[Any]]:
+    """Return by name what `work` makes of the statistics of each group, all at once; files are along `axis`."""
+    for name in names:
+        samples.stat(name)  # its error says why there is no common one
+    parts: dict[str, list[tuple[npt.NDArray[np.intp], npt.NDArray[Any]]]] = {name: [] for name in names}
+    for group in samples.groups:
+        here = [name for name in parts if name in group.places]
+        stats, values = [group.places[name][0] for name in here], [group.view(name) for name in here]
+        for name, result in zip(here, work(group, stats, values), strict=True):
+            parts[name].append((group.columns, result))
+    return {name: join_columns(found, axis) for name, found in parts.items()}
 
 
-def _subtract(values: npt.NDArray[np.uint64], rows: slice, out: npt.NDArray[np.uint64], *, grows: bool) -> None:
-    """Write the changes of some rows; where what grows fell, somebody cleared it, and its value is the change."""
-    both = np.ascontiguousarray(values[rows.start : rows.stop + 1])  # it is read twice: better near than far apart
-    before, after = both[:-1], both[1:]
-    np.subtract(after, before, out=out)
-    if grows:
-        fell = _fell(before, after)
-        if fell.any():
-            np.copyto(out, after, where=fell if fell.ndim == out.ndim else fell[..., None])
+def _blank(samples: Samples, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:
+    """Overwrite the changes of files that had failed, and return them."""
+    columns = find_columns(samples.groups, name).tolist() if samples.errors else []
+    for error in samples.errors:
+        if error.file in columns:
+            changes[max(error.sweep - 1, 0) :, columns.index(error.file)] = value
+    return changes

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmstats_fast._arguments import check_name
 from kvmstats_fast.errors import unknown_stat
+from kvmstats_fast.series import gather
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from typing import TypeAlias
 
     import numpy.typing as npt
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
     #: Which sweeps or files are taken, ascending.
     Key: TypeAlias = slice | npt.NDArray[np.intp]
-
-#: Bytes of the rows that are worked on at once: they fit a processor's cache, and numpy's calls do not count.
-BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +109,7 @@ class Block(Group):
 
     def contiguous(self) -> list[npt.NDArray[np.uint64]]:
         """Copy every statistic into an array of its own."""
-        arrays = [np.empty(self.values.shape[:2] + stat.shape, np.uint64) for stat, _ in self.places.values()]
-        views = [self.view(name) for name in self.places]
-        # Block by block: a pass over all the rows for each statistic would fetch every row from memory each time.
-        for rows in cut_rows(len(self.values), rows_per_block(self.values)):
-            for array, view in zip(arrays, views, strict=True):
-                array[rows] = view[rows]
-        return arrays
+        return gather([self.view(name) for name in self.places])
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,20 +168,17 @@ def find_columns(groups: Sequence[Group], name: str) -> npt.NDArray[np.intp]:
     return np.sort(np.concatenate([group.columns for group in find_groups(groups, name)]))
 
 
+def join_columns(parts: Sequence[tuple[npt.NDArray[np.intp], npt.NDArray[Any]]], axis: int = 1) -> npt.NDArray[Any]:
+    """Return the arrays of several groups as one, in the order of their files, which are along an axis."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = np.argsort(np.concatenate([columns for columns, _ in parts]))
+    return np.concatenate([array for _, array in parts], axis=axis).take(order, axis=axis)
+
+
 def find_key(indices: npt.NDArray[np.intp]) -> Key:
     """Return ascending indices as a slice if they are evenly spaced, of which numpy makes a view; else as they are."""
     steps = np.diff(indices)
     if not indices.size or (steps != steps[:1]).any():
         return indices if indices.size else slice(0)
     return slice(int(indices[0]), int(indices[-1]) + 1, int(steps[0]) if steps.size else 1)
-
-
-def rows_per_block(values: npt.NDArray[np.uint64]) -> int:
-    """Return how many rows of an array BLOCK_BYTES hold, at least one."""
-    return max(1, BLOCK_BYTES // max(values.strides[0], 8))
-
-
-def cut_rows(rows: int, step: int) -> Iterator[slice]:
-    """Cut ``range(rows)`` into slices of at most `step`."""
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from kvmstats_fast import changes, selection, spans
 from kvmstats_fast._arguments import check_all
 from kvmstats_fast.answers import Answers
 from kvmstats_fast.conversions import Conversions
-from kvmstats_fast.groups import find_columns, find_groups
+from kvmstats_fast.groups import find_columns, find_groups, join_columns
 from kvmstats_fast.joining import join_samples, spread_offsets
 from kvmstats_fast.selection import Selection
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from kvmstats_fast.groups import Group
     from kvmstats_fast.spans import When
     from kvmstats_fast.stat import Stat
-
-_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 class SampleError(NamedTuple):
@@ -269,16 +267,13 @@ class Samples(Answers, Conversions):
 
     def _values(self, name: str) -> npt.NDArray[np.uint64]:
         found = find_groups(self.groups, name)
-        if len(found) == 1:
-            return found[0].view(name)
         sizes = sorted({group.places[name][0].size for group in found})
         if len({group.places[name][0].shape for group in found}) > 1:
             raise KeyError(
                 f"{name!r} has different numbers of values in files of different kernels, "
                 f"{' and '.join(map(str, sizes))}: take the samples apart with split()"
             )
-        order = np.argsort(np.concatenate([group.columns for group in found]))
-        return np.concatenate([group.view(name) for group in found], axis=1)[:, order]
+        return join_columns([(group.columns, group.view(name)) for group in found])
 
     def delta(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
         """Return the change of a statistic from each sweep to the next, raw.
@@ -290,8 +285,7 @@ class Samples(Answers, Conversions):
             histograms): where such a value fell somebody cleared it (`resets`), and the change is the new value. int64
             for what goes up and down. 0 where a file had failed.
         """
-        delta = changes.delta(self._values(name), grows=self.stat(name).grows)
-        return self._blank(name, delta, 0)  # type: ignore[return-value]  # either of two dtypes
+        return changes.deltas(self, [name])[name]
 
     def total(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64]:
         """Return how much a statistic changed over the whole run, raw: the sum of `delta` over time.
@@ -307,14 +301,7 @@ class Samples(Answers, Conversions):
         ValueError
             If a statistic that was cleared on the way adds up to more than a uint64 holds.
         """
-        rows = changes.TOTAL_ROWS
-        starts = range(0, max(len(self) - 1, 1), rows)
-        deltas = (self[start : start + rows + 1].delta(name) for start in starts)
-        if not self.stat(name).grows:
-            return cast("npt.NDArray[np.int64]", sum(delta.sum(axis=0) for delta in deltas))
-        what = f"the changes of {name}, which was cleared on the way,"
-        parts = [changes.add_exactly(cast("npt.NDArray[np.uint64]", delta), 0, what) for delta in deltas]
-        return changes.add_exactly(np.stack(parts), 0, what)
+        return changes.totals(self, [name])[name].exact()
 
     def mean_rate(self, name: str) -> npt.NDArray[np.float64]:
         """Return the change per second in base units over the whole run: `total` by the time it took.
@@ -341,10 +328,7 @@ class Samples(Answers, Conversions):
         numpy.ndarray
             bool, shape ``(T - 1, n)``; all False for statistics that go up and down.
         """
-        values = self._values(name)
-        if not self.stat(name).grows:
-            return np.zeros((max(len(values) - 1, 0), values.shape[1]), np.bool_)
-        return self._blank(name, changes.find_resets(values), 0)
+        return changes.resets(self, [name])[name]
 
     def rate(self, name: str) -> npt.NDArray[np.float64]:
         """Return the change per second in base units, from each sweep to the next.
@@ -360,7 +344,28 @@ class Samples(Answers, Conversions):
         The mean of these is not the mean rate of the run where ticks were missed: a step of a second weighs no more in
         it than one of a millisecond. `mean_rate` is.
         """
-        return self._blank(name, changes.rate(self._values(name), self.time, self.stat(name)), np.nan)
+        return changes.rates(self, [name])[name]
+
+    def rates(self, names: str | Iterable[str] | None = None) -> dict[str, npt.NDArray[np.float64]]:
+        """Return the rates of many statistics, in one pass over memory.
+
+        Parameters
+        ----------
+        names : str or iterable of str, optional
+            Names or globs (``"halt_*"``). Default: all.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            What `rate` returns for each name; in the order of `names`, and of the samples. The arrays share one piece
+            of memory, which is there as long as any of them: copy what is to be kept alone.
+
+        Raises
+        ------
+        KeyError
+            If a pattern fits nothing, or a name is in VM and in vCPU files: see `vm`, `vcpu`.
+        """
+        return changes.rates(self, changes.choose(self, names))
 
     def si(self, name: str) -> npt.NDArray[np.uint64] | npt.NDArray[np.int64] | npt.NDArray[np.float64]:
         """Return the values of a statistic in base units: seconds, bytes ... (``samples.stat(name).units(si=True)``).
@@ -383,14 +388,6 @@ class Samples(Answers, Conversions):
             if limits.min <= low * factor <= high * factor <= limits.max:
                 return np.multiply(values, min(factor, limits.max), dtype=values.dtype)
         return stat.scale_array(values)
-
-    def _blank(self, name: str, changes: npt.NDArray[_Scalar], value: float) -> npt.NDArray[_Scalar]:
-        """Overwrite the changes of files that had failed, in an array of our own, and return it."""
-        columns = find_columns(self.groups, name).tolist() if self.errors else []
-        for error in self.errors:
-            if error.file in columns:
-                changes[max(error.sweep - 1, 0) :, columns.index(error.file)] = value
-        return changes
 
     @classmethod
     def load(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from made import group_of, run_of
 
 import kvmstats_fast as kf
-from kvmstats_fast import changes, groups
+from kvmstats_fast import series
 from kvmstats_fast.analysis import histogram as histogram_module
 
 LOG = kf.Stat("wait_hist", kf.StatType.LOG_HIST, kf.StatUnit.SECONDS, kf.StatBase.POW10, -9, 5, 0)
@@ -548,10 +548,10 @@ def changes_of(values):
     histories(),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 8)), max_size=2, unique_by=lambda pair: pair[0]),
     st.sampled_from(["block", "columns"]),
-    st.integers(1, 4),
+    st.sampled_from([1, 50, 200]),
     st.data(),
 )
-def test_the_histogram_of_a_run_is_what_its_files_counted(history, failures, storage, rows, data):
+def test_the_histogram_of_a_run_is_what_its_files_counted(history, failures, storage, tile_bytes, data):
     """File by file the changes of every interval, also where it was cleared, up to where it failed; parts add up."""
     counts, sums = counted(history, HIST)
     sweeps, n = sums.shape
@@ -560,7 +560,7 @@ def test_the_histogram_of_a_run_is_what_its_files_counted(history, failures, sto
         counts[sweep:, file] = sums[sweep:, file] = 0
     values = {"halt_wait_hist": counts, "halt_wait_ns": sums}
     x = run_of(group_of([ADDER, HIST], range(n), values, storage=storage), failed=failures)
-    with mock.patch.object(changes, "TOTAL_ROWS", rows), mock.patch.object(groups, "BLOCK_BYTES", 100):
+    with mock.patch.object(series, "TILE_BYTES", tile_bytes):
         h = x.histogram("halt_wait_hist")
         cut = data.draw(st.integers(0, sweeps - 1))
         parts = x[: cut + 1].histogram("halt_wait_hist"), x[cut:].histogram("halt_wait_hist")

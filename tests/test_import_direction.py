@@ -15,7 +15,7 @@ PACKAGE = Path(kvmstats_fast.__file__).parent
 LAYERS = (
     ("_kvmstats", "_resource", "_arguments", "_text", "_unpatched"),
     ("abi", "errors"),
-    ("stat", "encoding", "schema", "image", "conformance"),
+    ("stat", "series", "encoding", "schema", "image", "conformance"),
     ("file_info", "groups", "handle", "stats_file"),
     ("changes", "joining", "selection", "spans", "answers", "conversions", "samples", "vmm"),
     ("sampling", "analysis", "formats"),

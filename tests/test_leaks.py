@@ -79,6 +79,7 @@ CALLS = {
     "Sampler.view": lambda: SAMPLER.view("exits"),
     "Samples.delta": lambda: SAMPLES.delta("exits"),
     "Samples.rate": lambda: SAMPLES.rate("halt_wait_hist"),
+    "Samples.rates": lambda: SAMPLES.rates("halt_*"),
     "Samples.resets": lambda: SAMPLES.resets("exits"),
     "Samples.si": lambda: SAMPLES.si("halt_wait_ns"),
     "Samples.histogram": lambda: SAMPLES.histogram("halt_wait_hist"),

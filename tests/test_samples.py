@@ -16,7 +16,7 @@ from made import group_of, run_of
 from strategies import valid_files
 
 import kvmstats_fast as kf
-from kvmstats_fast import changes, groups
+from kvmstats_fast import series
 from kvmstats_fast.testing import SyntheticStats
 
 STATS = [
@@ -302,10 +302,10 @@ SLICES = st.builds(slice, *[st.one_of(st.none(), st.integers(-13, 13))] * 2, st.
 
 @examples(150)
 @given(runs(), SLICES, STORAGES, st.sampled_from([1, 16, 50, 100, 1 << 18]))
-def test_changes_rates_and_resets_are_those_of_each_pair_of_sweeps(drawn, key, storage, block_bytes):
-    """Whatever the type, scale, blocks and steps: each change is the difference of two readings, in plain integers."""
+def test_changes_rates_and_resets_are_those_of_each_pair_of_sweeps(drawn, key, storage, tile_bytes):
+    """Whatever the type, scale, tiles and steps: each change is the difference of two readings, in plain integers."""
     stat, scale, values, times, failed = drawn
-    with mock.patch.object(groups, "BLOCK_BYTES", block_bytes):
+    with mock.patch.object(series, "TILE_BYTES", tile_bytes):
         x = run_with(drawn, storage)[key]
         delta, rate, resets = x.delta("x"), x.rate("x"), x.resets("x")
     kept = range(len(values))[key]
@@ -334,13 +334,13 @@ def test_changes_rates_and_resets_are_those_of_each_pair_of_sweeps(drawn, key, s
 
 
 @examples(60)
-@given(runs(), st.integers(1, 5), STORAGES)
-def test_the_sum_of_all_changes_is_made_part_by_part(drawn, rows, storage):
+@given(runs(), st.sampled_from([1, 50, 100, 1 << 18]), STORAGES)
+def test_the_sum_of_all_changes_is_made_part_by_part(drawn, tile_bytes, storage):
     """Of any length it is the sum of delta over time, as the same numbers, or an error where no uint64 holds it."""
     x = run_with(drawn, storage)
     delta = x.delta("x")
     exact = np.asarray(delta.astype(object).sum(axis=0))
-    with mock.patch.object(changes, "TOTAL_ROWS", rows):
+    with mock.patch.object(series, "TILE_BYTES", tile_bytes):
         if delta.dtype == np.uint64 and (exact >= 2**64).any():
             with pytest.raises(ValueError, match="more than a uint64 holds"):
                 x.total("x")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.abi import StatType, StatUnit
+from kvmstats_fast.changes import Total, totals
 from kvmstats_fast.spans import last_sweeps, read_seconds
 
 if TYPE_CHECKING:
@@ -46,12 +47,19 @@ class WholeRun:
         self.names = list(dict.fromkeys(stat.name for stat in stats if not stat.shape))
         counts = (stat for stat in stats if (stat.type, stat.unit) == (StatType.CUMULATIVE, StatUnit.NONE))
         self.counts = list(dict.fromkeys(stat.name for stat in counts if not stat.shape))
+        self._totals: dict[int, dict[str, Total]] = {}
         self._last = last_sweeps(chosen)
         self.seconds = read_seconds(chosen)
 
     def change(self, name: str) -> Values:
         """Return the change of a statistic, (n,)."""
-        return self._collect(name, lambda part, _: part.total(name), needed=2)
+        return self._collect(name, lambda part, _: self._total(part, name), needed=2)
+
+    def _total(self, part: Samples, name: str) -> npt.NDArray[Any]:
+        """Return the change of a statistic of one kernel; those of all its others are found in the same pass."""
+        if id(part) not in self._totals:
+            self._totals[id(part)] = totals(part, [one for one in part.names if not part.stat(one).shape])
+        return self._totals[id(part)][name].exact()
 
     def end(self, name: str) -> Values:
         """Return the last value of a statistic that was read, (n,)."""
