@@ -159,6 +159,15 @@ def test_runs_are_added_up_in_the_order_of_time(tmp_path, capsys):
     assert figures["io_exits/s"] == pytest.approx((1 + 3) * 5500 / 10)  # two VMs' vCPUs 0, each for ten seconds
 
 
+def test_what_was_recorded_at_the_same_time_is_counted_in_the_same_time(tmp_path, capsys):
+    """Two recordings of a host that overlap by half: its rate is that of all in the time that any of them covers."""
+    run_of().save(tmp_path / "a.npz")
+    run_of(start=1_790_000_005, pid=2).save(tmp_path / "b.npz")
+    found = objects(capsys, tmp_path / "a.npz", tmp_path / "b.npz", "--by", "host", "-e", "exits")
+    (row,) = found["statistic"]
+    assert (row["value"], row["rate"]) == (2 * 16500, pytest.approx(2 * 16500 / 15))
+
+
 def test_two_halves_say_what_the_whole_does():
     """Figures and advice of a run that is given in parts, which share a sweep, are those of the run."""
     x = run_of()
@@ -175,6 +184,31 @@ def test_two_halves_say_what_the_whole_does():
     for one, other in zip(halves.pop("rows"), whole.pop("rows"), strict=True):
         assert one == pytest.approx(other)
     assert halves == pytest.approx(whole, nan_ok=True)
+
+
+def test_what_was_recorded_for_no_time_or_not_at_all_has_no_rate(tmp_path, capsys):
+    """One sweep, a file that failed at once and a VM that died have what is known of them, in every form."""
+    x = run_of()
+    x[:1].save(tmp_path / "one.npz")
+    error = kf.VmGoneError("the VM is gone")
+    gone = replace(x, errors=(kf.SampleError(0, 0, error), kf.SampleError(1, 0, error)))
+    gone.save(tmp_path / "gone.npz")
+    for name in ("one", "gone"):
+        found = objects(capsys, tmp_path / f"{name}.npz", "-z")
+        rows = {row["name"]: row for row in found["statistic"]}
+        assert {rows["exits"][key] for key in ("rate", "min", "median", "p99")} == {None}
+        assert found["vm"][0]["ended"] == ("the VM is gone" if name == "gone" else "")
+        arguments = (
+            tmp_path / f"{name}.npz",
+            "-z",
+            "--html",
+            tmp_path / f"{name}.html",
+            "-o",
+            tmp_path / f"{name}.txt",
+        )
+        assert report(capsys, *arguments) == ""
+        assert "exits" in (tmp_path / f"{name}.txt").read_text()
+        assert "exits" in Page((tmp_path / f"{name}.html").read_text()).text
 
 
 class Page(HTMLParser):

@@ -176,7 +176,7 @@ def _line(row: Summary, start: int, stop: int) -> str:
     if not row.steps or stop <= start:
         return ""
     values = _on_grid(row, start, stop)
-    low, high = min(float(np.nanmin(values)), 0.0), max(float(np.nanmax(values)), 0.0)
+    low, high = float(np.fmin.reduce(values, initial=0)), float(np.fmax.reduce(values, initial=0))
     scale = (_HEIGHT - 2) / (high - low) if high > low else 0.0
     path, draws = [], False
     for x, value in enumerate(values.tolist()):

@@ -41,22 +41,23 @@ def draw(recorded: Recorded, path: Path, *, overwrite: bool) -> None:
     kind = path.suffix.removeprefix(".").lower()
     if kind not in formats:
         raise UsageError(f"{path} does not end in the name of a format: {', '.join(sorted(formats))}")
-    for ax, (name, rows) in zip(
-        figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0], shown.items(), strict=True
-    ):
-        _draw_panel(ax, name, rows)
+    labels = dict.fromkeys(_label(row) for rows in shown.values() for row in rows)
+    colors = {label: f"C{number % 10}" for number, label in enumerate(labels)}
+    axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    for ax, (name, rows) in zip(axes, shown.items(), strict=True):
+        _draw_panel(ax, name, rows, colors)
     with put_file(path, overwrite=overwrite, mode=PRIVATE) as file:
         figure.savefig(file, format=kind)
 
 
-def _draw_panel(ax: Any, name: str, rows: list[Summary]) -> None:
-    for number, row in enumerate(rows):
+def _draw_panel(ax: Any, name: str, rows: list[Summary], colors: dict[str, str]) -> None:
+    for row in sorted(rows, key=lambda row: [*colors].index(_label(row))):
         labels: list[str | None] = [_label(row), *[None] * len(row.steps)]
         for edges, steps, label in zip(row.time, row.steps, labels, strict=False):
-            ax.stairs(steps, edges.astype("datetime64[ns]"), baseline=None, label=label, color=f"C{number % 10}")
+            ax.stairs(steps, edges.astype("datetime64[ns]"), baseline=None, label=label, color=colors[_label(row)])
     unit = rows[0].unit
     ax.set_ylabel(f"{printable(name)}\n({unit if rows[0].rate is None else f'{unit or 1}/s'})".replace("\n()", ""))
-    ax.set_ylim(bottom=min(0.0, *(float(np.nanmin(steps)) for row in rows for steps in row.steps)))
+    ax.set_ylim(bottom=min(float(np.fmin.reduce(steps, initial=0)) for row in rows for steps in row.steps))
     ax.margins(x=0)
     if len(rows) <= _PANELS:
         ax.legend(loc="best", fontsize="small")
