@@ -14,8 +14,15 @@ class Conversions:
 
     __slots__ = ()
 
-    def to_arrow(self: Any) -> Any:
+    def to_arrow(self: Any, *, values: str = "raw") -> Any:
         """Return the samples of one kind and kernel as a ``pyarrow.Table``, a row for each sweep and file.
+
+        Parameters
+        ----------
+        values : {"raw", "delta", "rate"}
+            What the columns of statistics have: raw values, or what `delta` or `rate` returns. Sums over raw counters
+            mean nothing, and differences go below 0 where one was cleared; deltas can be added up. They are in the row
+            of the later of their two sweeps, so that the first sweep has none.
 
         Returns
         -------
@@ -23,33 +30,37 @@ class Conversions:
             Columns ``host``, ``vm`` (the label, see `FileInfo`), ``pid`` (null where it is not known) and ``vcpu`` (-1
             for the file of a VM): together with ``time`` (the wall clock, timestamp[ns, UTC]) they tell rows apart.
             Then ``tick``, ``sweep_ns``, ``file`` (the index in `files`), ``id``, for vCPUs ``vcpu_id`` (as ``vcpu``,
-            which version 0.1 lacked), and one of raw uint64 for each statistic, a histogram's a fixed size list. Only
-            ``pid`` has nulls. What a descriptor says is in its field's metadata. Rows of files that had failed are not
-            there. A statistic with the name of one of ours, or ``bucket`` or ``date``, is called ``stat.NAME``, here
-            and in the other conversions.
+            which version 0.1 lacked), and one for each statistic: raw values are uint64, rates float64, deltas what
+            `delta` returns; those of a histogram are a fixed size list. Only ``pid`` has nulls. What a descriptor says
+            is in its field's metadata. Rows of files that had failed are not there. A statistic with the name of one
+            of ours, or ``bucket`` or ``date``, is called ``stat.NAME``, here and in the other conversions.
 
         Raises
         ------
         KeyError
             For both VM and vCPU files, or files of different kernels: see `vm`, `vcpu`, `split`.
+        ValueError
+            If `values` is none of these.
         ModuleNotFoundError
             Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
         """
         from kvmstats_fast.formats import arrow  # noqa: PLC0415 - only who uses it needs pyarrow
 
-        return arrow.table(self)
+        return arrow.table(self, values=values)
 
     def __arrow_c_stream__(self: Any, requested_schema: object = None) -> object:
         """Return the samples to any library that speaks Arrow: pandas, polars, duckdb."""
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
-    def to_pandas(self: Any, *, si: bool = False) -> Any:
+    def to_pandas(self: Any, *, values: str = "raw", si: bool = False) -> Any:
         """Return the samples of one kind and kernel as a ``pandas.DataFrame``, a row for each sweep and file.
 
         Parameters
         ----------
+        values : {"raw", "delta", "rate"}
+            What the columns of statistics have, as in `to_arrow`.
         si : bool
-            Values in base units, as `si` gives them.
+            Raw values or deltas in base units, as `si` gives them. Rates always are.
 
         Returns
         -------
@@ -66,15 +77,17 @@ class Conversions:
         """
         from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs pandas
 
-        return frames.to_pandas(self, si=si)
+        return frames.to_pandas(self, values=values, si=si)
 
-    def to_xarray(self: Any, *, si: bool = False) -> Any:
+    def to_xarray(self: Any, *, values: str = "raw", si: bool = False) -> Any:
         """Return the samples as an ``xarray.Dataset``: a variable for each statistic.
 
         Parameters
         ----------
+        values : {"raw", "delta", "rate"}
+            What the variables have, as in `to_arrow`: of changes there is one less along ``time``.
         si : bool
-            Values in base units, as `si` gives them.
+            Raw values or deltas in base units, as `si` gives them. Rates always are.
 
         Returns
         -------
@@ -95,20 +108,21 @@ class Conversions:
         """
         from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs xarray
 
-        return frames.to_xarray(self, si=si)
+        return frames.to_xarray(self, values=values, si=si)
 
     def to_csv(
         self: Any,
         path: str | os.PathLike[str],
         *,
         kind: str | None = None,
+        values: str = "raw",
         overwrite: bool = False,
         mode: int = 0o600,
     ) -> None:
         """Write the samples of one kind to a CSV file; see `kvmstats_fast.to_csv`, which also takes a recording."""
         from kvmstats_fast.formats import csv  # noqa: PLC0415 - only who uses it needs pyarrow
 
-        csv.to_csv(self, path, kind=kind, overwrite=overwrite, mode=mode)
+        csv.to_csv(self, path, kind=kind, values=values, overwrite=overwrite, mode=mode)
 
     def to_parquet(
         self: Any,

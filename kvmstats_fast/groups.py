@@ -109,7 +109,7 @@ class Block(Group):
 
     def contiguous(self) -> list[npt.NDArray[np.uint64]]:
         """Copy every statistic into an array of its own."""
-        return gather([self.view(name) for name in self.places])
+        return [*gather([self.view(name) for name in self.places])]
 
 
 @dataclass(frozen=True, slots=True)

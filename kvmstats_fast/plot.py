@@ -54,12 +54,6 @@ def _rate(samples: Samples, name: str) -> tuple[npt.NDArray[np.float64], npt.NDA
     return seconds[edges], mean
 
 
-def _unit(samples: Samples, name: str) -> str:
-    """Return the unit of a rate; seconds per second are a fraction of the time."""
-    unit = samples.stat(name).units(si=True)
-    return f"{unit}/s" if unit else "1/s"
-
-
 def _bands(samples: Samples, name: str) -> dict[str, list[int]]:
     """Return the columns that share a band, by what the band is called: those of a VM, or all if there are many VMs."""
     files = samples.columns(name)
@@ -95,7 +89,7 @@ def rates(samples: Samples, names: str | Iterable[str], ax: Any = None) -> Any:
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError("names is empty: name a statistic to draw")
-    units = {_unit(samples, name) for name in names}
+    units = {samples.stat(name).rate_units for name in names}
     if len(units) > 1:
         raise ValueError(f"these statistics have different units, {', '.join(sorted(units))}: draw them apart")
     drawn = {name: _rate(samples, name) for name in names}
@@ -184,5 +178,5 @@ def heatmap(samples: Samples, name: str, ax: Any = None) -> Any:
     ax.set_yticks(range(0, len(whose), step), whose[::step])
     ax.invert_yaxis()
     ax.set_xlabel("time since start (s)")
-    ax.figure.colorbar(mesh, ax=ax, label=f"{name} ({_unit(samples, name)})")
+    ax.figure.colorbar(mesh, ax=ax, label=f"{name} ({samples.stat(name).rate_units})")
     return ax

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, overload
 
-import numpy as np
-
 from kvmstats_fast import changes, selection, spans
 from kvmstats_fast._arguments import check_all
 from kvmstats_fast.answers import Answers
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Sequence
 
+    import numpy as np
     import numpy.typing as npt
 
     from kvmstats_fast.file_info import FileInfo
@@ -378,16 +377,7 @@ class Samples(Answers, Conversions):
             counters can fall below 0. A histogram's values are counts, which have no unit; neither do statistics with
             an unknown code: both stay as they are.
         """
-        stat = self.stat(name)
-        values: npt.NDArray[np.uint64] | npt.NDArray[np.int64] = stat.as_signed(self._values(name))
-        if stat.is_histogram or stat.unknown or not stat.exponent:
-            return values
-        if stat.exponent > 0:
-            factor, limits = stat.factor, np.iinfo(values.dtype)
-            low, high = int(values.min(initial=0)), int(values.max(initial=0))
-            if limits.min <= low * factor <= high * factor <= limits.max:
-                return np.multiply(values, min(factor, limits.max), dtype=values.dtype)
-        return stat.scale_array(values)
+        return self.stat(name).to_si(self._values(name))
 
     @classmethod
     def load(

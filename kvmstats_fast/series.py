@@ -34,9 +34,9 @@ class Sum(NamedTuple):
     overflowed: bool
 
 
-def gather(values: Sequence[Values]) -> list[Values]:
-    """Return copies of the values, each C-contiguous."""
-    results = _room([one.shape for one in values], np.uint64)
+def gather(values: Sequence[Values], out: Sequence[Values] | None = None) -> Sequence[Values]:
+    """Return copies of the values, each C-contiguous; in the arrays `out`, which are, or in new ones."""
+    results = _room([one.shape for one in values], np.uint64) if out is None else out
     _work(lib.kvmstats_gather, values, results)
     return results
 

@@ -131,6 +131,12 @@ class Stat:
         return f"{radix}^{self.exponent} {symbol}".rstrip() if prefix is None else prefix + symbol
 
     @property
+    def rate_units(self) -> str:
+        """The unit of a rate: ``"s/s"``, ``"1/s"`` of counts. Inner to the package."""
+        symbol = "" if self.is_histogram else self.units(si=True)
+        return f"{symbol or 1}/s"
+
+    @property
     def factor(self) -> int:
         """What to multiply a raw value with, or to divide it by if the exponent is negative; 1 if a code is unknown."""
         if self.exponent == 0 or self.unknown:
@@ -151,6 +157,19 @@ class Stat:
             self.as_signed(values), self.float_factor
         )
         return result
+
+    def to_si(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return raw values in base units, exact where all are whole and fit (`Samples.si`). Inner to the package."""
+        values = self.as_signed(values)
+        if self.is_histogram or self.unknown or not self.exponent:
+            return values
+        if self.exponent > 0:
+            factor, limits = self.factor, np.iinfo(values.dtype)
+            low, high = int(values.min(initial=0)), int(values.max(initial=0))
+            if limits.min <= low * factor <= high * factor <= limits.max:
+                exact: npt.NDArray[Any] = np.multiply(values, min(factor, limits.max), dtype=values.dtype)
+                return exact
+        return self.scale_array(values)
 
     def as_signed(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return raw values as int64 if they are instant, else as they are; a view. Inner to the package."""

@@ -17,6 +17,7 @@ from kvmstats_fast.file_info import identify
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.errors import describe
 from kvmstats_fast.formats.origin import BATCH_FIELDS, FORMAT, Origin
+from kvmstats_fast.formats.values import check_values, find_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -76,24 +77,25 @@ def own_fields(kind: str, written: int = FORMAT) -> list[Any]:
     return fields[len(WHOSE) if written == 1 else 0 : None if kind == "vcpu" else -1]
 
 
-def stat_field(stat: Stat, place: int) -> Any:
+def stat_field(stat: Stat, place: int, values: str = "raw") -> Any:
     """Return the field of a statistic, with its descriptor as metadata; `place` is that of the descriptor."""
     pa = need("pyarrow", "arrow")
     words = {what: _word(getattr(stat, what)) for what in ("type", "unit", "base")}
     words |= {what: str(getattr(stat, what)) for what in ("exponent", "size", "offset", "bucket_size")}
-    words |= {"units": stat.units(), "descriptor": str(place)}
-    value = pa.uint64()
+    words |= {"units": stat.rate_units if values == "rate" else stat.units(), "descriptor": str(place)}
+    value = {"raw": pa.uint64(), "delta": pa.uint64() if stat.grows else pa.int64(), "rate": pa.float64()}[values]
     if stat.shape:
         value = pa.list_(pa.field("item", value, nullable=False), stat.size)
     metadata = {f"kvmstats.{what}": word for what, word in words.items()}
     return pa.field(column_name(stat.name), value, nullable=False, metadata=metadata)
 
 
-def arrow_schema(origin: Origin, names: Sequence[str]) -> Any:
+def arrow_schema(origin: Origin, names: Sequence[str], values: str = "raw") -> Any:
     """Return the schema of the batches of a file."""
     places = {name: place for place, name in enumerate(origin.stats)}
-    fields = [stat_field(origin.stats[name], places[name]) for name in names]
-    return need("pyarrow", "arrow").schema(own_fields(origin.kind) + fields, metadata=origin.encode())
+    fields = [stat_field(origin.stats[name], places[name], values) for name in names]
+    metadata = origin.encode() | ({} if values == "raw" else {"kvmstats.values": values})
+    return need("pyarrow", "arrow").schema(own_fields(origin.kind) + fields, metadata=metadata)
 
 
 def one_group(samples: Samples) -> Group:
@@ -141,8 +143,10 @@ def row_key(info: FileInfo) -> tuple[str, str, int]:
     return readable(info.host), readable(info.vm), NONE if info.vcpu_id is None else info.vcpu_id
 
 
-def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str, str]]:
-    """Return a group's record batch and its own metadata."""
+def to_batch(
+    samples: Samples, group: Group, schema: Any, values: Sequence[npt.NDArray[Any]] | None = None
+) -> tuple[Any, dict[str, str]]:
+    """Return a group's record batch and its own metadata; of these values, or its own."""
     pa = need("pyarrow", "arrow")
     columns = group.columns
     live = find_live(samples.errors, len(samples), columns)
@@ -175,9 +179,13 @@ def to_batch(samples: Samples, group: Group, schema: Any) -> tuple[Any, dict[str
     ]
     if group.kind == "vcpu":
         arrays.append(arrays[OWN.index("vcpu")])
-    for array, field in zip(group.contiguous(), list(schema)[len(arrays) :], strict=True):
-        values = _from_numpy(pa.uint64(), rows(array).reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(values, type=field.type) if array.ndim == 3 else values)
+    for array, field in zip(values or group.contiguous(), list(schema)[len(arrays) :], strict=True):
+        flat = rows(array).reshape(-1)
+        if array.ndim == 3:
+            one = _from_numpy(field.type.value_type, flat)
+            arrays.append(pa.FixedSizeListArray.from_arrays(one, type=field.type))
+        else:
+            arrays.append(_from_numpy(field.type, flat))
     happened: dict[str, Any] = {
         "sweeps": len(samples),
         **{name: getattr(samples, name) for name in BATCH_FIELDS},
@@ -210,18 +218,23 @@ def as_numpy(column: Any) -> npt.NDArray[Any]:
     width = getattr(column.type, "list_size", None)
     if width is not None:
         return as_numpy(column.flatten()).reshape(len(column), width)
-    dtype = np.dtype({"uint64": np.uint64, "int32": np.int32}.get(str(column.type), np.int64))
+    dtype = np.dtype({"uint64": np.uint64, "int32": np.int32, "double": np.float64}.get(str(column.type), np.int64))
     if not len(column):
         return np.empty(0, dtype)
     return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * dtype.itemsize)
 
 
-def table(samples: Samples, recording: str = "") -> Any:
+def table(samples: Samples, recording: str = "", *, values: str = "raw") -> Any:
     """Return samples of one kind and kernel as a ``pyarrow.Table``, with the id of the recording they are from."""
     pa = need("pyarrow", "arrow")
+    check_values(values)
     group = one_group(samples)
-    origin = Origin.of(samples, group, recording=recording)
-    batch, _ = to_batch(samples, group, arrow_schema(origin, list(group.places)))
+    schema = arrow_schema(Origin.of(samples, group, recording=recording), list(group.places), values)
+    if values == "raw":
+        batch, _ = to_batch(samples, group, schema)
+    else:
+        rows, found = find_values(samples, values)
+        batch, _ = to_batch(rows, group, schema, list(found.values()))
     return pa.Table.from_batches([batch])
 
 

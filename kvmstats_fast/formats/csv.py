@@ -10,6 +10,7 @@ from kvmstats_fast._arguments import check_kind
 from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.formats._put import PRIVATE, put_file
 from kvmstats_fast.formats.recording import read_batches
+from kvmstats_fast.formats.values import check_values, overlap
 
 if TYPE_CHECKING:
     import os
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from kvmstats_fast.samples import Samples
 
 
-def to_csv(
+def to_csv(  # noqa: PLR0913 - what a file can be like
     source: Samples | Recording | str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
     kind: str | None = None,
+    values: str = "raw",
     overwrite: bool = False,
     mode: int = PRIVATE,
 ) -> None:
@@ -34,6 +36,8 @@ def to_csv(
     path : path-like
     kind : {"vm", "vcpu"}, optional
         Which, if both were sampled.
+    values : {"raw", "delta", "rate"}
+        What the columns of statistics have, as in `Samples.to_arrow`.
     overwrite : bool
         Replace the file.
     mode : int
@@ -50,15 +54,17 @@ def to_csv(
 
     Notes
     -----
-    The columns are those of `Samples.to_arrow`, a histogram's with one for each bucket (``halt_wait_hist[3]``). Values
-    are raw. The file is there as a whole or not at all.
+    The columns are those of `Samples.to_arrow`, a histogram's with one for each bucket (``halt_wait_hist[3]``). The
+    file is there as a whole or not at all.
     """
     csv = need("pyarrow.csv", "arrow")
     check_kind(kind)
+    check_values(values)
     writer = None
     with put_file(Path(path), overwrite=overwrite, mode=mode) as file, ExitStack() as stack:
-        for samples in read_batches(source):
-            table = _flatten(arrow.table(samples if kind is None else _of_kind(samples, kind)))
+        batches = read_batches(source)
+        for samples in batches if values == "raw" else overlap(batches, getattr(source, "path", source)):
+            table = _flatten(arrow.table(samples if kind is None else _of_kind(samples, kind), values=values))
             if writer is None:
                 columns = table.schema
                 writer = stack.enter_context(csv.CSVWriter(file, columns))
