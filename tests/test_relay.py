@@ -95,6 +95,30 @@ def test_a_change_of_files_keeps_the_schedule(make):
     assert relay.idle == 0
 
 
+def test_chunks_that_overlap_leave_nothing_out(resources):
+    """Their totals add up to what a run counted; the last sweep of one run is not put before another's."""
+    made = [resources.enter_context(SyntheticStats(vcpu_id=i)) for i in range(2)]
+    files = [resources.enter_context(one.open()) for one in made]
+    for interval in (0.001, 0.02):
+        with Relay(Schedule(interval, None, None, "sleep"), None, 8, overlap=True) as relay:
+            runs = []
+            for _ in range(2):
+                relay.hand_over(live(files))
+                runs.append([])
+                for _ in range(3):
+                    made[0].add("exits", 7)
+                    runs[-1].append(relay.take(5))
+                relay.hand_over(None)
+                runs[-1] += take_all(relay)
+            for chunks in runs:
+                for before, after in itertools.pairwise(chunks):
+                    assert (after.tick[0], after.time[0]) == (before.tick[-1], before.time[-1])
+                growth = chunks[-1]["exits"][-1] - chunks[0]["exits"][0]
+                assert sum(x.total("exits") for x in chunks).tolist() == growth.tolist()
+            assert runs[1][0].tick[0] > runs[0][-1].tick[-1]
+            assert sum(x.missed for chunks in runs for x in chunks) == relay.totals[0]
+
+
 def test_ticks_without_files_are_idle_and_not_missed(make):
     """Before the first files and between two sets; the next sweep is on the schedule."""
     with relay_of(0.001, count=150, chunk=5) as relay:

@@ -241,6 +241,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
     *,
     inject: bool = False,
     timeout: float = 2.0,
+    overlap: bool = False,
     chunk: int | None = None,
     wait: str = "sleep",
     count: int | None = None,
@@ -270,6 +271,10 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
         for the next chunk in that time.
     inject, timeout
         As for `attach`.
+    overlap : bool
+        Begin each Samples with the last sweep of those before, as long as the files are the same. Then `Samples.total`
+        and `Samples.mean_rate` of one after another leave nothing out; otherwise what happens between the last sweep of
+        one and the first of the next is in neither, and there are no rates where each has one sweep.
     chunk, wait, count, duration, depth, cpu, priority
         As for `Sampler.stream`. `count` and `duration` are of the whole schedule, with or without VMs.
     threads : int
@@ -312,15 +317,16 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
 
     Examples
     --------
-    >>> with follow("web-*", interval=0.01, stats=["exits", "halt_*"]) as chunks:  # doctest: +SKIP
+    >>> with follow("web-*", interval=1, stats="exits", overlap=True) as chunks:  # doctest: +SKIP
     ...     for x in chunks:
-    ...         send(x.vms, x.vcpu.rate("exits"))
+    ...         send(x.columns("exits"), x.mean_rate("exits"))
     """
     choice = _Choice(None if stats is None else check_names("stats", stats))
     relay = Relay(
         Schedule(interval, count, duration, wait, cpu=cpu, priority=priority),
         None if chunk is None else check_integer("chunk", chunk, 1),
         check_integer("depth", depth, 1),
+        overlap=overlap,
     )
     rescan = check_seconds("rescan", rescan, LONGEST, zero=False)
     threads = check_integer("threads", threads, 1, lib.KVMSTATS_MAX_THREADS)

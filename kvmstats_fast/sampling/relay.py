@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from kvmstats_fast._resource import Closing
+from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.run import Run
 from kvmstats_fast.sampling.schedule import FOREVER
 from kvmstats_fast.sampling.stream import ChunkReader
 
 if TYPE_CHECKING:
-    from kvmstats_fast.samples import Samples
     from kvmstats_fast.sampling.plan import LiveRow
     from kvmstats_fast.sampling.schedule import Schedule
 
@@ -23,6 +23,13 @@ class _Leg:
     def __init__(self, live: LiveRow, schedule: Schedule, chunk: int, depth: int) -> None:
         self.run = Run(live, schedule, chunk, depth, strict=False)
         self.chunks = ChunkReader(self.run)
+        self._last: Samples | None = None
+
+    def put_before(self, samples: Samples) -> Samples:
+        """Return a chunk with the last sweep of the chunk before it."""
+        last, self._last = self._last, samples[-1:]
+        self._last.missed = self._last.overruns = 0  # they were counted with the chunk that it was a part of
+        return samples if last is None else Samples.concatenate([last, samples])
 
 
 class Relay(Closing):
@@ -38,6 +45,8 @@ class Relay(Closing):
         Sweeps in each Samples; None: as many as `Schedule.choose_chunk` says.
     depth : int
         Chunks of room for each run.
+    overlap : bool
+        Whether a chunk begins with the last sweep of the one before it, if that is of the same run.
 
     Attributes
     ----------
@@ -45,8 +54,9 @@ class Relay(Closing):
         Ticks that passed while there was nothing to sample. They are neither taken nor missed.
     """
 
-    def __init__(self, schedule: Schedule, chunk: int | None, depth: int) -> None:
+    def __init__(self, schedule: Schedule, chunk: int | None, depth: int, *, overlap: bool = False) -> None:
         self._schedule = schedule
+        self._overlap = overlap
         self._chunk, self._depth = chunk, depth
         self._start = 0
         self._next_tick = 0  # the first that no run has had
@@ -123,7 +133,7 @@ class Relay(Closing):
                 samples.overruns += self._rest.overruns
                 self._rest = None
             if len(samples):
-                return samples
+                return leg.put_before(samples) if self._overlap else samples
             if samples.missed:
                 self._rest = samples
         return None
