@@ -198,10 +198,10 @@ def test_a_thread_and_no_pid_are_refused():
             borrow(pid)
 
 
-@pytest.mark.parametrize("pid", ["web", "17", None, 1.5, True, [1], b"1"], ids=repr)
+@pytest.mark.parametrize("pid", [None, 1.5, True, [1], b"1"], ids=repr)
 @pytest.mark.parametrize("options", [{}, {"inject": True}], ids=repr)
 def test_what_is_no_number_is_not_a_pid(pid, options):
-    """A name, a fraction or a truth value gets a sentence that says what to pass."""
+    """A fraction or a truth value gets a sentence that says what to pass."""
     with pytest.raises(TypeError, match=rf"^{re.escape(repr(pid))} is not a pid: pass the number .* find_vms"):
         kf.attach(pid, **options)
 

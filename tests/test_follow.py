@@ -308,6 +308,33 @@ def test_a_vmm_that_was_refused_is_tried_again_when_it_has_changed_and_not_befor
 
 
 @pytest.mark.real_vm
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="a kernel without CONFIG_SCHED_INFO")
+def test_what_has_not_changed_is_not_looked_at_again(monkeypatch, resources):
+    """Neither the files of a process that has not run, nor a VM that is not wanted; what they do is seen at once."""
+    other = resources.enter_context(Holder(1, name=DB))
+    vmm = resources.enter_context(Holder(1, name=WEB))
+    vmm.do("[file.close() for file in files]; guest.close()")
+    listed, described = [], []
+    kvm_files, look_at = Process.kvm_files, roster_module.look_at
+    monkeypatch.setattr(Process, "kvm_files", lambda self: (listed.append(self.pid), kvm_files(self))[1])
+    monkeypatch.setattr(roster_module, "look_at", lambda process: (described.append(process.pid), look_at(process))[1])
+
+    def look():
+        roster.update(lambda: None)
+        return [listed.count(vmm.pid), described.count(other.pid)]
+
+    with Roster(WEB, inject=False, timeout=2.0) as roster:
+        before = look()
+        assert until(lambda: look() == look())  # it may have run a little when it was first looked at
+        assert before == [1, 1]
+        vmm.do("guest = TinyGuest(1); files = guest.open_stats()")
+        other.do("files += guest.open_stats()")
+        last = look()
+        assert [machine.pid for machine in roster.machines.values()] == [vmm.pid]
+        assert last[1] == 2
+
+
+@pytest.mark.real_vm
 @pytest.mark.usefixtures("stats")
 def test_neither_itself_nor_a_monitor_nor_a_forked_child_is_followed(resources):
     """A monitor that has the VM's fd in its hands, to mark it, and a child that was forked by the VMM, keep nothing."""

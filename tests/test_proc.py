@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from helpers import NOBODY, exit_status, forked, open_fds
+from qemu import until
 
 import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import lib
@@ -118,6 +120,41 @@ def test_links_that_may_not_be_read_are_a_refusal(monkeypatch):
     monkeypatch.setattr(os, "readlink", refuses)
     with pytest.raises(PermissionError):
         Process(os.getpid()).kvm_files()
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="a kernel without CONFIG_SCHED_INFO")
+def test_activity_changes_when_a_thread_runs_and_not_before():
+    """Of the only thread, and of a second one; with many it is not known, nor of a process that has ended."""
+    code = (
+        "import sys, threading\n"
+        "for line in sys.stdin:\n"
+        "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "    print(flush=True)"
+    )
+
+    def go_on(child):
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        child.stdout.readline()
+
+    with running(sys.executable, "-c", "print(flush=True)\n" + code) as child:
+        process = Process(child.pid)
+
+        def settled():
+            before = process.activity()
+            time.sleep(0.01)
+            return before is not None and process.activity() == before
+
+        for threads in (1, 2):
+            assert until(settled)
+            before = process.activity()
+            assert len(before) == threads
+            go_on(child)
+            assert process.activity() != before
+        for _ in range(10):
+            go_on(child)
+        assert process.activity() is None
+    assert process.activity() is None
 
 
 # ---- threads

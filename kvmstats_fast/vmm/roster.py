@@ -6,7 +6,7 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +14,7 @@ from kvmstats_fast._arguments import article, check_seconds
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
 from kvmstats_fast.vmm.borrow import hold_process
-from kvmstats_fast.vmm.find import list_pids, look_at, may_attach
+from kvmstats_fast.vmm.find import has_vm, list_pids, look_at, may_attach
 from kvmstats_fast.vmm.machine import LONGEST, attach
 from kvmstats_fast.vmm.proc import Process
 
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     from kvmstats_fast.stats_file import StatsFile
     from kvmstats_fast.vmm.find import VmProcess
     from kvmstats_fast.vmm.machine import VirtualMachine
+    from kvmstats_fast.vmm.proc import KvmFile
 
 
 class _Followed(NamedTuple):
-    """A VM that is attached to."""
+    """A VM that is attached to; and its VMM's files of KVM, from before the last time that this was looked at."""
 
     machine: VirtualMachine
     label: str
+    listed: list[KvmFile] | None
 
 
 class _TurnedDown(NamedTuple):
@@ -71,6 +73,8 @@ class Roster(Closing):
         self._followed: dict[int, _Followed] = {}
         self._leaving: list[VirtualMachine] = []
         self._turned_down: dict[int, _TurnedDown] = {}
+        #: Processes without a VM that is wanted, and how they were then. One without any VM has none until it runs.
+        self._passed_over: dict[int, tuple[object, ...]] = {}
         self.refused: dict[int, str] = {}
 
     def __enter__(self) -> Self:
@@ -98,7 +102,7 @@ class Roster(Closing):
         Of a process with several VMs nothing says which file is of which VM, and each has a label of its own.
         """
         found: dict[str, list[StatsFile]] = {}
-        for machine, label in self._followed.values():
+        for machine, label, _ in self._followed.values():
             kinds = Counter((file.kind, file.vcpu_id) for file in machine)
             if max(kinds.values(), default=0) == 1:
                 found[label] = [file for file in machine if not file.closed]
@@ -124,25 +128,47 @@ class Roster(Closing):
         OSError
             If /proc cannot be read.
         """
-        wanted: dict[int, VmProcess] = {}
-        for pid in list_pids() if self._wants_all or self._globs else list(self._held):
-            if pid != os.getpid() and (about := look_at(Process(pid)).vms) is not None and self._wants(about):
-                wanted[pid] = about
-            meanwhile()
+        pids = list_pids() if self._wants_all or self._globs else list(self._held)
         refused: dict[int, str] = {}
-        for pid in list(self._followed):
-            self._look_again(pid, wanted.get(pid), refused)
+        found: dict[int, VmProcess] = {}
+        for pid in self._followed.keys() - set(pids):
+            self._look_again(Process(pid), refused)
+        for pid in pids:
+            process = Process(pid)
+            if pid in self._followed:
+                self._look_again(process, refused)
+            if pid not in self._followed and pid != os.getpid() and (about := self._look_at(process)) is not None:
+                found[pid] = about
             meanwhile()
-        for pid, about in wanted.items():
-            if pid not in self._followed:
-                self._take_up(about, refused)
-                meanwhile()
+        for about in found.values():
+            self._take_up(about, refused)
+            meanwhile()
         for pid, process in self._held.items():
-            if pid not in wanted and pid not in self._followed and not process.ended:
+            if pid not in found and pid not in self._followed and not process.ended:
                 why = "it is this process" if pid == os.getpid() else may_attach(pid)
                 refused[pid] = why or "it has no VM; if it makes one, that is followed"
-        self._turned_down = {pid: one for pid, one in self._turned_down.items() if pid in wanted}
+        self._turned_down = {pid: one for pid, one in self._turned_down.items() if pid in found}
+        self._passed_over = {pid: self._passed_over[pid] for pid in self._passed_over.keys() & set(pids)}
         self.refused = refused
+
+    def _look_at(self, process: Process) -> VmProcess | None:
+        """Describe a process that has a VM which is wanted."""
+        pid = process.pid
+        before = self._passed_over.pop(pid, None)
+        state: tuple[object, ...] | None = process.activity()  # first: what comes in between is seen the next time
+        if state is None or state != before:
+            files = None
+            with suppress(OSError):  # it has ended, or guards itself
+                files = process.kvm_files()
+                if has_vm(files):
+                    state = (process.start_time(), files)
+            if files is None or (has_vm(files) and state != before):
+                about = look_at(process).vms
+                if about is not None and self._wants(about):
+                    return about
+        if state is not None:
+            self._passed_over[pid] = state
+        return None
 
     def _wants(self, about: VmProcess) -> bool:
         if self._wants_all or (about.name and any(fnmatchcase(about.name, glob) for glob in self._globs)):
@@ -150,27 +176,30 @@ class Roster(Closing):
         process = self._held.get(about.pid)
         return process is not None and not process.ended
 
-    def _look_again(self, pid: int, about: VmProcess | None, refused: dict[int, str]) -> None:
-        """Refresh what is attached to, if it is not as it was; `about` is None if it shows no VM."""
-        machine = self._followed[pid].machine
+    def _look_again(self, process: Process, refused: dict[int, str]) -> None:
+        """Refresh what is attached to if it is not as it was; let go of it if it has no VM any more."""
+        pid = process.pid
+        one = self._followed[pid]
+        listed = None
         try:
-            is_whole = machine.alive and machine.look()
-            is_hidden = about is not None and about.vms is None
-            if is_whole and about is not None and (is_hidden or _files_of(about) == _files_of(machine.about)):
+            with suppress(OSError):  # it has ended, or guards itself by now
+                listed = process.kvm_files()
+            if one.machine.alive and one.machine.look() and listed == one.listed:
                 return
-            machine.refresh(self._inject, timeout=self._timeout)
+            one.machine.refresh(self._inject, timeout=self._timeout)
         except VmGoneError:
             self._let_go(pid)
         except (KvmStatsError, OSError) as error:
             refused[pid] = _say(error)  # what is had can be read on
         else:
-            if not machine.files or not (machine.about.vms or machine.about.vcpus):
+            self._followed[pid] = one._replace(listed=listed)
+            if not one.machine.files or not has_vm(listed or []):
                 self._let_go(pid)
 
     def _take_up(self, about: VmProcess, refused: dict[int, str]) -> None:
         """Attach to a VMM, unless that was in vain when it was last like this."""
         pid = about.pid
-        state = (about.start_time, about.attachable, *_files_of(about))
+        state: tuple[object, ...] = (about.start_time, about.attachable, about.vms, about.vcpus, about.held)
         before = self._turned_down.get(pid)
         if not about.attachable:
             if not _has_ended(pid):
@@ -178,14 +207,16 @@ class Roster(Closing):
         elif before is not None and before.state == state and (before.owner is None or before.owner in self._followed):
             refused[pid] = before.why
         else:
-            owner = None
+            owner = listed = None
+            with suppress(OSError):  # as attach will say
+                listed = Process(pid).kvm_files()
             try:
                 with ExitStack() as opened:
                     machine = opened.enter_context(attach(pid, self._inject, timeout=self._timeout))
                     if machine.about.start_time != about.start_time:  # another process by now
                         return
                     if (owner := self._find_owner(machine)) is None:
-                        self._followed[pid] = _Followed(machine, self._choose_label(about))
+                        self._followed[pid] = _Followed(machine, self._choose_label(about), listed)
                         opened.pop_all()
                         return
                 why = f"its VM is that of process {owner}: it was forked from that, or takes its statistics"
@@ -226,7 +257,7 @@ class Roster(Closing):
         with ExitStack() as closing:
             for process in self._held.values():
                 closing.callback(process.close)
-            for machine, _ in self._followed.values():
+            for machine, _, _ in self._followed.values():
                 closing.callback(machine.close)
             closing.callback(self.settle)
 
@@ -259,11 +290,6 @@ def _has_ended(pid: int) -> bool:
             return process.ended
     except OSError as error:
         return error.errno == errno.ESRCH
-
-
-def _files_of(about: VmProcess) -> tuple[object, ...]:
-    """Return what changes when VMs, vCPUs or stats files come or go."""
-    return about.vms, about.vcpus, about.held
 
 
 def _has_made_vm(one: VmProcess, other: VmProcess) -> bool:
