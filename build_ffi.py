@@ -3,6 +3,9 @@
 The declarations are cut out of the headers in csrc/, so they are written in one place. The hold library
 (csrc/hold.c) is not a Python module but a plain shared library beside the extension, for the LD_PRELOAD of a VMM.
 
+A wheel also gets a man page and completions, which build_pages.py makes once the package is built; without the modules
+that takes they are left out.
+
 Environment
 -----------
 KVMSTATS_SANITIZE : e.g. ``address,undefined``: build the extension with these sanitizers.
@@ -12,6 +15,8 @@ KVMSTATS_WERROR : ``1``: warnings are errors, as in CI.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -53,7 +58,7 @@ ffibuilder.set_source(
     sources=SOURCES,
     include_dirs=["csrc"],
     # setuptools rebuilds when one of these changes, and puts them into the sdist.
-    depends=[*HEADERS, "csrc/clock.h", "csrc/pace.h", "csrc/read.h", "build_ffi.py"],
+    depends=[*HEADERS, "csrc/clock.h", "csrc/pace.h", "csrc/read.h", "build_ffi.py", "build_pages.py"],
     # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
     define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
     libraries=["pthread"],  # a part of the C library itself since glibc 2.34
@@ -103,6 +108,26 @@ class build(_build):  # noqa: N801 - setuptools finds commands by this name
             setuptools_ext.cffi_modules(self.distribution, "cffi_modules", ["build_ffi.py:ffibuilder"])
             self.distribution.ext_modules.append(HOLD)
         super().finalize_options()
+
+    def run(self) -> None:
+        """Build, and add the man page and completions to what is installed below share/."""
+        super().run()
+        if not self.get_finalized_command("build_py").editable_mode:
+            self._add_pages()
+
+    def _add_pages(self) -> None:
+        out = Path(self.build_temp) / "pages"
+        command = [sys.executable, "build_pages.py", self.build_lib, str(out)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode == 3:
+            self.warn(f"the man page and completions are left out: {done.stderr.strip()}")
+            return
+        if done.returncode:
+            raise RuntimeError(f"build_pages.py failed:\n{done.stderr}")
+        files = self.distribution.data_files = self.distribution.data_files or []
+        for path in sorted(out.rglob("*")):
+            if path.is_file():
+                files.append((str("share" / path.parent.relative_to(out)), [str(path)]))
 
 
 class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by this name

@@ -14,7 +14,7 @@ import kvmstats_fast
 from kvmstats_fast._text import describe_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
 #: The verbs and what ``--help`` says of them. The module of a verb is imported only if it is named; it has
 #: ``configure(parser)``, which adds its arguments, and ``run(arguments)``, which returns the exit status.
@@ -41,13 +41,20 @@ def _module(verb: str) -> Any:
     return import_module(f"kvmstats_fast.cli.{verb.replace('-', '_')}")
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def make_parser(configured: Container[str] | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line.
+
+    Parameters
+    ----------
+    configured : container of str, optional
+        The verbs that get their arguments, for which their modules are imported; by default all.
+    """
     parser = argparse.ArgumentParser(prog="kvmstats", description="KVM's binary statistics, per VM and per vCPU.")
     parser.add_argument("--version", action="version", version=f"kvmstats {kvmstats_fast.__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
     for verb, text in _VERBS.items():
         verb_parser = verbs.add_parser(verb, help=text)
-        if verb in argv:
+        if configured is None or verb in configured:
             _module(verb).configure(verb_parser)
     return parser
 
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "--" in argv and argv[0] in _WITH_COMMAND:
         at = argv.index("--")
         argv, command = argv[:at], [*argv[at + 1 :]]
-    arguments = _parser(argv).parse_args(argv)
+    arguments = make_parser(argv).parse_args(argv)
     if arguments.verb in _WITH_COMMAND:
         arguments.command = command
     try:

@@ -1,0 +1,46 @@
+"""The man page and the completions say what the parser does."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kvmstats_fast import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def build_pages(folder, *path):
+    """Have the man page and completions written; where Python looks first, in front of what is installed."""
+    command = [sys.executable, ROOT / "build_pages.py", ROOT, folder]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_man_page_and_completions_know_each_verb_and_option(tmp_path):
+    """They are written from the parser, in the folders where systems look for them, and bash reads its own."""
+    assert build_pages(tmp_path).returncode == 0
+    pages = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(pages) == {
+        "man/man1/kvmstats.1",
+        "bash-completion/completions/kvmstats",
+        "zsh/site-functions/_kvmstats",
+        "fish/vendor_completions.d/kvmstats.fish",
+    }
+    verbs = next(one for one in cli.make_parser()._actions if isinstance(one, argparse._SubParsersAction)).choices
+    assert set(verbs) == set(cli._VERBS)
+    options = {option for verb in verbs.values() for action in verb._actions for option in action.option_strings}
+    for path in pages.values():
+        text = path.read_text().replace("\\", "")
+        assert not [word for word in {*verbs, *options - {"-h", "--help"}} if word.lstrip("-") not in text], path
+    assert "_shtab_compgen_files" in pages["bash-completion/completions/kvmstats"].read_text()
+    assert subprocess.run(["bash", "-n", pages["bash-completion/completions/kvmstats"]], check=False).returncode == 0
+
+
+def test_a_build_can_do_without_man_page_and_completions(tmp_path):
+    """Where what makes them is not installed, as off line, the status says so and nothing is written."""
+    (tmp_path / "shtab.py").write_text("raise ImportError('no shtab')")
+    done = build_pages(tmp_path / "out", tmp_path)
+    assert (done.returncode, done.stderr) == (3, "no shtab\n")
+    assert not (tmp_path / "out").exists()
