@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvmstats_fast._text import plain_number
 from kvmstats_fast.analysis.compare import compare
-from kvmstats_fast.cli._grammar import UsageError, add_selection
+from kvmstats_fast.cli._grammar import UsageError, add_selection, usage_errors
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
@@ -53,13 +53,11 @@ def _work(text: str) -> tuple[float, float]:
 def run(arguments: argparse.Namespace) -> int:
     """Compare them; exit status 1 if a limit is exceeded."""
     limits = [_parse_limit(text) for text in arguments.fail_if or []]
-    a, b = (_load(side, arguments) for side in (arguments.a, arguments.b))
-    try:
+    with usage_errors():
+        a, b = (_load(side, arguments) for side in (arguments.a, arguments.b))
         compared = compare(a, b, per=arguments.per or arguments.work, confidence=arguments.confidence)
-    except (ValueError, KeyError) as error:
-        raise UsageError(str(error.args[0])) from None
-    _print(compared, arguments)
-    exceeded = [text for text, name, fraction in limits if _exceeds(compared, name, fraction)]
+        exceeded = [text for text, name, fraction in limits if compared.exceeds(name, fraction)]
+        _print(compared, arguments)
     for text in exceeded:
         print(f"kvmstats: exceeded: {text}", file=sys.stderr)
     return _EXCEEDED if exceeded else 0
@@ -80,13 +78,6 @@ def _parse_limit(text: str) -> tuple[str, str, float]:
     if not found or (found["side"] == ">") != (fraction >= 0):
         raise UsageError(f"{text!r} is not a limit such as 'exits>5%' (more by that) or 'exits<-5%' (less by that)")
     return text, found["name"], fraction
-
-
-def _exceeds(compared: Comparison, name: str, fraction: float) -> bool:
-    try:
-        return compared.exceeds(name, fraction)
-    except KeyError as error:
-        raise UsageError(str(error.args[0])) from None
 
 
 def _print(compared: Comparison, arguments: argparse.Namespace) -> None:

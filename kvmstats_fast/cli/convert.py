@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvmstats_fast.cli._grammar import UsageError
+from kvmstats_fast.cli._grammar import UsageError, usage_errors
 from kvmstats_fast.formats._put import PRIVATE, put_file
 from kvmstats_fast.image import to_merged
 from kvmstats_fast.samples import Samples
@@ -36,10 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.to or _ENDINGS.get(ending, ending)
     if name not in _FORMATS:
         raise UsageError(f"{arguments.output} does not end in the name of a format: say --to {', '.join(_FORMATS)}")
-    try:
+    with usage_errors():  # what the format cannot hold
         _FORMATS[name](arguments)
-    except ValueError as error:  # what the format cannot hold
-        raise UsageError(str(error)) from None
     print(arguments.output)
     return 0
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmstats_fast._text import format_si, printable
 from kvmstats_fast.cli._command import call_at_end, ended_by_signals, on_signals, start, wait_for
-from kvmstats_fast.cli._grammar import UsageError, add_targets, duration, interval, number, size
+from kvmstats_fast.cli._grammar import UsageError, add_targets, duration, interval, number, size, usage_errors
 from kvmstats_fast.formats.recorder import Recorder, is_stream_name
 from kvmstats_fast.sampling.flight import Condition, EachSecond, Flight
 from kvmstats_fast.sampling.follow import follow
@@ -81,8 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.output or time.strftime("kvmstats-%Y%m%d-%H%M%S"))
     names = [*(arguments.pid or []), *(arguments.guest or [])] or None
     with ExitStack() as opened:
-        chunks = opened.enter_context(
-            follow(
+        with usage_errors():
+            following = follow(
                 names,
                 arguments.interval,
                 arguments.event,
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
                 count=arguments.count,
                 duration=arguments.duration,
             )
-        )
+            chunks = opened.enter_context(following)
         if arguments.force:
             _remove(path)
         writer = opened.enter_context(_open(path, arguments, condition))
@@ -109,7 +109,7 @@ def _record(arguments: argparse.Namespace, chunks: Follow, writer: _Writer, show
         if arguments.command:
             process = start(arguments.command)
             call_at_end(process, chunks.stop)
-        for samples in chunks:
+        for samples in _each(chunks):
             writer.write(samples)
             if hung_up.is_set():
                 hung_up.clear()
@@ -118,6 +118,16 @@ def _record(arguments: argparse.Namespace, chunks: Follow, writer: _Writer, show
                 _retain(writer, arguments.keep)
             shown.update(samples)
     return 0 if process is None else wait_for(process)
+
+
+def _each(chunks: Follow) -> Iterator[Samples]:
+    """Yield the chunks; a statistic that no VM has is found when the first one comes."""
+    while True:
+        with usage_errors():
+            samples = next(chunks, None)
+        if samples is None:
+            return
+        yield samples
 
 
 def _condition(arguments: argparse.Namespace) -> Condition | None:
@@ -130,10 +140,8 @@ def _condition(arguments: argparse.Namespace) -> Condition | None:
             if given:
                 raise UsageError(f"--{option.replace('_', '-')} is about what is found: it takes --when")
         return None
-    try:
+    with usage_errors():
         return Condition.parse(arguments.when, per_vcpu=arguments.per_vcpu)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -173,11 +181,10 @@ class _FlightWriter:
 
     def write(self, samples: Samples) -> None:
         """Write what is to be kept."""
-        try:
-            for part in self._flight.feed(samples):
-                self.full.write(part)
-        except KeyError as error:  # a name that is not there
-            raise UsageError(str(error.args[0])) from None
+        with usage_errors():  # a name that is not there
+            kept = list(self._flight.feed(samples))
+        for part in kept:
+            self.full.write(part)
         for sweep in self._each_second.feed(samples):
             self._overview.write(sweep)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._text import plain_number
 from kvmstats_fast.cli import _report_html, _report_plot, _report_text
-from kvmstats_fast.cli._grammar import UsageError, add_output, add_selection, interval
+from kvmstats_fast.cli._grammar import add_output, add_selection, interval, usage_errors
 from kvmstats_fast.cli._output import RowWriter, open_output
 from kvmstats_fast.cli._recorded import SPREAD, summarize
 from kvmstats_fast.formats._put import PRIVATE, put_file
@@ -50,15 +50,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Read the recordings, and say it."""
     chosen: dict[str, Any] = {"vm": arguments.guest, "vcpu": arguments.vcpu}
-    try:
+    with usage_errors():
         recorded = summarize(
             arguments.file,
             arguments.by,
             lambda samples: samples.select(*arguments.event or (), **chosen),
             arguments.interval,
         )
-    except (KeyError, ValueError) as error:
-        raise UsageError(str(error.args[0])) from None
     with open_output(arguments) as output:
         writer = RowWriter(arguments, output, SPREAD)
         if writer.text and arguments.output == "-" and (arguments.plot or arguments.html):

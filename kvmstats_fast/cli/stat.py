@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmstats_fast.cli._command import call_at_end, ended_by_signals, start, wait_for
-from kvmstats_fast.cli._grammar import UsageError, add_output, add_selection, add_targets, duration, interval, number
+from kvmstats_fast.cli._grammar import (
+    UsageError,
+    add_output,
+    add_selection,
+    add_targets,
+    duration,
+    interval,
+    number,
+    usage_errors,
+)
 from kvmstats_fast.cli._output import RowWriter, open_output
 from kvmstats_fast.cli._present import present
 from kvmstats_fast.cli._rows import make_rows
@@ -94,7 +103,8 @@ class _Shown:
 
     def __call__(self, samples: Samples, time: float | None = None) -> None:
         arguments = self._arguments
-        samples = samples.select(*arguments.event or (), vcpu=arguments.vcpu)
+        with usage_errors():
+            samples = samples.select(*arguments.event or (), vcpu=arguments.vcpu)
         every = make_rows(samples, "vcpu" if arguments.per_vcpu else "vm")
         rows = [row for row in every if row.moved or arguments.zero]
         if not self._writer.text:
