@@ -103,9 +103,12 @@ def compare_schedules(title, limit, file, hertz, priorities):
         if label in limits:
             p50, p99 = np.percentile(np.concatenate(late[label]), [50, 99]) / 1e3
             least = [min(some) for some in zip(*(missed[loop] for loop in limits[label]), strict=True)]
-            more = statistics.median(share - bare for share, bare in zip(shares, least, strict=True))
+            low, more, high = statistics.quantiles([a - b for a, b in zip(shares, least, strict=True)], n=4)
             reached = "reached" if more <= MARGIN else "MISSED"
-            text += f"; late p50 {p50:.1f} us, p99 {p99:.1f} us; at most {MARGIN:.1%} more than the loop: {reached}"
+            text += (
+                f"; late p50 {p50:.1f} us, p99 {p99:.1f} us; {more:+.2%} [{low:+.2%}, {high:+.2%}] beside the loop: "
+            )
+            text += f"at most {MARGIN:+.1%}: {reached}"
         add(f"{title}, {hertz} Hz", label, None, verdict=text)
 
 
