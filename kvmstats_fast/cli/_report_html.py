@@ -98,7 +98,7 @@ def make_page(recorded: Recorded, *, zero: bool) -> str:
     ]
     for block in find_blocks(recorded, zero=zero):
         parts += _describe(block, start, stop)
-    if recorded.advice is not None:
+    if recorded.advice is not None and recorded.advice.halts:
         parts += ["<h2>halt_poll_ns</h2>", f"<p>{_text(advice_text(recorded.advice))}</p>"]
         parts.append(_table(advice_table(recorded.advice)))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

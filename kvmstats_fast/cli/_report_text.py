@@ -37,7 +37,7 @@ def write(recorded: Recorded, output: TextIO, *, zero: bool) -> None:
     paragraphs += [_lines(runs_table(recorded.runs), width), _lines(lives_table(recorded.lives), width)]
     for block in find_blocks(recorded, zero=zero):
         paragraphs += _describe(block, width, output)
-    if recorded.advice is not None:
+    if recorded.advice is not None and recorded.advice.halts:
         paragraphs.append(textwrap.wrap(advice_text(recorded.advice), width))
         paragraphs.append(_lines(advice_table(recorded.advice), width))
     print("\n\n".join("\n".join(lines) for lines in paragraphs), file=output)
