@@ -8,15 +8,17 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmstats_fast._arguments import article
-from kvmstats_fast.sampling.measured import Measured, Results, Source
+from kvmstats_fast.sampling.measured import Measured, Results
 from kvmstats_fast.sampling.plan import Plan
+from kvmstats_fast.sampling.readings import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
-    from kvmstats_fast.sampling.measured import Phase, PhaseBlock, Span
+    from kvmstats_fast.sampling.measured import Phase, PhaseBlock
     from kvmstats_fast.sampling.plan import StatsFiles
+    from kvmstats_fast.sampling.readings import Span
 
     _Function = TypeVar("_Function", bound=Callable[..., Any])
 

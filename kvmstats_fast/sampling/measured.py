@@ -1,22 +1,14 @@
-"""Measured: two readings around a block of code, and what follows from them."""
+"""Measured: two readings around a block of code, what they say, and its phases."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._arguments import article
-from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.abi import StatType
 from kvmstats_fast.errors import KvmStatsError, SamplingWarning, warn_caller
-from kvmstats_fast.samples import Samples
-from kvmstats_fast.sampling.plan import LiveRow, Plan
-from kvmstats_fast.sampling.wall_clock import WallClock
+from kvmstats_fast.sampling.readings import Span, Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,110 +16,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvmstats_fast.samples import SampleError
-
-_LOW_HALF = (1 << 32) - 1
-#: Entries of a phase that are kept before they are added up.
-_PENDING = 64
-
-
-class _Reading(NamedTuple):
-    """Every file read once: one sweep, with the values of each group of files, (1, files, words)."""
-
-    time: int
-    sweep_ns: int
-    wall_offset: int
-    values: tuple[npt.NDArray[np.uint64], ...]
-    errors: tuple[SampleError, ...]
-
-
-class Source(threading.local):
-    """Reads the files of a plan, into memory that each thread has for itself."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self._live = LiveRow(plan)
-
-    def read(self) -> _Reading:
-        """Return a reading; raises what is wrong if no file can be read."""
-        live, offset = self._live, lib.kvmstats_wall_offset()
-        start = time.monotonic_ns()
-        status = lib.kvmstats_sweep(live.c)
-        sweep_ns = time.monotonic_ns() - start
-        if status:
-            live.check(status, strict=False)
-        errors = live.find_errors(0, 1) if status else ()
-        return _Reading(start, sweep_ns, offset, tuple(group.values.copy() for group in live.groups), errors)
-
-
-class Span:
-    """Two readings, and what follows from them."""
-
-    def __init__(self, plan: Plan, first: _Reading, last: _Reading) -> None:
-        if first.errors:
-            last = _leave_out(plan, last, first.errors)
-        self._plan, self._readings = plan, (first, last)
-        self._samples: Samples | None = None
-        self.remarks: list[str] = []
-        self._offset = WallClock(first.wall_offset, self.remarks).follow(last.wall_offset)
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds from one reading to the other."""
-        first, last = self._readings
-        return (last.time - first.time) / 1e9
-
-    @property
-    def cost(self) -> float:
-        """Seconds that the readings took."""
-        return sum(reading.sweep_ns for reading in self._readings) / 1e9
-
-    @property
-    def samples(self) -> Samples:
-        """The readings, as Samples."""
-        if self._samples is None:
-            offsets = (self._readings[0].wall_offset, self._offset)
-            self._samples = Samples.concatenate(map(self._one_sweep, range(2), self._readings, offsets))
-        return self._samples
-
-    def _one_sweep(self, tick: int, reading: _Reading, wall_offset: int) -> Samples:
-        pairs = zip(self._plan.groups, reading.values, strict=True)
-        groups = tuple(group.with_values(values) for group, values in pairs)
-        files, host, kernel = self._plan.origin
-        return Samples(
-            groups,
-            files,
-            np.array([reading.time], np.int64),
-            np.array([reading.sweep_ns], np.int64),
-            np.array([tick], np.uint64),
-            wall_offset=wall_offset,
-            errors=reading.errors,
-            host=host,
-            kernel=kernel,
-        )
-
-    def count(self) -> dict[str, int]:
-        """Add up all words of a group at once: a pass for each statistic would take a hundred times as long."""
-        first, last = self._readings
-        counts: dict[str, int] = {}
-        for group, before, after in zip(self._plan.groups, first.values, last.values, strict=True):
-            change = np.where(after < before, after, after - before)[0]  # what fell was cleared
-            # In halves, whose sums a uint64 holds.
-            halves = ((change >> np.uint64(32)).sum(axis=0), (change & np.uint64(_LOW_HALF)).sum(axis=0))
-            words = [(high << 32) + low for high, low in zip(*(half.tolist() for half in halves), strict=True)]
-            for name, (stat, word) in group.places.items():
-                if stat.type == StatType.CUMULATIVE and not stat.shape:
-                    counts[name] = counts.get(name, 0) + words[word]  # of files of another kernel
-        return counts
-
-
-def _leave_out(plan: Plan, reading: _Reading, errors: tuple[SampleError, ...]) -> _Reading:
-    """Return the reading without files that could not be read before: of these there is no change to tell."""
-    failed = [error.file for error in errors]
-    for group, values in zip(plan.groups, reading.values, strict=True):
-        values[:, np.isin(group.columns, failed)] = 0
-    others = tuple(error for error in reading.errors if error.file not in failed)
-    return reading._replace(errors=errors + others)
+    from kvmstats_fast.samples import Samples
+    from kvmstats_fast.sampling.plan import Plan
+    from kvmstats_fast.sampling.readings import Source
 
 
 class _Changes(Mapping[str, "npt.NDArray[Any]"]):
@@ -197,39 +88,27 @@ class Results:
 
 
 class Phase:
-    """A named part of a block, all its entries added up.
+    """A named part of a block, all its entries added up."""
 
-    Attributes
-    ----------
-    entries : int
-        How often it was entered, and left.
-    """
-
-    def __init__(self) -> None:
-        self.entries = 0
+    def __init__(self, plan: Plan) -> None:
+        self._tally = Tally(plan)
         self._elapsed = self._cost = 0.0
-        self._counts: dict[str, int] = {}
-        self._pending: list[Span] = []
 
     def add(self, span: Span) -> None:
         """Add what one entry said. Inner to the package."""
-        self.entries += 1
         self._elapsed += span.elapsed
         self._cost += span.cost
-        self._pending.append(span)
-        if len(self._pending) == _PENDING:
-            self._add_up()
+        span.add_to(self._tally)
 
-    def _add_up(self) -> None:
-        while self._pending:
-            for name, count in self._pending.pop().count().items():
-                self._counts[name] = self._counts.get(name, 0) + count
+    @property
+    def entries(self) -> int:
+        """How often it was entered, and left."""
+        return self._tally.pairs
 
     @property
     def counts(self) -> dict[str, int]:
         """As `Measured.counts`."""
-        self._add_up()
-        return dict(self._counts)
+        return self._tally.counts
 
     @property
     def elapsed(self) -> float:
@@ -344,7 +223,7 @@ class Measured(Results):
             part.close(exc)
         finally:
             if part._whole is not None:
-                self._phases.setdefault(name, Phase()).add(part._whole)
+                self._phases.setdefault(name, Phase(self._source.plan)).add(part._whole)
 
 
 class PhaseBlock:
