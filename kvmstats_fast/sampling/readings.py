@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kvmstats_fast import changes
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.samples import Samples
@@ -146,9 +145,8 @@ class Tally:
     def _add_up(self) -> None:
         pairs, self._pending = self._pending, []
         for place in range(len(self._plan.groups) if pairs else 0):
-            readings = (np.stack([pair[side].values[place][0] for pair in pairs]) for side in range(2))
-            both = np.stack(list(readings))  # (2, pairs, files, words)
-            change = changes.delta(both.reshape(2, -1), grows=True)[0].reshape(both.shape[1:])
+            before, after = (np.stack([pair[side].values[place][0] for pair in pairs]) for side in range(2))
+            change = np.where(after < before, after, after - before)  # (pairs, files, words); what fell was cleared
             # In halves, whose sums a uint64 holds.
             high, low = (change >> np.uint64(32)).sum(axis=1), (change & np.uint64(_LOW_HALF)).sum(axis=1)
             sums = zip(high.sum(axis=0).tolist(), low.sum(axis=0).tolist(), self._totals[place], strict=True)
