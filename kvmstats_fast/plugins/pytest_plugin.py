@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from kvmstats_fast._text import describe_error
 from kvmstats_fast.plugins.budget import Budget
 from kvmstats_fast.plugins.target import SOCKET_VARIABLE, VM_VARIABLE, open_target
 
@@ -136,7 +137,7 @@ def kvmstats_files(pytestconfig: pytest.Config) -> Generator[Iterable[StatsFile]
     try:
         files = target.__enter__()
     except (KvmStatsError, OSError, ValueError) as error:
-        session.refuse(str(error))
+        session.refuse(describe_error(error))
     yield files
     target.__exit__(None, None, None)
 
