@@ -7,7 +7,8 @@ import pytest
 from made import group_of, run_of
 
 import kvmstats_fast as kf
-from kvmstats_fast.analysis.compare import BLOCKS, _Bootstrap, _Measure, _Welch, quantile_of_t
+from kvmstats_fast.analysis.compare import BLOCKS, _Bootstrap, _Measure
+from kvmstats_fast.analysis.welch import Welch, quantile_of_t
 from kvmstats_fast.testing import exit_counter
 
 STATS = [
@@ -114,7 +115,7 @@ def test_an_interval_over_runs_holds_the_truth_as_often_as_it_says(a, b):
     rng = np.random.default_rng(8)
     one = np.ones(1)
     sides = [[[_Measure(one, one, "", rate) for rate in row] for row in rng.normal(1, 0.1, (400, n))] for n in (a, b)]
-    assert 0.92 < coverage(_Welch(0.95), sides) < 0.99
+    assert 0.92 < coverage(Welch(0.95), sides) < 0.99
 
 
 def test_a_block_has_time_to_be_like_the_next():

@@ -14,6 +14,7 @@ import numpy as np
 from kvmstats_fast._arguments import check_fraction, find_fitting
 from kvmstats_fast._text import format_number, format_table
 from kvmstats_fast.abi import StatType
+from kvmstats_fast.analysis.welch import Welch
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 #: to be independent.
 BLOCKS = 16
 
+_OVER_TIME = "block bootstrap over time"
 _DRAWS = 2000
 _STEADY = 0.9  # a run whose blocks are more alike than that has no rate to speak of; the interval is wide enough then
 
@@ -68,22 +70,27 @@ class Comparison(Mapping[str, Change]):
     Attributes
     ----------
     runs : tuple of (int, int)
-        How many runs A and B are.
+        How many runs (or rounds) A and B are.
     method : str
-        What the intervals stand on: the spread of runs, or a block bootstrap over time.
+        What the intervals stand on: the spread of runs (or of a suite's rounds), or a block bootstrap over time.
     confidence : float
     missing : tuple of str
         What only one side has.
     """
 
     def __init__(
-        self, changes: Iterable[Change], runs: tuple[int, int], confidence: float, missing: Iterable[str] = ()
+        self,
+        changes: Iterable[Change],
+        runs: tuple[int, int],
+        confidence: float,
+        missing: Iterable[str] = (),
+        method: str = "",
     ) -> None:
         self._by_name = {change.name: change for change in changes}
         self.runs = runs
         self.confidence = confidence
         self.missing = tuple(missing)
-        self.method = "block bootstrap over time" if max(runs) == 1 else "spread of runs"
+        self.method = method or (_OVER_TIME if max(runs) == 1 else "spread of runs")
 
     def __getitem__(self, name: str) -> Change:
         try:
@@ -113,7 +120,9 @@ class Comparison(Mapping[str, Change]):
             If one of them fits nothing.
         """
         chosen = {name for pattern in names for name in find_fitting(pattern, self) or [self[pattern].name]}
-        return Comparison([change for name, change in self.items() if name in chosen], self.runs, self.confidence)
+        return Comparison(
+            [change for name, change in self.items() if name in chosen], self.runs, self.confidence, (), self.method
+        )
 
     def exceeds(self, name: str, fraction: float) -> bool:
         """Return whether a statistic or figure changed by more than a fraction, beyond doubt.
@@ -157,7 +166,8 @@ class Comparison(Mapping[str, Change]):
         return frame.rename_axis("name")
 
     def __str__(self) -> str:
-        runs = [f"{n} run{'' if n == 1 else 's'}" for n in self.runs]
+        unit = self.method.removeprefix("spread of ").removesuffix("s") if self.method != _OVER_TIME else "run"
+        runs = [f"{n} {unit}{'' if n == 1 else 's'}" for n in self.runs]
         lines = [f"A: {runs[0]}; B: {runs[1]}; {self.confidence:g} intervals from the {self.method}"]
         rows: list[tuple[str, ...]] = [("", "A", "B", "B / A", "from", "to", "")]
         for change in self.values():
@@ -227,7 +237,7 @@ def compare(
     names = [set.intersection(*({*run} for run in runs)) for runs in measured]
     shared = [name for name in measured[0][0] if name in names[0] & names[1]]
     missing = dict.fromkeys(name for runs in measured for run in runs for name in run if name not in shared)
-    interval = _Bootstrap(confidence) if max(counts) == 1 else _Welch(confidence)
+    interval = _Bootstrap(confidence) if max(counts) == 1 else Welch(confidence)
     changes = [_change(name, [[run[name] for run in runs] for runs in measured], interval) for name in shared]
     return Comparison(changes, counts, confidence, missing)
 
@@ -328,53 +338,11 @@ def _divide(a: float, b: float) -> float:
     return float(a / b) if b else math.nan
 
 
-def _change(name: str, sides: list[list[_Measure]], interval: _Bootstrap | _Welch) -> Change:
+def _change(name: str, sides: list[list[_Measure]], interval: _Bootstrap | Welch) -> Change:
     a, b = (_mean(np.array([run.whole for run in runs])) for runs in sides)
     ratio = _divide(b, a) if a or not b else math.inf
     low, high = interval(sides[0], sides[1], math.log(ratio)) if a > 0 and b > 0 else (math.nan, math.nan)
     return Change(name, a, b, ratio, low, high, sides[0][0].units)
-
-
-class _Welch:
-    """The interval of a ratio of means, each of several runs."""
-
-    def __init__(self, confidence: float) -> None:
-        self._confidence = confidence
-
-    def __call__(self, a: list[_Measure], b: list[_Measure], log_ratio: float) -> tuple[float, float]:
-        spreads = [_spread(np.array([run.whole for run in runs])) for runs in (a, b)]
-        (square_a, n_a), (square_b, n_b) = spreads
-        # One run has no spread of its own.
-        square_a = square_b if n_a == 1 else square_a
-        square_b = square_a if n_b == 1 else square_b
-        error_a, error_b = square_a / n_a, square_b / n_b
-        if not error_a + error_b > 0:
-            return (math.exp(log_ratio),) * 2 if error_a + error_b == 0 else (math.nan, math.nan)
-        if min(n_a, n_b) == 1:
-            freedom = float(max(n_a, n_b) - 1)
-        else:
-            freedom = (error_a + error_b) ** 2 / (error_a**2 / (n_a - 1) + error_b**2 / (n_b - 1))
-        half = quantile_of_t((1 + self._confidence) / 2, freedom) * math.sqrt(error_a + error_b)
-        return math.exp(log_ratio - half), math.exp(log_ratio + half)
-
-
-def _spread(values: Values) -> tuple[float, int]:
-    """Return the variance of what is known, relative to its mean squared, and how many that are."""
-    known = values[~np.isnan(values)]
-    if known.size < 2:
-        return math.nan, known.size
-    return float(known.var(ddof=1) / known.mean() ** 2), known.size
-
-
-def quantile_of_t(p: float, freedom: float) -> float:
-    """Return a quantile, at least the median, of Student's t with 1 degree of freedom or more.
-
-    With t = sqrt(freedom) tan(x) the density is that of cos(x)**(freedom - 1), which has no tail to cut off.
-    """
-    x = np.linspace(0.0, min(math.pi / 2, 40 / math.sqrt(freedom)), 1 << 16)
-    density = np.cos(x) ** (freedom - 1)
-    area = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
-    return math.sqrt(freedom) * math.tan(float(np.interp((2 * p - 1) * area[-1], area, x)))
 
 
 class _Bootstrap:

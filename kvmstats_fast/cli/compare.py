@@ -1,4 +1,4 @@
-"""``kvmstats compare``: what became of each statistic from one set of recordings to another."""
+"""``kvmstats compare``: what became of each statistic from one set of recordings, or of results, to another."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from kvmstats_fast._text import plain_number
+from kvmstats_fast._text import plain_number, printable
 from kvmstats_fast.analysis.compare import compare
+from kvmstats_fast.analysis.suites import compare_suites, is_suite, read_suite
 from kvmstats_fast.cli._grammar import UsageError, add_selection, usage_errors
 from kvmstats_fast.samples import Samples
 
@@ -27,9 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compare recordings: the rate of each statistic in A and in B, the ratio, and its confidence interval. Several "
         "recordings a side (commas or globs) make it honest, because runs differ. With --fail-if the exit status is 1 "
-        "if a limit is exceeded beyond doubt: if the whole interval is."
+        "if a limit is exceeded beyond doubt: if the whole interval is. What pytest-benchmark and pyperf wrote (JSON) "
+        "is compared benchmark by benchmark, by what KVM counted per iteration or loop."
     )
-    parser.add_argument("a", metavar="A", help="recordings, with commas or a glob between them")
+    parser.add_argument("a", metavar="A", help="recordings or JSON, with commas between them or as a glob")
     parser.add_argument("b", metavar="B", help="those to compare with")
     add_selection(parser)
     parser.add_argument("-g", "--guest", action="append", metavar="GUEST", help="VM or glob (may be repeated)")
@@ -53,19 +55,46 @@ def _work(text: str) -> tuple[float, float]:
 def run(arguments: argparse.Namespace) -> int:
     """Compare them; exit status 1 if a limit is exceeded."""
     limits = [_parse_limit(text) for text in arguments.fail_if or []]
+    sides = [[path for part in side.split(",") for path in _expand(part)] for side in (arguments.a, arguments.b)]
+    kinds = {is_suite(path) for paths in sides for path in paths}
+    if len(kinds) > 1:
+        raise UsageError("recordings and results of suites (JSON) do not compare; give the same kind on both sides")
+    exceeded = []
     with usage_errors():
-        a, b = (_load(side, arguments) for side in (arguments.a, arguments.b))
-        compared = compare(a, b, per=arguments.per or arguments.work, confidence=arguments.confidence)
-        exceeded = [text for text, name, fraction in limits if compared.exceeds(name, fraction)]
-        _print(compared, arguments)
+        compared = _compare_results(sides, arguments) if kinds.pop() else {"": _compare_recordings(sides, arguments)}
+        for benchmark, comparison in compared.items():
+            where = f"{benchmark}: " if benchmark else ""
+            exceeded += [f"{where}{text}" for text, name, fraction in limits if comparison.exceeds(name, fraction)]
+        for benchmark, comparison in compared.items():
+            _print(benchmark, comparison, arguments)
     for text in exceeded:
         print(f"kvmstats: exceeded: {text}", file=sys.stderr)
     return _EXCEEDED if exceeded else 0
 
 
-def _load(side: str, arguments: argparse.Namespace) -> list[Samples]:
-    paths = (path for part in side.split(",") for path in _expand(part))
-    return [Samples.load(path).select(vm=arguments.guest, vcpu=arguments.vcpu) for path in paths]
+def _compare_recordings(sides: list[list[str]], arguments: argparse.Namespace) -> Comparison:
+    a, b = ([Samples.load(path).select(vm=arguments.guest, vcpu=arguments.vcpu) for path in paths] for paths in sides)
+    return compare(a, b, per=arguments.per or arguments.work, confidence=arguments.confidence)
+
+
+def _compare_results(sides: list[list[str]], arguments: argparse.Namespace) -> dict[str, Comparison]:
+    for option, given in (
+        ("--per", arguments.per),
+        ("--work", arguments.work),
+        ("-g", arguments.guest),
+        ("--vcpu", arguments.vcpu),
+    ):
+        if given is not None:
+            raise UsageError(f"{option} is for recordings; results of suites are per iteration, of all files")
+    if not 0 < arguments.confidence < 1:
+        raise UsageError(f"confidence is {arguments.confidence}; it must be between 0 and 1")
+    a, b = ([read_suite(path) for path in paths] for paths in sides)
+    compared, missing = compare_suites(a, b, arguments.confidence)
+    if missing:
+        print(f"kvmstats: on one side only: {', '.join(map(printable, missing))}", file=sys.stderr)
+    if not compared:
+        raise UsageError("no benchmark has counters on both sides; docs/suites.md says how they are counted")
+    return compared
 
 
 def _expand(part: str) -> list[str]:
@@ -80,12 +109,13 @@ def _parse_limit(text: str) -> tuple[str, str, float]:
     return text, found["name"], fraction
 
 
-def _print(compared: Comparison, arguments: argparse.Namespace) -> None:
+def _print(benchmark: str, compared: Comparison, arguments: argparse.Namespace) -> None:
     if arguments.event:
         compared = compared.select(*arguments.event)
     if not arguments.json:
-        print(compared)
+        print(f"{printable(benchmark, 1 << 10)}\n{compared}\n" if benchmark else compared)
         return
+    head = {"benchmark": benchmark} if benchmark else {}
     for name, change in compared.to_dict().items():
         numbers = {key: plain_number(value) for key, value in change.items() if not isinstance(value, str)}
-        print(json.dumps({"name": name} | numbers | {"unit": change["units"]}))
+        print(json.dumps(head | {"name": name} | numbers | {"unit": change["units"]}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from kvmstats_fast.analysis.suites import EXTRA_INFO
 from kvmstats_fast.errors import unknown_stat
 from kvmstats_fast.plugins.rounds import RoundTimer
 from kvmstats_fast.sampling.measure import measure
@@ -91,7 +92,7 @@ class Watched:
             return
         self._iterations = benchmark.stats.iterations
         spreads = self.rounds.spreads.items()
-        benchmark.extra_info["kvmstats"] = {
+        benchmark.extra_info[EXTRA_INFO] = {
             "rounds": self.rounds.pairs,
             "iterations": self._iterations,
             "counts": self.rounds.counts,

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._text import describe_error
+from kvmstats_fast.analysis.suites import PREFIX
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.plugins.target import SOCKET_VARIABLE, VM_VARIABLE, open_target
 from kvmstats_fast.sampling.plan import Plan
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.sampling.plan import StatsFiles
 
-#: What the names of the metadata start with; the rest is the statistic's.
-PREFIX = "kvmstats_"
 _files: StatsFiles | None = None
 
 
