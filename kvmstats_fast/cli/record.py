@@ -268,5 +268,5 @@ class _Shown:
         vms = len(self.vms)
         self._print(
             f"{self._sweeps:,} sweeps of {vms} VM{'' if vms == 1 else 's'}, {self._chunks.missed:,} ticks missed, "
-            f"{format_si(self._writer.size, 'B')}: kvmstats stat {shlex.quote(str(path / part))}"
+            f"{format_si(self._writer.size, 'B')}: kvmstats report {shlex.quote(str(path / part))}"
         )
