@@ -28,9 +28,10 @@ from setuptools.command.build_ext import build_ext as _build_ext
 from setuptools.command.sdist import sdist as _sdist
 
 # setuptools wants source paths relative to the project's folder, which is where it runs.
-SOURCES = [f"csrc/{name}.c" for name in ("layout", "sweep", "run", "series", "process", "inject", "rename")]
+_TOPICS = ("schedstat", "sweep", "run", "series", "process", "inject", "rename")
+SOURCES = [f"csrc/{name}.c" for name in ("layout", *_TOPICS)]
 #: In the order of what they declare: run.h needs the structs of sweep.h, and those the structs of kvmstats.h.
-HEADERS = [f"csrc/{name}.h" for name in ("kvmstats", "sweep", "run", "series", "process", "inject", "rename")]
+HEADERS = [f"csrc/{name}.h" for name in ("kvmstats", *_TOPICS)]
 
 
 def cdef() -> str:

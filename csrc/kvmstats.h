@@ -3,10 +3,10 @@
  * kvmstats.h - KVM's binary statistics files: the format, and the parser
  *
  * This header is the manual of the C core, together with sweep.h (many files at once), run.h (on a schedule), series.h
- * (what follows from the values of a run), process.h (other processes), inject.h (opening files inside a running VMM)
- * and rename.h (what is written to disk). None of them needs a kernel header: everything they rely on of the file format
- * is written down here. build_ffi.py cuts the part between the two "cdef" lines out of each and hands it to cffi, so
- * Python sees exactly what is declared here.
+ * (what follows from the values of a run), schedstat.h (what the scheduler counts), process.h (other processes),
+ * inject.h (opening files inside a running VMM) and rename.h (what is written to disk). None of them needs a kernel
+ * header: everything they rely on of the file format is written down here. build_ffi.py cuts the part between the two
+ * "cdef" lines out of each and hands it to cffi, so Python sees exactly what is declared here.
  *
  * LIMITATIONS
  *   - layout.c is pure C11 over bytes. The rest is for Linux; inject.c does nothing except on x86-64. gcc or clang is
@@ -179,7 +179,7 @@ void kvmstats_copy_values(const void *from, uint32_t value_size, uint32_t swappe
 /* One file's data section, described once, so that a read takes one pointer. The caller owns `values`. */
 struct kvmstats_source {
     int32_t fd;
-    uint32_t value_size; /* in the file: 8, or 4 */
+    uint32_t value_size; /* in the file: 8, or 4; KVMSTATS_SCHEDSTAT: the text of schedstat.h */
     uint32_t swapped;
     uint64_t position; /* of the data block in the file */
     uint64_t count;    /* of values, and of u64 at `values` */

@@ -13,6 +13,7 @@
 #ifndef KVMSTATS_READ_H
 #define KVMSTATS_READ_H
 
+#include "schedstat.h"
 #include "sweep.h"
 
 #include <errno.h>
@@ -31,7 +32,8 @@
 #define MAX_COUNT (SIZE_MAX / 16) /* of values in a read: pread takes no more than SSIZE_MAX bytes */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-enum { CACHE_LINE = 64 }; /* bytes, at least; on machines with longer ones, some are prefetched twice */
+enum { CACHE_LINE = 64 };     /* bytes, at least; on machines with longer ones, some are prefetched twice */
+enum { SCHEDSTAT_ROOM = 64 }; /* bytes: more than three numbers of 20 digits, their blanks and the newline */
 
 /* ---- one system call */
 
@@ -85,9 +87,36 @@ static inline int finish_read(int fd, void *to, size_t wanted, uint64_t position
     }
 }
 
+/*
+ * Read the schedstat of a thread, to its newline. Returns 0, or -errno; -ENODATA if there is no newline, with the
+ * number of bytes it had in *got; -EBADMSG if it is longer than three numbers can be.
+ */
+static inline int read_schedstat(int fd, uint64_t *to, uint64_t *got)
+{
+    char text[SCHEDSTAT_ROOM];
+    size_t done = 0;
+
+    while (done == 0 || text[done - 1] != '\n') {
+        if (done == sizeof text)
+            return -EBADMSG;
+        int64_t n = pread_once(fd, text + done, sizeof text - done, done);
+        if (n == 0) {
+            *got = done;
+            return -ENODATA;
+        }
+        if (n > 0)
+            done += (size_t)n;
+        else if (n != -EINTR)
+            return (int)n;
+    }
+    return kvmstats_parse_schedstat(text, done, to);
+}
+
 static inline int read_values(const struct kvmstats_source *source, uint64_t position, uint64_t count, uint64_t *to,
                               uint64_t *got)
 {
+    if (source->value_size == KVMSTATS_SCHEDSTAT)
+        return count == KVMSTATS_SCHEDSTAT_VALUES ? read_schedstat(source->fd, to, got) : -EINVAL;
     if (count > MAX_COUNT)
         return -EOVERFLOW;
     size_t wanted = (size_t)count * source->value_size;

@@ -16,6 +16,8 @@ class _Lib:
     KVMSTATS_MAX_DESCRIPTORS: Final[int]
     KVMSTATS_MAX_DATA_SIZE: Final[int]
     KVMSTATS_MAX_THREADS: Final[int]
+    KVMSTATS_SCHEDSTAT: Final[int]
+    KVMSTATS_SCHEDSTAT_VALUES: Final[int]
     KVMSTATS_WAIT_SLEEP: Final[int]
     KVMSTATS_WAIT_SPIN: Final[int]
     KVMSTATS_WAIT_HYBRID: Final[int]

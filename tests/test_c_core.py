@@ -14,7 +14,8 @@ from kvmstats_fast.testing import SyntheticStats
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-CORE = [str(CSRC / name) for name in ("layout.c", "sweep.c", "run.c", "series.c", "process.c", "inject.c", "rename.c")]
+_TOPICS = ("layout", "schedstat", "sweep", "run", "series", "process", "inject", "rename")
+CORE = [str(CSRC / f"{name}.c") for name in _TOPICS]
 TEST_CORE = str(TESTS / "c" / "test_core.c")
 TEST_RUN = str(TESTS / "c" / "test_run.c")
 TEST_SERIES = str(TESTS / "c" / "test_series.c")
@@ -40,7 +41,7 @@ HELPERS = re.compile(
 )
 STRING_FUNCTIONS = {"memcpy", "memset", "memchr", "memcmp"}
 ERRNO = {"__errno_location", "___errno_location"}
-READING = {"kvmstats_copy_values"} | (set() if IN_PLACE else {"pread", "pread64"})
+READING = {"kvmstats_copy_values", "kvmstats_parse_schedstat"} | (set() if IN_PLACE else {"pread", "pread64"})
 # The clock, the ring, and the threads of a wide sweep. None of them allocates for the core.
 RUNNING = {
     *("write", "read", "poll", "prctl", "syscall", "getrusage"),
@@ -60,6 +61,7 @@ TRACING = {
 # What each file may call beyond the string functions.
 IMPORTS = {
     "layout.c": set(),
+    "schedstat.c": set(),
     "sweep.c": READING | ERRNO,
     "run.c": RUNNING | READING | ERRNO,
     "series.c": set(),

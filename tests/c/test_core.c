@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * test_core.c - the parser, kvmstats_read and process.c against their manuals, csrc/kvmstats.h and csrc/process.h
+ * test_core.c - the parsers, kvmstats_read and process.c against their manuals, kvmstats.h, schedstat.h and process.h
  *
- * Link with layout.c, sweep.c, process.c, and as intercept.h says.
+ * Link with layout.c, schedstat.c, sweep.c, process.c, and as intercept.h says.
  *
  * Files are written byte by byte here, so that the core's byte order code does not vouch for itself. Every input lies
  * once right before and once right after a page that cannot be accessed, every output right before one.
@@ -10,6 +10,7 @@
 #include "intercept.h"
 #include "kvmstats.h"
 #include "process.h"
+#include "schedstat.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -1138,8 +1139,9 @@ struct step {
 
 static struct {
     const struct step *steps; /* after the last: whatever is asked for */
+    const char *text;         /* the file's bytes from begin on, if not NULL */
     size_t left;
-    uint64_t begin, end; /* the file's bytes are pattern(0), pattern(1) ... from begin on */
+    uint64_t begin, end; /* without a text, the file's bytes are pattern(0), pattern(1) ... from begin on */
     int fd;
     unsigned calls;
     uint64_t first_offset;
@@ -1181,7 +1183,8 @@ static ssize_t scripted_pread(int fd, void *buffer, size_t count, int64_t offset
     if (n > script.end - at)
         n = (size_t)(script.end - at);
     for (size_t i = 0; i < n; ++i)
-        ((uint8_t *)buffer)[i] = pattern((size_t)(at - script.begin) + i);
+        ((uint8_t *)buffer)[i] =
+            script.text ? (uint8_t)script.text[at - script.begin + i] : pattern((size_t)(at - script.begin) + i);
     return (ssize_t)n;
 }
 
@@ -1303,6 +1306,149 @@ static void test_read_errors(void)
     }
 }
 
+/* ---- schedstat.c */
+
+static int parse_schedstat(int line, const char *text, size_t size, uint64_t *values)
+{
+    uint64_t *to = (uint64_t *)(void *)output.end - KVMSTATS_SCHEDSTAT_VALUES;
+    char *from = (char *)input.end - size;
+    int status;
+
+    memset(to, 0x5a, 8 * KVMSTATS_SCHEDSTAT_VALUES);
+    memcpy(from, text, size);
+    status = kvmstats_parse_schedstat(from, size, to);
+    memcpy(input.begin, text, size);
+    CHECK_AT(line, kvmstats_parse_schedstat((char *)input.begin, size, to) == status);
+    for (size_t i = 0; i < KVMSTATS_SCHEDSTAT_VALUES; ++i) {
+        CHECK_AT(line, status == 0 || to[i] == 0x5a5a5a5a5a5a5a5a);
+        values[i] = to[i];
+    }
+    return status;
+}
+
+static const struct {
+    const char *text;
+    int status;
+    uint64_t values[KVMSTATS_SCHEDSTAT_VALUES];
+} schedstats[] = {
+    {"0 0 0\n", 0, {0, 0, 0}},
+    {"1 23 456\n", 0, {1, 23, 456}},
+    {"18446744073709551615 18446744073709551615 18446744073709551615\n", 0, {UINT64_MAX, UINT64_MAX, UINT64_MAX}},
+    {"18446744073709551616 0 0\n", -EOVERFLOW, {0}},
+    {"0 18446744073709551616 0\n", -EOVERFLOW, {0}},
+    {"0 0 99999999999999999999\n", -EOVERFLOW, {0}},
+    {"00000000000000000000000 0 0\n", -EBADMSG, {0}},
+    {"\n", -EBADMSG, {0}},
+    {" \n", -EBADMSG, {0}},
+    {"1\n", -EBADMSG, {0}},
+    {"1 2\n", -EBADMSG, {0}},
+    {"1 2 \n", -EBADMSG, {0}},
+    {"1  3\n", -EBADMSG, {0}},
+    {" 1 2 3\n", -EBADMSG, {0}},
+    {"1  2 3\n", -EBADMSG, {0}},
+    {"1 2 3 \n", -EBADMSG, {0}},
+    {"1 2 3 4\n", -EBADMSG, {0}},
+    {"1 2 3\n\n", -EBADMSG, {0}},
+    {"1 2 3\n4\n", -EBADMSG, {0}},
+    {"1 2\n3\n", -EBADMSG, {0}},
+    {"-1 2 3\n", -EBADMSG, {0}},
+    {"+1 2 3\n", -EBADMSG, {0}},
+    {"1.0 2 3\n", -EBADMSG, {0}},
+    {"0x1 2 3\n", -EBADMSG, {0}},
+    {"1\t2\t3\n", -EBADMSG, {0}},
+    {"1 2 3\r\n", -EBADMSG, {0}},
+    {"1:2:3\n", -EBADMSG, {0}},
+    {"1 2 \xb3\n", -EBADMSG, {0}},
+    {"a b c\n", -EBADMSG, {0}},
+};
+
+static void test_parse_schedstat(void)
+{
+    uint64_t values[KVMSTATS_SCHEDSTAT_VALUES];
+
+    for (size_t i = 0; i < LENGTH(schedstats); ++i) {
+        const char *text = schedstats[i].text;
+        size_t size = strlen(text);
+        snprintf(context, sizeof context, "schedstat %zu", i);
+        CHECK(parse_schedstat(__LINE__, text, size, values) == schedstats[i].status);
+        if (schedstats[i].status == 0)
+            CHECK(memcmp(values, schedstats[i].values, sizeof values) == 0);
+        for (size_t cut = 0; cut < size; ++cut) { /* no part of it is one */
+            int status = parse_schedstat(__LINE__, text, cut, values);
+            CHECK(status == -EBADMSG || (status == -EOVERFLOW && schedstats[i].status == -EOVERFLOW) ||
+                  schedstats[i].status == -EBADMSG);
+        }
+        for (size_t at = 0; at < size; ++at) { /* a NUL is no end */
+            char nul[80];
+            memcpy(nul, text, size);
+            nul[at] = '\0';
+            CHECK(parse_schedstat(__LINE__, nul, size, values) < 0);
+        }
+    }
+}
+
+static struct kvmstats_source new_schedstat(const char *text)
+{
+    struct kvmstats_source source = new_source(KVMSTATS_SCHEDSTAT, 0, KVMSTATS_SCHEDSTAT_VALUES, strlen(text));
+    source.position = script.begin = 0;
+    script.end = strlen(text);
+    script.text = text;
+    return source;
+}
+
+static void test_read_schedstat(void)
+{
+    static const struct step odd[] = {{0, EINTR}, {1, 0}, {0, EINTR}, {0, EINTR}, {2, 0}, {1, 0}};
+    static const struct step gone[] = {{0, ESRCH}};
+    static const struct step later[] = {{0, EINTR}, {3, 0}, {0, EINTR}, {0, EIO}};
+
+    for (size_t i = 0; i < LENGTH(schedstats); ++i) {
+        struct kvmstats_source source = new_schedstat(schedstats[i].text);
+        CHECK(kvmstats_read(&source) == schedstats[i].status);
+        CHECK(script.calls == 1);
+        if (schedstats[i].status == 0)
+            CHECK(memcmp(source.values, schedstats[i].values, sizeof schedstats[i].values) == 0);
+    }
+    struct kvmstats_source source = new_schedstat("12 345 6789\n");
+    play(odd, LENGTH(odd));
+    CHECK(kvmstats_read(&source) == 0);
+    CHECK(script.calls == 7);
+    CHECK(source.values[0] == 12 && source.values[1] == 345 && source.values[2] == 6789);
+
+    /* It ends without a newline, at once or later; a part of it is not taken for it. */
+    static const char *cut[] = {"", "1", "1 2 3", "1 2 34"};
+    for (size_t i = 0; i < LENGTH(cut); ++i) {
+        source = new_schedstat(cut[i]);
+        CHECK(kvmstats_read(&source) == -ENODATA);
+        CHECK(source.got == strlen(cut[i]));
+    }
+    /* More than fits, with and without a newline behind it. */
+    static char endless[5000];
+    memset(endless, '1', sizeof endless - 1);
+    source = new_schedstat(endless);
+    CHECK(kvmstats_read(&source) == -EBADMSG);
+    CHECK(script.calls == 1);
+    endless[sizeof endless - 2] = '\n';
+    source = new_schedstat(endless);
+    CHECK(kvmstats_read(&source) == -EBADMSG);
+
+    source = new_schedstat("1 2 3\n");
+    play(gone, LENGTH(gone));
+    CHECK(kvmstats_read(&source) == -ESRCH);
+    source = new_schedstat("1 2 3\n");
+    play(later, LENGTH(later));
+    CHECK(kvmstats_read(&source) == -EIO);
+
+    /* A text has as many values as it has. */
+    static const uint64_t counts[] = {0, 1, 2, 4, UINT64_MAX};
+    for (size_t i = 0; i < LENGTH(counts); ++i) {
+        source = new_schedstat("1 2 3\n");
+        source.count = counts[i];
+        CHECK(kvmstats_read(&source) == -EINVAL);
+        CHECK(script.calls == 0);
+    }
+}
+
 /* With our own fds; the calls may be missing in the kernel, or filtered. */
 static void test_process(void)
 {
@@ -1346,6 +1492,8 @@ int main(void)
     test_copy_values();
     test_read();
     test_read_errors();
+    test_parse_schedstat();
+    test_read_schedstat();
     test_process();
 
     if (failures) {
