@@ -77,7 +77,10 @@ class RecordingWarning(UserWarning):
 
 
 class SamplingWarning(UserWarning):
-    """A run, stream or measure is not quite what was asked for: the wall clock jumped, or memory ran short."""
+    """A run, stream or measure is not quite what was asked for.
+
+    The wall clock jumped, memory ran short, or the thread of a vCPU is not known.
+    """
 
 
 _BLOCKS = {

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from kvmstats_fast._resource import Fd, describe_fd
 from kvmstats_fast._text import printable
@@ -105,7 +106,7 @@ class Handle:
         Why the file was revoked.
     """
 
-    __slots__ = ("_id", "fd", "lost", "owner", "source")
+    __slots__ = ("_attached", "_id", "fd", "lost", "owner", "source")
 
     def __init__(self, fd: Fd, source: Any, file_id: str) -> None:
         self.owner = _UNKNOWN
@@ -113,6 +114,21 @@ class Handle:
         self.fd = fd
         self.source = source
         self._id = file_id
+        self._attached: WeakValueDictionary[int, Handle] | None = None
+
+    def attach(self, other: Handle) -> None:
+        """Have another Handle, of what is read beside this file, closed and revoked with this one."""
+        if self._attached is None:
+            self._attached = WeakValueDictionary()
+        self._attached[id(other)] = other
+        if self.lost is not None:
+            other.revoke(self.lost)  # meanwhile, by another thread
+        elif self.closed:
+            other.close()
+
+    def _list_attached(self) -> list[Handle]:
+        references = [] if self._attached is None else self._attached.valuerefs()
+        return [other for reference in references if (other := reference()) is not None]
 
     @property
     def closed(self) -> bool:
@@ -147,6 +163,8 @@ class Handle:
         """Close the fd, if it is owned; a second call does nothing."""
         self.source.fd = -1
         self.fd.close()
+        for other in self._list_attached():
+            other.close()
 
     def revoke(self, why: Exception) -> None:
         """Let go of the stats file while other threads may be reading it; from now on they get `why`.
@@ -159,3 +177,5 @@ class Handle:
         null, self.lost = null_fd().fileno(), why
         self.source.fd = -1
         self.fd.replace(null)
+        for other in self._list_attached():
+            other.revoke(why)

@@ -164,11 +164,11 @@ def to_merged(data: Buffer | npt.NDArray[Any]) -> bytes:
         return bytes(memoryview(cast("Buffer", data)))
     values = cast("npt.NDArray[np.uint64]", image.values)  # not None: nothing was repaired
     order = "<" if image.schema.byteorder == "little" else ">"
-    return _head(image.id, image.schema.stats, order) + values.astype(f"{order}u8").tobytes()
+    return merged_head(image.id, image.schema.stats, order) + values.astype(f"{order}u8").tobytes()
 
 
-def _head(file_id: str, stats: Iterable[Stat], order: str) -> bytes:
-    """Header, id and descriptors of a merged file, whose data follows; `order` is struct's."""
+def merged_head(file_id: str, stats: Iterable[Stat], order: str) -> bytes:
+    """Return header, id and descriptors of a merged file, whose data follows; `order` is struct's."""
     raw_id = encode(file_id)
     names = [(stat, encode(stat.name)) for stat in stats]
     # The kernel's own size, unless an old name or id and its NUL need more; descriptors stay aligned to 8 bytes.

@@ -16,7 +16,7 @@ LAYERS = (
     ("_kvmstats", "_resource", "_arguments", "_text", "_unpatched"),
     ("abi", "errors"),
     ("stat", "series", "encoding", "schema", "image", "conformance"),
-    ("file_info", "groups", "handle", "stats_file"),
+    ("file_info", "groups", "handle", "schedstat", "stats_file"),
     ("changes", "joining", "selection", "spans", "answers", "conversions", "samples", "vmm"),
     ("sampling", "analysis", "formats"),
     ("plot",),

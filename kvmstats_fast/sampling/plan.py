@@ -6,27 +6,28 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
 
-from kvmstats_fast._arguments import article, check_integer, check_names
+from kvmstats_fast._arguments import article, check_integer
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._text import printable
 from kvmstats_fast.encoding import kind_of
-from kvmstats_fast.errors import unknown_stat
 from kvmstats_fast.file_info import FileInfo, Known, label_vms
 from kvmstats_fast.groups import Block
 from kvmstats_fast.samples import SampleError, Samples
+from kvmstats_fast.sampling.vcpu_threads import open_schedstats
+from kvmstats_fast.sampling.words import choose_rows
+from kvmstats_fast.schedstat import with_thread
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from kvmstats_fast.handle import Handle
     from kvmstats_fast.schema import Schema
-    from kvmstats_fast.stat import Stat
 
     #: What can be sampled: files, or lists of them, such as a VirtualMachine; or these by labels of the caller's.
     StatsFiles: TypeAlias = (
@@ -39,54 +40,22 @@ _CLOCK_BYTES = 24
 IN_USE = "this Sampler is in use by a run, a stream or another thread; each needs a Sampler of its own"
 
 
-class _Selection:
-    """What is read of a file of one schema, and which of it is kept.
-
-    Parameters
-    ----------
-    schema : Schema
-    found : iterable of dict, optional
-        The statistics that each pattern fits; None: all.
+class _Read(NamedTuple):
+    """One of the reads of a sweep.
 
     Attributes
     ----------
-    places : dict
-        Name to the statistic and the word of the row at which its values start.
-    first, count : int
-        The words of the file's data that are read.
-    gather : numpy.ndarray or None
-        Which of these make the row; None: all.
-    indices : uint32_t *
-        The same for the C core.
-    width : int
-        Words of the row.
+    file : int
+        Which file it is of.
+    handle : Handle
+        What is read: the file, or the schedstat of the vCPU's thread.
+    word : int
+        Of the file's row, at which its values start.
     """
 
-    def __init__(self, schema: Schema, found: Iterable[dict[str, Stat]] | None) -> None:
-        self.first = 0
-        self.count = self.width = schema.num_values
-        self.gather: npt.NDArray[np.uint32] | None = None
-        self.indices = ffi.NULL
-        if found is None:
-            self.places = schema.places
-            return
-        chosen: dict[str, Stat] = {}
-        for stats in found:
-            chosen.update(stats)
-        self.places = {}
-        words: list[int] = []
-        for name, stat in chosen.items():
-            self.places[name] = stat, len(words)
-            start = stat.offset // 8
-            words.extend(range(start, start + stat.size))
-        if not chosen:
-            return
-        self.first = min(words)
-        self.count = max(words) - self.first + 1
-        self.width = len(words)
-        if words != list(range(self.first, self.first + self.width)):
-            self.gather = np.array(words, np.uint32) - np.uint32(self.first)
-            self.indices = ffi.from_buffer("uint32_t[]", self.gather)
+    file: int
+    handle: Handle
+    word: int
 
 
 class _Origin(NamedTuple):
@@ -104,6 +73,8 @@ class Plan:
     ----------
     num_files : int
         How many have one of the chosen statistics.
+    num_reads : int
+        How many reads a sweep takes: one a file, and one more for each vCPU whose thread's schedstat is read.
     groups : tuple of Block
         The files of one kind and schema each, without room for a sweep.
     threads : int
@@ -119,11 +90,16 @@ class Plan:
         As `Sampler`.
     """
 
-    def __init__(self, files: StatsFiles, stats: str | Iterable[str] | None, threads: int) -> None:
+    def __init__(
+        self, files: StatsFiles, stats: str | Iterable[str] | None, threads: int, *, sched: bool = False
+    ) -> None:
         by_vm = _check_files(files)
         self.threads = check_integer("threads", threads, 1, lib.KVMSTATS_MAX_THREADS)
-        opened = [(file, vm, file.schema) for vm, some in by_vm.items() for file in some]
-        selections = _select(dict.fromkeys(schema for _, _, schema in opened), stats)
+        opened = [(file, vm) for vm, some in by_vm.items() for file in some]
+        schedstats = open_schedstats([file for file, _ in opened]) if sched else {}
+        schemas = {file: with_thread(file.schema) if file in schedstats else file.schema for file, _ in opened}
+        own = {schema: file.schema.num_values for file, schema in schemas.items()}
+        selections = choose_rows(own, stats)
         self._files: list[StatsFile] = []
         # Of all that were given, so that what is chosen of them does not change their labels.
         self._known: list[Known] = []
@@ -131,18 +107,24 @@ class Plan:
         self._origin: _Origin | None = None
         members: dict[tuple[Schema, str], list[int]] = {}
         fields: list[tuple[Any, ...]] = []
-        for place, (file, vm, schema) in enumerate(opened):
-            known, selection, source = _describe(file, vm), selections[schema], file.handle.source
+        self.reads: list[_Read] = []
+        for place, (file, vm) in enumerate(opened):
+            schema = schemas[file]
+            known, selection = _describe(file, vm), selections[schema]
             self._known.append(known)
             if selection.places:
-                members.setdefault((schema, known.kind), []).append(len(fields))
+                number = len(self._files)
+                members.setdefault((schema, known.kind), []).append(number)
                 self._files.append(file)
                 self._chosen.append(place)
-                position = source.position + selection.first * source.value_size
-                fields.append((source, position, selection.count, selection.indices, selection.width))
+                self.reads.append(_Read(number, file.handle, 0))
+                fields.append(selection.file.read_from(file.handle.source))
+                if selection.thread.width:
+                    self.reads.append(_Read(number, schedstats[file], selection.file.width))
+                    fields.append(selection.thread.read_from(schedstats[file].source))
         if not fields:
             raise ValueError("there is nothing to sample: no files, or none with statistics")
-        self.num_files = len(fields)
+        self.num_files, self.num_reads = len(self._files), len(fields)
         self.groups = tuple(
             Block(
                 schema,
@@ -155,7 +137,8 @@ class Plan:
         )
         words = sum(len(group.columns) * group.values.shape[2] for group in self.groups)
         self.sweep_bytes = 8 * words + _CLOCK_BYTES
-        self.scratch_words = max((one.count for one in selections.values() if one.gather is not None), default=0)
+        parts = [part for one in selections.values() for part in (one.file, one.thread)]
+        self.scratch_words = max((part.count for part in parts if part.gather is not None), default=0)
         self._selections = selections  # the C structs point into what they keep
         self._structs = ffi.new(_FILES, fields)
 
@@ -173,20 +156,20 @@ class Plan:
         return self._origin
 
     def copy_structs(self) -> Any:
-        """Return a ``struct kvmstats_file[]`` of the files, none of which has failed or has rows yet."""
-        structs = ffi.new(_FILES, self.num_files)
+        """Return a ``struct kvmstats_file[]`` of the reads, none of which has failed or has rows yet."""
+        structs = ffi.new(_FILES, self.num_reads)
         ffi.memmove(structs, self._structs, ffi.sizeof(structs))
         return structs
 
-    def why_failed(self, index: int, struct: Any) -> Exception:
-        """Return what to raise for a file that failed, as its C struct says."""
-        file = self._files[index]
+    def why_failed(self, read: _Read, struct: Any) -> Exception:
+        """Return what to raise for a read that failed, as its C struct says."""
+        file = self._files[read.file]
         lost = file.handle.lost
         if lost is not None:
             return copy(lost)  # a run may attach its samples to it
         if file.closed:
             return ValueError(f"StatsFile {printable(file.id)} was closed while it was being sampled")
-        return file.handle.failure(struct.error, struct.position + struct.got)
+        return read.handle.failure(struct.error, struct.position + struct.got)
 
 
 class Rows:
@@ -215,20 +198,34 @@ class Rows:
         self.scratch = ffi.from_buffer("uint64_t[]", scratch, True) if scratch.size else ffi.NULL
         structs = self.structs = plan.copy_structs()
         self._keep = [ffi.from_buffer("uint64_t[]", group.values, True) for group in self.groups]
+        rows: list[Any] = [None] * plan.num_files
         for group, base in zip(self.groups, self._keep, strict=True):
             _, columns, width = group.values.shape
-            step = columns * width
             for place, index in enumerate(group.columns.tolist()):
-                struct = structs[index]
-                struct.row, struct.step = base + place * width, step
+                rows[index] = base + place * width, columns * width
+        for read, struct in zip(plan.reads, structs, strict=True):
+            row, step = rows[read.file]
+            struct.row, struct.step = row + read.word, step
 
     def find_errors(self, start: int, stop: int) -> tuple[SampleError, ...]:
         """Return the files that had failed by sweep `stop` of a run; the sweeps they name count from `start`."""
+        failed: dict[int, tuple[_Read, Any]] = {}
+        for read, struct in zip(self.plan.reads, self.structs, strict=True):
+            if struct.error and struct.failed_at < stop:
+                before = failed.get(read.file)
+                if before is None or struct.failed_at < before[1].failed_at:
+                    failed[read.file] = read, struct
         return tuple(
-            SampleError(index, max(struct.failed_at - start, 0), self.plan.why_failed(index, struct))
-            for index, struct in enumerate(self.structs)
-            if struct.error and struct.failed_at < stop
+            SampleError(index, max(struct.failed_at - start, 0), self.plan.why_failed(read, struct))
+            for index, (read, struct) in failed.items()
         )
+
+    def blank(self, groups: Iterable[Block], errors: Iterable[SampleError]) -> None:
+        """Set to 0 what was read of files that had failed: of a vCPU whose thread has ended the file lives on."""
+        if self.plan.num_reads > self.plan.num_files:
+            for error in errors:
+                for group in groups:
+                    group.values[error.sweep :, group.columns == error.file] = 0
 
     def make_samples(self, slots: slice, *, copy: bool, **about: Any) -> Samples:
         """Return some of the sweeps as Samples; `about` are more of their attributes."""
@@ -237,6 +234,7 @@ class Rows:
         if copy:
             groups = tuple(group.with_values(group.values.copy()) for group in groups)
             time, sweep_ns, tick = time.copy(), sweep_ns.copy(), tick.copy()
+        self.blank(groups, about.get("errors", ()))
         files, host, kernel = self.plan.origin
         return Samples(groups, files, time, sweep_ns, tick, host=host, kernel=kernel, **about)
 
@@ -253,7 +251,7 @@ class LiveRow(Rows):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, 1)
         self.c = ffi.new(
-            "struct kvmstats_sweep *", (self.structs, plan.num_files, self.scratch, plan.scratch_words, 0, 0)
+            "struct kvmstats_sweep *", (self.structs, plan.num_reads, self.scratch, plan.scratch_words, 0, 0)
         )
         _LIVE_ROWS.add(self)
 
@@ -261,8 +259,10 @@ class LiveRow(Rows):
         """Raise what is wrong with a sweep for which ``lib.kvmstats_sweep`` returned `status`."""
         if status < 0:
             raise RuntimeError(IN_USE)
-        if status == self.plan.num_files or (strict and status):
-            raise self.find_errors(0, 1)[0].error
+        errors = self.find_errors(0, 1) if status else ()
+        if status == self.plan.num_reads or (strict and status):
+            raise errors[0].error
+        self.blank(self.groups, errors)
 
 
 _LIVE_ROWS: WeakSet[LiveRow] = WeakSet()
@@ -328,15 +328,3 @@ def _flatten(name: str, files: Iterable[StatsFile | Iterable[StatsFile]]) -> lis
 def _describe(file: StatsFile, vm: str) -> Known:
     owner, file_id = file.handle.owner, file.id
     return Known(file_id, *kind_of(file_id), owner.pid, owner.name, vm or owner.vm)
-
-
-def _select(schemas: Iterable[Schema], stats: str | Iterable[str] | None) -> dict[Schema, _Selection]:
-    """Return what is read of the files of each schema; KeyError for a pattern that fits no statistic of any."""
-    if stats is None:
-        return {schema: _Selection(schema, None) for schema in schemas}
-    patterns = check_names("stats", stats)
-    found = {schema: [schema.matches(pattern) for pattern in patterns] for schema in schemas}
-    for place, pattern in enumerate(patterns):
-        if not any(some[place] for some in found.values()):
-            raise unknown_stat(pattern, chain.from_iterable(schemas), "these files")
-    return {schema: _Selection(schema, some) for schema, some in found.items()}

@@ -66,7 +66,7 @@ class _Ring:
         if schedule.cpus:
             c.cpus, c.cpu_words = cpus, len(cpus)
         c.depth, c.chunk = depth, chunk
-        c.files, c.num_files = rows.structs, plan.num_files
+        c.files, c.num_files = rows.structs, plan.num_reads
         c.scratch, c.scratch_size = rows.scratch, plan.scratch_words
         c.interval, c.ticks, c.duration = schedule.interval_ns, schedule.ticks, schedule.duration_ns
         c.spin_ns, c.wait, c.priority = HYBRID_SPIN_NS, schedule.wait, schedule.priority

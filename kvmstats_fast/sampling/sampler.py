@@ -43,6 +43,11 @@ class Sampler(Unique):
         is left out.
     threads : int
         How many threads share each sweep of a run or stream, for hosts with hundreds of vCPUs and processors to spare.
+    sched : bool
+        Also read what the host's scheduler counts of each vCPU's thread, in the same sweep: ``sched_run_ns``, how long
+        it ran, and ``sched_wait_ns``, how long it was ready and waited for a processor, both cumulative and in seconds,
+        and ``sched_timeslices``, how often it got one. They are statistics of the vCPU as all others, for `stats`, too;
+        docs/sampling.md says what the kernel counts. A vCPU whose thread ends has failed.
 
     Raises
     ------
@@ -51,6 +56,14 @@ class Sampler(Unique):
     TypeError, ValueError
         If `files` is not an iterable of open StatsFiles or has none, a label is no text or its files are not those of
         one VM, or `threads` is out of range.
+    VmGoneError, OSError
+        With `sched`: if a VMM has exited, or its threads cannot be looked at.
+
+    Warns
+    -----
+    SamplingWarning
+        With `sched`: of the vCPUs that have no such statistics, because their thread is not known
+        (`VirtualMachine.threads`) or this kernel does not count it. Their other statistics are sampled.
 
     Notes
     -----
@@ -63,8 +76,10 @@ class Sampler(Unique):
         files: StatsFiles,
         stats: str | Iterable[str] | None = None,
         threads: int = 1,
+        *,
+        sched: bool = False,
     ) -> None:
-        self._live = LiveRow(Plan(files, stats, threads))
+        self._live = LiveRow(Plan(files, stats, threads, sched=sched))
         self._c = self._live.c
 
     @property

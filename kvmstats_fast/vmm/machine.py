@@ -16,6 +16,7 @@ from kvmstats_fast.vmm.find import VmProcess, describe, find_guest, has_vm, is_d
 from kvmstats_fast.vmm.hazard import has_filter
 from kvmstats_fast.vmm.mark import Marks
 from kvmstats_fast.vmm.refusal import refused
+from kvmstats_fast.vmm.threads import find_threads
 from kvmstats_fast.vmm.watch import WATCHER, Watched
 from kvmstats_fast.vmm.ways import advise
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.stats_file import StatsFile
     from kvmstats_fast.vmm.proc import KvmFile, Process
+    from kvmstats_fast.vmm.threads import KnownBy, VcpuThread
 
 #: No call may wait longer, in s.
 LONGEST = 1e9
@@ -67,6 +69,7 @@ class VirtualMachine(Closing):
     ) -> None:
         self.about = about
         self._trouble = trouble
+        self._threads: dict[int, VcpuThread] | None = None  # None: nobody has asked
         self._closed = False
         self._watched = watched
         self.pid, self.vmm, self.name, self.how = about.pid, about.vmm, about.name, how
@@ -90,6 +93,50 @@ class VirtualMachine(Closing):
         if self._closed:
             raise ValueError(f"this VirtualMachine (process {self.pid}) is closed: attach to it again")
         return not self._watched.process.ended
+
+    @property
+    def threads(self) -> dict[int, int]:
+        """The thread (tid) that runs each vCPU, by the vCPU's number, of those vCPUs whose thread is known.
+
+        Raises
+        ------
+        VmGoneError
+            If the VMM has exited.
+        AttachError
+            If its folder in /proc may not be seen.
+
+        Notes
+        -----
+        What is not known now may be known later: a vCPU that never sleeps shows its thread by no system call. `explain`
+        says of whom nothing is known, once this was asked for.
+        """
+        return {vcpu_id: thread.tid for vcpu_id, thread in self._find_threads().items()}
+
+    @property
+    def threads_known_by(self) -> dict[int, KnownBy]:
+        """How the thread of each vCPU in `threads` is known, by the vCPU's number.
+
+        ``"KVM_RUN"``: it was seen in this call for the vCPU's fd. ``"name"``: it is called so, as ``CPU 0/KVM``,
+        ``fc_vcpu 0`` and ``vcpu0`` are. ``"id"``: the id of the vCPU's stats file names it, which is right where each
+        thread makes the vCPU that it runs, as QEMU's do.
+        """
+        return {vcpu_id: thread.known_by for vcpu_id, thread in self._find_threads().items()}
+
+    def _find_threads(self) -> dict[int, VcpuThread]:
+        """Look for the threads that are not known yet, or have ended."""
+        self._check_alive()
+        process = self._watched.process
+        try:
+            there, known = process.threads(), self._threads or {}
+            known = {vcpu_id: thread for vcpu_id, thread in known.items() if thread.tid in there}
+            if any(file.vcpu_id not in known for file in self.vcpus):
+                known = find_threads(process, self.files) | known
+        except OSError as error:
+            process.check_alive()
+            raise refused(f"reading {process.folder}/task", self.pid, error.errno or 0) from None
+        self._check_alive()  # so all of that was about it
+        self._threads = known
+        return known
 
     def look(self) -> bool:
         """Notice now, instead of within a second, that a VM of a running VMM is gone.
@@ -182,6 +229,14 @@ class VirtualMachine(Closing):
                 f"{' and '.join(missing)}: {printable(self.vmm)} (process {self.pid}) does not hold "
                 f"{'it' if vms + len(vcpus) == 1 else 'them'}. What helps, the least intrusive first: "
                 + _advise(self._watched.process, inject=not self._trouble, vcpus=bool(vcpus))
+            )
+        asked, threads = self._threads is not None, self._threads or {}
+        unknown = [file.vcpu_id for file in self.vcpus if asked and file.vcpu_id not in threads]
+        if unknown:
+            numbers = f"vCPU {unknown[0]}" if len(unknown) == 1 else f"vCPUs {', '.join(map(str, unknown))}"
+            lines.append(
+                f"the thread of {numbers}: it was not seen in KVM_RUN and has neither a name that tells (`CPU 0/KVM`; "
+                "QEMU: -name debug-threads=on) nor one in the id of its stats file. Look again while the guest is idle"
             )
         if machines > 1:
             lines.append(

@@ -26,7 +26,9 @@ _NO_FD = 2**31 - 1  # above the largest value of the sysctl fs.nr_open, so no pr
 _PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h: a pidfd of a thread, Linux 6.9
 _PIDFD_LINKS = ("anon_inode:[pidfd]", "pidfd:")  # before and since Linux 6.9
 _PIDFD_PID = re.compile(rb"^Pid:\t(\d+)$", re.MULTILINE)  # fs/pidfs.c: pidfd_show_fdinfo
-_PF_EXITING = 0x4  # include/linux/sched.h: it is letting go of its files and memory
+# include/linux/sched.h
+_PF_EXITING = 0x4  # it is letting go of its files and memory
+_PF_WORKERS = 0x10 | 0x4000 | 0x200000  # PF_IO_WORKER, PF_USER_WORKER, PF_KTHREAD
 
 
 class KvmFile(NamedTuple):
@@ -340,6 +342,14 @@ class Process(Closing):
             if _contents(f"{folder}/stat").rpartition(b")")[2].split()[0] in (b"Z", b"X"):
                 raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from None
             raise
+
+    def is_worker(self, tid: int) -> bool:
+        """Return whether a thread is the kernel's, which shows the system call that its maker was in."""
+        return bool(int(_fields(_contents(f"{self.folder}/task/{tid}/stat"))[6]) & _PF_WORKERS)
+
+    def thread_name(self, tid: int) -> str:
+        """Return the name that a thread goes by, at most 15 bytes."""
+        return _text(_contents(f"{self.folder}/task/{tid}/comm")).removesuffix("\n")
 
     def program(self) -> str:
         """Return the name of the file that it runs; empty if it is just ending, which loses that first."""
