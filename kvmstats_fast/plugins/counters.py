@@ -49,7 +49,7 @@ class Counters:
     @contextmanager
     def watch(self, benchmark: Any, timer: object) -> Iterator[Watched]:
         """Count a block, and the measured rounds of a benchmark in it; nothing is told of a block that raised."""
-        watched = Watched(Tally(self._plan))
+        watched = Watched(Tally(self._plan, spreads=True))
         rounds = timer if isinstance(timer, RoundTimer) else None
         if rounds is not None:
             rounds.follow(benchmark, self._source, watched.rounds)

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from weakref import WeakSet
 
@@ -14,6 +15,7 @@ import numpy as np
 from kvmstats_fast._arguments import article, check_integer
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._text import printable
+from kvmstats_fast.abi import StatType
 from kvmstats_fast.encoding import kind_of
 from kvmstats_fast.file_info import FileInfo, Known, label_vms
 from kvmstats_fast.groups import Block
@@ -154,6 +156,16 @@ class Plan:
             )
             self._origin = _Origin(files, host, kernel)
         return self._origin
+
+    @cached_property
+    def counters(self) -> tuple[tuple[str, int, int], ...]:
+        """Cumulative statistics of one value: name, index of the group, and word of its rows."""
+        return tuple(
+            (name, index, word)
+            for index, group in enumerate(self.groups)
+            for name, (stat, word) in group.places.items()
+            if stat.type == StatType.CUMULATIVE and not stat.shape
+        )
 
     def copy_structs(self) -> Any:
         """Return a ``struct kvmstats_file[]`` of the reads, none of which has failed or has rows yet."""

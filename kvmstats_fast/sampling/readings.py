@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.abi import StatType
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.plan import LiveRow, Plan
 from kvmstats_fast.sampling.wall_clock import WallClock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy.typing as npt
 
     from kvmstats_fast.samples import SampleError
@@ -119,14 +116,21 @@ class Tally:
     All words of the files of a group are added at once, and of many pairs: a pass for each statistic of each pair would
     take a hundred times as long.
 
+    Parameters
+    ----------
+    plan : Plan
+    spreads : bool
+        Whether to keep what `spreads` needs, too.
+
     Attributes
     ----------
     pairs : int
         How many there were.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, spreads: bool = False) -> None:
         self._plan = plan
+        self._keeps_spreads = spreads
         self.pairs = 0
         self._pending: list[tuple[Reading, Reading]] = []
         self._totals = [[0] * group.values.shape[2] for group in plan.groups]
@@ -151,7 +155,8 @@ class Tally:
             high, low = (change >> np.uint64(32)).sum(axis=1), (change & np.uint64(_LOW_HALF)).sum(axis=1)
             sums = zip(high.sum(axis=0).tolist(), low.sum(axis=0).tolist(), self._totals[place], strict=True)
             self._totals[place] = [(above << 32) + below + before for above, below, before in sums]
-            self._add_squares(place, high * 2.0**32 + low)
+            if self._keeps_spreads:
+                self._add_squares(place, high * 2.0**32 + low)
 
     def _add_squares(self, place: int, counts: npt.NDArray[np.float64]) -> None:
         if len(self._origins) == place:
@@ -167,7 +172,7 @@ class Tally:
         """How much each cumulative statistic of one value counted in all pairs; of any kernel's files."""
         self._add_up()
         counts: dict[str, int] = {}
-        for name, place, word in self._words():
+        for name, place, word in self._plan.counters:
             counts[name] = counts.get(name, 0) + self._totals[place][word]
         return counts
 
@@ -176,17 +181,11 @@ class Tally:
         """The standard deviation of what each counted from pair to pair; 0 of one pair."""
         self._add_up()
         variances: dict[str, float] = {}
-        for name, place, word in self._words() if self.pairs else ():
+        for name, place, word in self._plan.counters if self.pairs else ():
             mean = float(self._sums[place][word]) / self.pairs
             variance = max(float(self._squares[place][word]) / self.pairs - mean * mean, 0.0)
             variances[name] = variances.get(name, 0.0) + variance * self.pairs / max(self.pairs - 1, 1)
         return {name: math.sqrt(variance) for name, variance in variances.items()}
-
-    def _words(self) -> Iterator[tuple[str, int, int]]:
-        for place, group in enumerate(self._plan.groups):
-            for name, (stat, word) in group.places.items():
-                if stat.type == StatType.CUMULATIVE and not stat.shape:
-                    yield name, place, word
 
 
 def _leave_out(plan: Plan, reading: Reading, errors: tuple[SampleError, ...]) -> Reading:
