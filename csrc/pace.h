@@ -5,7 +5,7 @@
  * A sleep ends late, by what the timer and the scheduler take: 2 us on a server, 50 us in a virtual machine. Spinning
  * until the tick is due hides that, but it is work: a thread that works much has the processor taken away, or does not
  * get it when it wakes up, for as long as the others' turns last. So the hybrid wait spins for as long as sleeps have
- * been late lately, and hardly at all once others have had the processor; then twice as long, second after second.
+ * been late lately, beginning with 1 us and doubling that, and falls back to it once others have had the processor.
  */
 #ifndef KVMSTATS_PACE_H
 #define KVMSTATS_PACE_H
@@ -22,11 +22,12 @@
 enum {
     LONGEST_SLEEP = 20000000, /* ns: how soon a stop is noticed */
     OTHERS_TURN = 500000,     /* ns: what is so late has probably waited for another thread's turn to end */
-    LEAST_SPIN = 1000,        /* ns: what is left of the spin then; it is doubled again and again */
+    LEAST_SPIN = 1000, /* ns: the spin begins with that, and falls back to it; then it is doubled again and again: */
+    START = 10000000,  /* ns: so soon as long as nothing is known of others, */
 };
 
-#define FIRST_REGAIN ((int64_t)NS_PER_SECOND)     /* ns until it is doubled; twice as long each time that the ... */
-#define LAST_REGAIN ((int64_t)16 * NS_PER_SECOND) /* ... processor is taken away again, but no longer than this */
+#define FIRST_REGAIN ((int64_t)NS_PER_SECOND)     /* ns: so soon once they have had their turns, */
+#define LAST_REGAIN ((int64_t)16 * NS_PER_SECOND) /* ns: and twice as late each time they come again, up to this */
 
 /* What a hybrid wait has learned. */
 struct pace {
@@ -48,7 +49,7 @@ static inline long count_switches(void)
 static inline struct pace start_pace(const struct kvmstats_run *run)
 {
     return (struct pace){
-        .most = run->spin_ns, .regain_at = INT64_MAX, .regain = FIRST_REGAIN, .switches = count_switches()};
+        .most = LEAST_SPIN, .regain = START, .switches = run->wait == KVMSTATS_WAIT_HYBRID ? count_switches() : 0};
 }
 
 /* Signals may end it early. */
@@ -85,7 +86,7 @@ static inline int64_t choose_spin(const struct kvmstats_run *run, struct pace *p
         if (pace->most >= run->spin_ns) {
             pace->most = run->spin_ns;
             pace->regain_at = INT64_MAX;
-            pace->regain = FIRST_REGAIN;
+            pace->regain = START;
         }
     }
     int64_t spin = pace->late + pace->late / 8;
@@ -97,9 +98,10 @@ static inline void note_others(struct pace *pace, int64_t now)
 {
     pace->usual = 0; /* if it did not sleep because of that, it finds out anew */
     pace->most = LEAST_SPIN;
+    pace->regain = pace->regain < FIRST_REGAIN  ? FIRST_REGAIN
+                   : pace->regain < LAST_REGAIN ? 2 * pace->regain
+                                                : LAST_REGAIN;
     pace->regain_at = now + pace->regain;
-    if (pace->regain < LAST_REGAIN)
-        pace->regain *= 2;
 }
 
 /* A sleep ended so late. No spinning would have helped against others' turns, and so they are not learned. */

@@ -448,7 +448,10 @@ static void test_pace(void)
     snprintf(context, sizeof context, "pace");
     CHECK(choose_spin(&run, &pace, 0) == 0); /* nothing is known yet */
     note_sleep(&run, &pace, 40000, 0);
-    CHECK(choose_spin(&run, &pace, 0) >= 40000 && choose_spin(&run, &pace, 0) < 50000);
+    CHECK(choose_spin(&run, &pace, 0) == 2 * LEAST_SPIN);
+    for (int64_t i = 1; i < 8; ++i)
+        CHECK(choose_spin(&run, &pace, i * START) >= (LEAST_SPIN << i < 40000 ? LEAST_SPIN << i : 40000));
+    CHECK(choose_spin(&run, &pace, 8 * START) < 50000);
     for (int i = 0; i < 1000; ++i)
         note_sleep(&run, &pace, 8000, 0);
     CHECK(choose_spin(&run, &pace, 0) >= 8000 && choose_spin(&run, &pace, 0) < 10000);
@@ -470,13 +473,15 @@ static void test_pace(void)
     /* Others had their turns: hardly any spin, and each time it takes longer until it is as much again. */
     for (int k = 0; k < 3; ++k) {
         note_sleep(&run, &pace, 5000000, 0);
+        CHECK(choose_spin(&run, &pace, 0) == LEAST_SPIN);
         CHECK(choose_spin(&run, &pace, (second << k) - 1) == LEAST_SPIN);
         CHECK(choose_spin(&run, &pace, second << k) == 2 * LEAST_SPIN);
     }
     for (int i = 1; i < 9; ++i)
         choose_spin(&run, &pace, i * (LAST_REGAIN + 1));
     CHECK(choose_spin(&run, &pace, INT64_MAX - 1) == run.spin_ns);
-    CHECK(pace.regain == FIRST_REGAIN);
+    note_sleep(&run, &pace, 5000000, 0);
+    CHECK(pace.regain == FIRST_REGAIN); /* they were away for long enough */
 
     run.wait = KVMSTATS_WAIT_SPIN;
     CHECK(choose_spin(&run, &pace, 0) == INT64_MAX);
@@ -516,9 +521,9 @@ static void test_pace_beside_another(void)
     pace.usual = run.interval;
     CHECK(choose_spin(&run, &pace, 0) == INT64_MAX);
     int64_t now = now_ns(), end = now + (int64_t)10 * NS_PER_SECOND;
-    while (pace.most != LEAST_SPIN && now < end)
+    while (pace.regain != FIRST_REGAIN && now < end)
         now = wait_until(&run, &pace, now + run.interval, now);
-    CHECK(pace.most == LEAST_SPIN && choose_spin(&run, &pace, now) <= LEAST_SPIN);
+    CHECK(pace.regain == FIRST_REGAIN && pace.most == LEAST_SPIN && choose_spin(&run, &pace, now) <= LEAST_SPIN);
     __atomic_store_n(&hog.over, 1, __ATOMIC_RELAXED);
     pthread_join(other, NULL);
     need(sched_setaffinity(0, sizeof before, &before) == 0, "sched_setaffinity");
