@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import random
 import re
 import struct
 import sys
@@ -20,6 +21,12 @@ DERANDOMIZE = bool(os.environ.get("CI"))
 def examples(count):
     """Hypothesis settings for this many examples, without a deadline; in CI always the same ones."""
     return settings(max_examples=count, deadline=None, derandomize=DERANDOMIZE)
+
+
+def numbers(count):
+    """So many numbers to make examples of: in CI always the same ones, elsewhere others each time."""
+    first = 0 if DERANDOMIZE else random.randrange(10**6) * count
+    return range(first, first + count)
 
 
 def open_fds():

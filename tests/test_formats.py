@@ -21,7 +21,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 import xarray as xr
-from helpers import DATA
+from helpers import DATA, examples
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
@@ -465,7 +465,7 @@ def test_the_example_prints_a_table(fleet):
     st.sampled_from(["little", "big"]),
     st.integers(0, 99),
 )
-@hypothesis.settings(max_examples=80, deadline=None)
+@examples(40)
 def test_a_file_before_the_merge_becomes_a_merged_one(arch, kind, layout, byteorder, seed):
     """Same names, descriptors and values in the same byte order; blocks aligned, in order, apart; the id is kept."""
     value_size = 4 if kind == "vm" and layout != "v9" and seed % 2 else 8

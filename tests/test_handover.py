@@ -19,8 +19,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from helpers import NOBODY, CtrlC, exit_status, forked, open_fds
-from hypothesis import given, settings
+from helpers import NOBODY, CtrlC, examples, exit_status, forked, open_fds
+from hypothesis import given
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
@@ -593,7 +593,7 @@ def hand_overs(draw):
             return pieces
 
 
-@settings(max_examples=300, deadline=None)
+@examples(150)
 @given(hand_overs())
 def test_a_hostile_peer_makes_clear_errors_only(pieces):
     """Whatever bytes and fds come: the files by the book, or one documented error; no leak, no hang."""

@@ -12,6 +12,7 @@ import made
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import examples
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
@@ -63,7 +64,7 @@ def batches(draw):
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @hypothesis.given(parts=batches(), size=st.sampled_from([0, 1000, 4000, 1 << 20]), rotate=st.booleans())
-@hypothesis.settings(max_examples=60, deadline=None)
+@examples(25)
 def test_the_whole_is_its_batches_in_steps_of_any_size(compression, parts, size, rotate, tmp_path_factory):
     """Bit for bit; and so are the steps, which conversions take."""
     path = tmp_path_factory.mktemp("recorded") / "run"

@@ -17,6 +17,7 @@ import hypothesis
 import made
 import numpy as np
 import pytest
+from helpers import examples
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
@@ -80,7 +81,7 @@ def runs(draw):
     limits=st.tuples(st.sampled_from([0, 1e-3, 2e-2, 10.0]), st.sampled_from([1, 1 << 10, 1 << 14, 1 << 20])),
     rotate=st.sampled_from([{}, {"rotate_bytes": 1}, {"rotate_seconds": 0.015}]),
 )
-@hypothesis.settings(max_examples=60, deadline=None)
+@examples(30)
 def test_what_is_loaded_is_what_was_written_however_batched(compression, parts, limits, rotate, tmp_path_factory):
     """Ticks, wall clocks, counts, failures: as `Samples.concatenate` joins what `write` was given."""
     path = tmp_path_factory.mktemp("recorded") / "run"

@@ -22,7 +22,7 @@ import made
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import open_fds
+from helpers import examples, open_fds
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
@@ -90,7 +90,7 @@ def anything(draw, least=0):
 @pytest.mark.parametrize("form", ["run", "run.npz"])
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @hypothesis.given(x=anything())
-@hypothesis.settings(max_examples=40, deadline=None)
+@examples(20)
 def test_what_is_saved_is_loaded_bit_for_bit(form, compression, x, tmp_path_factory):
     """Every dtype, kind and schema, failed files, empty runs, values over the whole of uint64."""
     path = tmp_path_factory.mktemp("saved") / form
@@ -108,7 +108,7 @@ def test_one_vcpu_and_three_hundred(number, path):
 
 
 @hypothesis.given(x=anything(least=3), cuts=st.lists(st.integers(0, 9), max_size=3), rotate=st.booleans())
-@hypothesis.settings(max_examples=40, deadline=None)
+@examples(20)
 def test_a_recording_is_the_batches_that_were_written(x, cuts, rotate, tmp_path_factory):
     """Batch by batch and as a whole, in one part or many; nothing is warned of."""
     path = tmp_path_factory.mktemp("recorded") / "run"

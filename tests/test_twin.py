@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import twin
-from helpers import examples
+from helpers import examples, numbers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
@@ -124,7 +124,7 @@ def test_boundary_numbers_in_every_field_are_judged_as_the_twin_judges_them(numb
     assert_agreement(struct.pack(f"{order}{len(numbers)}I", *numbers))
 
 
-@examples(300)
+@examples(150)
 @given(valid_files())
 def test_a_valid_file_is_read_as_it_was_made(built):
     """A file that keeps every rule is accepted by both parsers, and both find in it exactly what was put there."""
@@ -182,7 +182,7 @@ def test_the_count_defect_is_refused_and_repaired_without_values(built):
     assert_agreement(built.data)
 
 
-@examples(350)
+@examples(200)
 @given(damaged(files()))
 def test_a_damaged_file_is_judged_as_the_twin_judges_it(original_and_damaged):
     """A damaged file gives the same result or the same code and offset, also right after the sound one was read."""
@@ -192,7 +192,7 @@ def test_a_damaged_file_is_judged_as_the_twin_judges_it(original_and_damaged):
         assert_agreement(data)
 
 
-@examples(250)
+@examples(150)
 @given(damaged(st.sampled_from(distinct_captures())))
 def test_a_damaged_capture_is_judged_as_the_twin_judges_it(original_and_damaged):
     """The same for captures of real kernels."""
@@ -257,7 +257,7 @@ def test_a_capture_cut_at_any_length_is_judged_as_the_twin_judges_it(path):
             assert of_product(cut, repair=True) == of_twin(cut, repair=True), length
 
 
-@pytest.mark.parametrize("path", [path for path in CAPTURES if "defect" not in path.parent.name], ids=capture_name)
+@pytest.mark.parametrize("path", [path for path in ONE_OF_A_KIND if "defect" not in path.parent.name], ids=capture_name)
 def test_a_cut_capture_is_refused_as_truncated_at_its_end(path):
     """At every length but the whole, a real file is refused, and the offset is that of the cut."""
     data = path.read_bytes()
@@ -284,10 +284,10 @@ def random_damage(number):
     return data
 
 
-def test_a_hundred_thousand_damaged_captures_give_a_result_or_a_format_error():
-    """Random damage to real files makes parse raise FormatError or nothing; the twin agrees on each fiftieth."""
+def test_tens_of_thousands_of_damaged_captures_give_a_result_or_a_format_error():
+    """Random damage to real files makes parse raise FormatError or nothing; the twin agrees on two in twenty-five."""
     refused = 0
-    for number in range(100_000):
+    for number in numbers(40_000):
         data = random_damage(number)
         repair = number % 2 == 1
         try:
@@ -296,9 +296,9 @@ def test_a_hundred_thousand_damaged_captures_give_a_result_or_a_format_error():
             refused += 1
         except Exception as error:  # noqa: BLE001 - that it is another one is the point
             pytest.fail(f"random_damage({number}): {error!r}")
-        if number % 50 < 2:
+        if number % 25 < 2:
             assert of_product(data, repair) == of_twin(data, repair), f"random_damage({number})"
-    assert 10_000 < refused < 90_000  # else the damage is too rough, or none
+    assert 4_000 < refused < 36_000  # else the damage is too rough, or none
 
 
 # ---- what is done with a file that was accepted
@@ -315,7 +315,7 @@ def quiet_snapshot(image, si):
     return snapshot, [str(warning.message) for warning in caught]
 
 
-@examples(120)
+@examples(60)
 @given(valid_files(at_least=1))
 def test_the_dtype_shows_the_values_that_the_image_shows(built):
     """values.view(schema.dtype)[name] is image[name], for every statistic of every accepted file."""
@@ -327,7 +327,7 @@ def test_the_dtype_shows_the_values_that_the_image_shows(built):
         assert np.shares_memory(view[name], image.values)
 
 
-@examples(150)
+@examples(60)
 @given(accepted_files)
 def test_a_pickled_schema_comes_back(built):
     """An unpickled schema is the schema itself; a repaired one, which is never shared, is equal to it."""
@@ -341,7 +341,7 @@ def test_a_pickled_schema_comes_back(built):
     assert (again.stats, again.header, again.num_values) == (schema.stats, schema.header, schema.num_values)
 
 
-@examples(120)
+@examples(60)
 @given(valid_files())
 def test_plain_numbers_are_scaled_exactly(built):
     """A snapshot in base units has raw * base**exponent, an int if the power is below 2**64, else the nearest float.
@@ -366,7 +366,7 @@ def test_plain_numbers_are_scaled_exactly(built):
         assert (type(scaled[name]), scaled[name]) == (type(right), right), stat
 
 
-@examples(120)
+@examples(60)
 @given(valid_files())
 def test_a_statistic_with_a_code_that_is_not_known_stays_raw_and_says_so(built):
     """Unknown type, unit or base: the statistic is kept, raw and unscaled, and a snapshot in base units warns of it."""
@@ -394,7 +394,7 @@ histograms = st.builds(
 )
 
 
-@examples(150)
+@examples(100)
 @given(histograms)
 def test_buckets_have_the_edges_the_format_says(stat):
     """Linear edges are i * bucket_size, logarithmic ones 0, 1, 2, 4 ..., scaled; the last is infinite."""
@@ -408,7 +408,7 @@ def test_buckets_have_the_edges_the_format_says(stat):
         assert edge == (np.inf if exact >= 2**1024 else float(exact)), i
 
 
-@examples(120)
+@examples(60)
 @given(valid_files())
 def test_only_histograms_have_edges(built):
     """bucket_edges of any accepted statistic gives size + 1 numbers, or ValueError where there are no buckets."""
