@@ -406,29 +406,40 @@ def fleet(tmp_path_factory):
     return root, runs
 
 
+#: Runs the example, and shows what it has summed up; then as its first lines say, on a folder that has no data set.
+RUN_FLEET = """
+import json, runpy, sys
+import fleet
+from distributed import default_client
+
+def sum_fleet(paths, of_example=fleet.sum_fleet):
+    rates, merged = of_example(paths)
+    workers = len(default_client().scheduler_info()["workers"])
+    print(json.dumps([workers, {" ".join(map(str, k)): rate for k, rate in rates.items()}, merged.counts.tolist()]))
+    return rates, merged
+
+if __name__ == "__main__":
+    fleet.sum_fleet = sum_fleet
+    fleet.main(sys.argv[1])
+    sys.argv = [fleet.__file__, "."]
+    runpy.run_path(fleet.__file__, run_name="__main__")
+"""
+
+
 def test_dask_gives_what_numpy_gives_in_memory(fleet):
-    """The documented example, on a cluster of two workers: the same rates and the same merged histogram."""
+    """The documented example, on a cluster of two workers: the same rates and the same merged histogram, as a table."""
     root, runs = fleet
-    code = (
-        f"import sys; sys.path.insert(0, {str(FLEET.parent)!r})\n"
-        "import json, fleet\n"
-        "from pathlib import Path\n"
-        "from dask.distributed import Client, LocalCluster\n"
-        "if __name__ == '__main__':\n"
-        f"    paths = sorted(map(str, Path({str(root)!r}).glob('vcpu/date=*/*.parquet')))\n"
-        "    cluster = LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)\n"
-        "    with cluster, Client(cluster) as client:\n"
-        "        workers = len(client.scheduler_info()['workers'])\n"
-        "        rates, merged = fleet.sum_fleet(paths)\n"
-        "    rates = {' '.join(map(str, whose)): rate for whose, rate in rates.items()}\n"
-        "    print(json.dumps([workers, rates, merged.counts.tolist()]))\n"
-    )
     script = root / "run_fleet.py"
-    script.write_text(code)
+    script.write_text(RUN_FLEET)
     environment = os.environ | {"PYTHONPATH": str(FLEET.parent)}
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    workers, rates, counts = json.loads(result.stdout)
+    command = [sys.executable, script, root]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FLEET.parent, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr[-2000:]
+    assert "there is no vcpu/date=" in result.stderr
+    summed, header, *table = result.stdout.splitlines()
+    assert header.split() == ["host", "vm", "vcpu"]
+    assert "99th percentile" in table[-1]
+    workers, rates, counts = json.loads(summed)
     assert workers == 2
     wanted, merged = {}, None
     for host in "abç":
@@ -442,17 +453,6 @@ def test_dask_gives_what_numpy_gives_in_memory(fleet):
             merged = own if merged is None else merged + own
     assert rates == pytest.approx(wanted, rel=1e-12)
     assert counts == merged.counts.tolist()
-
-
-def test_the_example_prints_a_table(fleet):
-    """As its first lines say how to run it."""
-    result = subprocess.run([sys.executable, FLEET, fleet[0]], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.splitlines()[0].split() == ["host", "vm", "vcpu"]
-    assert "99th percentile" in result.stdout
-    result = subprocess.run([sys.executable, FLEET, FLEET.parent], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr[-2000:]
-    assert "there is no vcpu/date=" in result.stderr
 
 
 # ---- the layouts before the merge, as merged files

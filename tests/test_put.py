@@ -152,7 +152,7 @@ def test_what_appears_at_the_path_meanwhile_is_not_replaced(name, rival, tmp_pat
 def test_two_that_write_to_one_path_both_succeed(name, workers, tmp_path):
     """With overwrite=True one of the two is there in the end, whole, and nothing of the other."""
     path = tmp_path / name
-    for _ in range(6):
+    for _ in range(3):
         if workers == "threads":
             with ThreadPoolExecutor() as pool:
                 for future in [pool.submit(WRITERS[name], x, path, overwrite=True) for x in (X, Y)]:
@@ -172,7 +172,7 @@ def test_two_that_write_to_one_path_both_succeed(name, workers, tmp_path):
 def test_of_two_that_may_not_overwrite_one_is_refused(name, tmp_path):
     """Whichever is later."""
     path = tmp_path / name
-    for number in range(4):
+    for number in range(2):
         pids = [forked(lambda x=x: WRITERS[name](x, path)) for x in (X, Y)]
         assert sorted(exit_status(pid) for pid in pids) == [0, 1]
         assert names(tmp_path) == [name]
