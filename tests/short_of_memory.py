@@ -1,6 +1,8 @@
 """Every step with too little address space: the right result, or MemoryError.
 
 python tests/short_of_memory.py [STEPS]     # of RLIMIT_AS, from 0 to 2 GiB more than the process has; default: 40
+
+Most limits are low: above a few hundred MiB all is right.
 """
 
 import os
@@ -20,7 +22,7 @@ from helpers import forked
 import kvmstats_fast as kf
 from kvmstats_fast.testing import SyntheticStats
 
-FILES, SWEEPS, BATCH = 48, 2000, 400
+FILES, SWEEPS, BATCH = 48, 1500, 300
 SHORT = 3  # exit status
 HIGHEST = 2 << 30
 
@@ -131,7 +133,7 @@ def main(steps):
             came = Counter()
             for number in range(steps):
                 path = Path(folder) / f"{step}{number}"
-                status = attempt(room, step, path, HIGHEST * number // max(steps - 1, 1))
+                status = attempt(room, step, path, round(HIGHEST * (number / max(steps - 1, 1)) ** 3))
                 code = os.waitstatus_to_exitcode(status)
                 came[{0: "right", SHORT: "MemoryError"}.get(code, f"status {code}")] += 1
                 if code in (0, SHORT):

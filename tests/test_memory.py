@@ -1,5 +1,6 @@
 """How much memory a run may take: made-up machines, and real limits."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -165,6 +166,7 @@ def test_where_warnings_are_errors_the_samples_are_in_the_error(monkeypatch):
         assert caught.value.samples.interrupted
 
 
+#: Samples in a child for each amount of room that is named.
 LIMITED = """
 import os, resource, sys
 import kvmstats_fast as kf
@@ -173,18 +175,24 @@ from kvmstats_fast.testing import SyntheticStats
 made = SyntheticStats()
 file = made.open()
 sampler = kf.Sampler([file], threads={threads})
-size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]),) * 2)
-try:
-    if {stream}:
-        with sampler.stream(0, chunk=10, count=20) as stream:
-            sweeps = sum(len(part) for part in stream)
-    else:
-        sweeps = len(sampler.run(0, count=20))
-    print(sweeps == 20, flush=True)
-except MemoryError:
-    print("MemoryError", flush=True)
-os._exit(0)
+
+def attempt(room):
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + room,) * 2)
+    try:
+        if {stream}:
+            with sampler.stream(0, chunk=10, count=20) as stream:
+                sweeps = sum(len(part) for part in stream)
+        else:
+            sweeps = len(sampler.run(0, count=20))
+        print(sweeps == 20, flush=True)
+    except MemoryError:
+        print("MemoryError", flush=True)
+    os._exit(0)
+
+for room in sys.argv[1:]:
+    pid = os.fork() or attempt(int(room))
+    assert os.waitpid(pid, 0)[1] == 0, room
 """
 
 
@@ -195,11 +203,12 @@ def test_under_a_limit_of_memory_a_run_is_right_or_a_memory_error(threads, strea
     if resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY:
         pytest.skip("RLIMIT_AS is limited already")
     code = LIMITED.format(threads=threads, stream=stream)
-    outcomes = []
-    for room in (0, 64, 512, 4096, 8400, 9000, 17000, 40000, 200_000):
-        command = [sys.executable, "-c", code, str(room << 10)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        outcomes.append(done.stdout.strip())
+    rooms = [str(room << 10) for room in (0, 64, 512, 4096, 8400, 9000, 17000, 40000, 200_000)]
+    command = [sys.executable, "-c", code, *rooms]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # else a child has the stacks of its parent's threads
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    outcomes = done.stdout.split()
+    assert len(outcomes) == len(rooms)
     assert set(outcomes) == {"MemoryError", "True"}
     assert outcomes[-1] == "True"

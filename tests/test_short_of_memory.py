@@ -16,7 +16,7 @@ X = made.samples([("vm", made.schema_of(None, "vm"), 1), ("vcpu", VCPU, 2)], 9)
 
 def test_at_every_limit_the_result_is_right_or_a_memory_error():
     """Opening, running, streaming, recording, saving, loading and converting, each in a process of its own."""
-    command = [sys.executable, Path(__file__).parent / "short_of_memory.py", "5"]
+    command = [sys.executable, Path(__file__).parent / "short_of_memory.py", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("right") == 8
