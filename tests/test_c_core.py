@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -23,16 +24,20 @@ FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
 CAPTURES = sorted((TESTS / "data" / "captures").glob("*/*.bin"))
 
 CC = shlex.split(os.environ.get("CC", "gcc"))
-FLAGS = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O2", "-D_DEFAULT_SOURCE", "-pthread", f"-I{CSRC}"]
-SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# The core calls pread, which the linker replaces; it is pread64 where glibc is told that files are large.
-LIBC_PREAD = ["-DKVMSTATS_LIBC_PREAD", "-Wl,--wrap=pread,--wrap=pread64"]
+FLAGS = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O2", "-g", "-D_DEFAULT_SOURCE", "-pthread", f"-I{CSRC}"]
+LARGE_FILES = "-D_FILE_OFFSET_BITS=64"
 # The core as it is shipped: it makes the system call in place, which a seccomp filter intercepts.
+SHIPPED = ["-fPIC", LARGE_FILES]
 IN_PLACE = platform.machine() in ("x86_64", "aarch64") and sys.maxsize > 2**32
 NO_SECCOMP = 77
-LARGE_FILES = "-D_FILE_OFFSET_BITS=64"
+# The core calls pread, which the linker replaces; it is pread64 where glibc is told that files are large.
+LIBC_PREAD = "-DKVMSTATS_LIBC_PREAD"
+WRAP = "-Wl,--wrap=pread,--wrap=pread64"
+# It calls pread under a sanitizer, too, without being told.
+ADDRESSES = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+THREADS = ["-O1", "-fsanitize=thread"]
 
-MUTATIONS = 100_000
+MUTATIONS = 50_000
 SEED = 20210623
 
 # Of the compiler, not of the core: checks of the stack, addresses, and arithmetic that a machine does not have.
@@ -114,17 +119,46 @@ def core_checks(output):
 
 
 @pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """compiled(source, *flags): its object file, made once."""
+    folder = tmp_path_factory.mktemp("objects")
+
+    @cache
+    def compiled(source, *flags):
+        number = len(list(folder.iterdir()))
+        return build(folder / f"{number}-{Path(source).stem}.o", *flags, "-c", source)
+
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory, compiled):
+    """linked(test, *flags): that test with the core that these flags make, linked once."""
+    folder = tmp_path_factory.mktemp("programs")
+
+    @cache
+    def linked(test, *flags):
+        core = [compiled(source, *flags) for source in CORE]
+        number = len(list(folder.iterdir()))
+        if list(flags) == SHIPPED:
+            return build(folder / f"{number}", *core, compiled(test, *flags))
+        test = compiled(test, *dict.fromkeys([*flags, LIBC_PREAD]))
+        return build(folder / f"{number}", *flags, *core, test, WRAP)
+
+    return linked
+
+
+@pytest.fixture(scope="module")
 def sanitizers(tmp_path_factory):
     """Skip where a program cannot be linked or run with AddressSanitizer and UndefinedBehaviorSanitizer."""
     folder = tmp_path_factory.mktemp("sanitizers")
     source, program = folder / "probe.c", folder / "probe"
     source.write_text("int main(void) { return 0; }\n", encoding="ascii")
-    for command in ([*CC, *SANITIZE, source, "-o", program], [program]):
+    for command in ([*CC, *ADDRESSES, source, "-o", program], [program]):
         result = run(*command)
         if result.returncode:
             reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
             pytest.skip(f"no ASan and UBSan here: {reason}")
-    return SANITIZE
 
 
 @pytest.fixture(scope="module")
@@ -141,82 +175,84 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def symbols(tmp_path_factory):
-    """Compile the core's files as the extension does, and return {file: [(type, name)]} of their symbols."""
+def symbols(compiled):
+    """The core's files, compiled as the extension does: {file: [(type, name)]} of their symbols."""
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("there is no nm")
-    folder = tmp_path_factory.mktemp("objects")
     result = {}
     for source in CORE:
-        file = folder / f"{Path(source).stem}.o"
-        build(file, "-fPIC", LARGE_FILES, "-c", source)
         # The type is one letter, behind an address where there is one.
-        lines = [line.split() for line in check(nm, file).splitlines()]
+        lines = [line.split() for line in check(nm, compiled(source, *SHIPPED)).splitlines()]
         result[Path(source).name] = [(line[-2], line[-1]) for line in lines]
     return result
 
 
 @pytest.mark.parametrize("large_files", [[], [LARGE_FILES]], ids=["default", "large-files"])
-def test_the_core_keeps_its_manual(tmp_path, large_files):
+def test_the_core_keeps_its_manual(linked, large_files):
     """Headers, descriptors, values, reads and every error code are as kvmstats.h says, at the edge of memory."""
-    program = build(tmp_path / "test_core", *large_files, TEST_CORE, *CORE, *LIBC_PREAD)
-    assert core_checks(check(program)) > 1000
+    assert core_checks(check(linked(TEST_CORE, LIBC_PREAD, *large_files))) > 1000
 
 
 @pytest.mark.skipif(not IN_PLACE, reason="the core calls pread on this machine")
 @pytest.mark.parametrize("test", [TEST_CORE, TEST_RUN], ids=["core", "run"])
-def test_system_calls_in_place_keep_the_manual_too(tmp_path, test):
+def test_system_calls_in_place_keep_the_manual_too(linked, test):
     """Interruptions, pieces, early ends and errors of a system call that is made in place are those of pread."""
-    program = build(tmp_path / "in_place", LARGE_FILES, test, *CORE)
-    result = run(program)
+    result = run(linked(test, *SHIPPED))
     if result.returncode == NO_SECCOMP:
         pytest.skip(f"no seccomp filter that notifies: {result.stderr.strip()}")
     assert result.returncode == 0, f"{result.stdout}{result.stderr}"
     assert re.fullmatch(r"test_(core|run): \d+ checks\n", result.stdout)
 
 
-def test_the_core_is_clean_under_the_sanitizers(tmp_path, sanitizers):
+@pytest.mark.usefixtures("sanitizers")
+def test_the_core_is_clean_under_the_sanitizers(linked):
     """No check of the core has an invalid access or undefined behaviour."""
-    program = build(tmp_path / "test_core", *sanitizers, TEST_CORE, *CORE, *LIBC_PREAD)
-    assert core_checks(check(program)) > 1000
+    assert core_checks(check(linked(TEST_CORE, *ADDRESSES))) > 1000
 
 
-def test_the_core_is_clean_under_valgrind(tmp_path):
+def test_the_core_is_clean_under_valgrind(linked):
     """No check of the core uses an uninitialised value, accesses memory it does not own, or leaks."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         pytest.skip("there is no valgrind")
-    program = build(tmp_path / "test_core", "-g", TEST_CORE, *CORE, *LIBC_PREAD)
+    program = linked(TEST_CORE, LIBC_PREAD)
     assert core_checks(check(valgrind, "--quiet", "--error-exitcode=99", "--leak-check=full", program)) > 1000
 
 
+@pytest.mark.usefixtures("sanitizers")
 @pytest.mark.parametrize("way", ["plain", "sanitizers", "valgrind"])
-def test_series_are_those_of_the_plainest_loops(tmp_path, sanitizers, way):
+def test_series_are_those_of_the_plainest_loops(tmp_path, compiled, way):
     """Changes, rates, resets and sums of any shape, to the last bit, at the edge of memory, and clean as above."""
     valgrind = shutil.which("valgrind") if way == "valgrind" else None
     if way == "valgrind" and valgrind is None:
         pytest.skip("there is no valgrind")
-    options = sanitizers if way == "sanitizers" else ["-g"]
-    program = build(tmp_path / "test_series", *options, TEST_SERIES, str(CSRC / "series.c"))
+    flags = ADDRESSES if way == "sanitizers" else []
+    objects = [compiled(source, *flags) for source in (TEST_SERIES, str(CSRC / "series.c"))]
+    program = build(tmp_path / "test_series", *flags, *objects)
     wrapper = [valgrind, "--quiet", "--error-exitcode=99"] if valgrind else []
     assert re.fullmatch(r"test_series: \d{6,} checks\n", check(*wrapper, program))
 
 
-@pytest.mark.parametrize("sanitize", [[], ["-g", "-fsanitize=thread"], SANITIZE], ids=["plain", "threads", "addresses"])
-def test_runs_account_for_every_tick(tmp_path, sanitizers, sanitize):
+@pytest.mark.usefixtures("sanitizers")
+@pytest.mark.parametrize("flags", [[LIBC_PREAD], THREADS, ADDRESSES], ids=["plain", "threads", "addresses"])
+def test_runs_account_for_every_tick(linked, flags):
     """Sweeps and runs with up to 64 threads, a reader and a stopper keep their contract and have no data race."""
-    assert sanitizers
-    program = build(tmp_path / "test_run", *sanitize, TEST_RUN, *CORE, *LIBC_PREAD)
-    match = re.fullmatch(r"test_run: (\d+) checks\n", check(program))
+    match = re.fullmatch(r"test_run: (\d+) checks\n", check(linked(TEST_RUN, *flags)))
     assert match
     assert int(match[1]) > 1000
 
 
-def test_mutated_captures_break_no_promise(tmp_path, sanitizers, corpus):
+def fuzz(compiled, folder, *flags):
+    """The fuzzer with its own main, and what it fuzzes."""
+    objects = [compiled(FUZZ_CORE, "-DSTANDALONE", *flags), compiled(str(CSRC / "layout.c"), *flags)]
+    return build(folder / "fuzz_core", *flags, *objects)
+
+
+@pytest.mark.usefixtures("sanitizers")
+def test_mutated_captures_break_no_promise(tmp_path, compiled, corpus):
     """However the bytes of a real file are changed, the core refuses it or reads it, and either by the contract."""
-    program = build(tmp_path / "fuzz_core", *sanitizers, "-DSTANDALONE", FUZZ_CORE, str(CSRC / "layout.c"))
-    output = check(program, MUTATIONS, SEED, *corpus)
+    output = check(fuzz(compiled, tmp_path, *ADDRESSES), MUTATIONS, SEED, *corpus)
     match = re.fullmatch(r"fuzz_core: (\d+) inputs, (\d+) accepted\n", output)
     assert match, output
     inputs, accepted = int(match[1]), int(match[2])
@@ -225,22 +261,23 @@ def test_mutated_captures_break_no_promise(tmp_path, sanitizers, corpus):
     assert inputs // 10 < accepted < inputs * 9 // 10
 
 
-def test_unmutated_captures_are_accepted(tmp_path, corpus):
+def test_unmutated_captures_are_accepted(tmp_path, compiled, corpus):
     """The core accepts every real file, and the same statistics in each layout and byte order."""
-    program = build(tmp_path / "fuzz_core", "-DSTANDALONE", FUZZ_CORE, str(CSRC / "layout.c"))
-    assert check(program, 0, SEED, *corpus) == f"fuzz_core: {len(corpus)} inputs, {len(corpus)} accepted\n"
+    output = check(fuzz(compiled, tmp_path, LIBC_PREAD), 0, SEED, *corpus)
+    assert output == f"fuzz_core: {len(corpus)} inputs, {len(corpus)} accepted\n"
 
 
 @pytest.mark.parametrize("source", CORE, ids=lambda path: Path(path).name)
 def test_the_core_compiles_without_a_warning(tmp_path, source):
     """With the strict warnings, and with either of the macros that declare the system's functions."""
-    for macro in ("_DEFAULT_SOURCE", "_GNU_SOURCE"):
-        build(tmp_path / "object.o", "-Wconversion", "-Wshadow", LARGE_FILES, f"-D{macro}", "-c", source)
+    strict = ["-Wconversion", "-Wshadow", LARGE_FILES, "-c", source]
+    build(tmp_path / "object.o", *strict)
+    build(tmp_path / "nothing", *strict, "-D_GNU_SOURCE", "-fsyntax-only")  # it only declares more
 
 
 def test_the_fuzz_target_compiles_without_its_own_main(tmp_path):
     """Without STANDALONE there is only the entry point that libFuzzer calls."""
-    build(tmp_path / "fuzz_core.o", "-c", FUZZ_CORE)
+    build(tmp_path / "nothing", "-c", FUZZ_CORE, "-fsyntax-only")
 
 
 @pytest.mark.parametrize("source", IMPORTS)
@@ -256,12 +293,13 @@ def test_the_core_imports_no_allocator(symbols, source):
     assert {name for name in imported - STRING_FUNCTIONS - IMPORTS[source] if not HELPERS.fullmatch(name)} == set()
 
 
-def test_a_sanitizer_sees_what_a_read_writes(tmp_path, sanitizers):
+@pytest.mark.usefixtures("sanitizers")
+def test_a_sanitizer_sees_what_a_read_writes(tmp_path, compiled):
     """Under a sanitizer the core calls pread, and a read past the end of a buffer is found."""
     source = tmp_path / "overflow.c"
     source.write_text(OVERFLOW, encoding="ascii")
-    program = build(tmp_path / "overflow", *sanitizers, source, *CORE)
-    result = run(program)
+    core = [compiled(source, *ADDRESSES) for source in CORE]
+    result = run(build(tmp_path / "overflow", *ADDRESSES, source, *core))
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
     assert "pread" in result.stderr
