@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -25,8 +26,7 @@ def version():
 #: Whether it opens the stats files of its vCPUs itself, and keeps them (accel/kvm/kvm-all.c, kvm_init_vcpu).
 HOLDS_VCPUS = version() >= (8, 1)
 
-#: sti; xor ax, ax; mov ds, ax; again: inc dword [0x7000]; jmp again
-BUSY = bytes.fromhex("fb 31c0 8ed8 66ff060070 ebf9")
+FIRMWARE = Path(__file__).parent / "c" / "firmware.S"
 
 
 def until(condition, seconds=30):
@@ -44,11 +44,14 @@ def arguments(folder, *more, vcpus=4):
     return [*command, "-qmp", f"unix:{path},server=on,wait=off"], path
 
 
-def boot_disk(folder, code=BUSY):
-    """Arguments for a disk that boots a program of 16-bit code."""
-    image = folder / "disk"
-    image.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
-    return "-drive", f"file={image},format=raw,if=ide"
+def firmware(folder):
+    """Arguments for a firmware that counts at 0x7000 as fast as it can, and the ticks of its clock at 0x46c."""
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc to build a firmware")
+    image = folder / "firmware"
+    linker = "-Wl,--oformat=binary,-Ttext=0,--entry=0,--build-id=none"
+    subprocess.run(["gcc", "-nostdlib", "-static", "-no-pie", linker, FIRMWARE, "-o", image], check=True)
+    return "-bios", str(image)
 
 
 class Qmp:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import open_fds, stats_fds
 from holder import Holder
-from qemu import HOLDS_VCPUS, Qmp, arguments, boot_disk, needs_qemu, plain_qemu, until
+from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import lib
@@ -407,7 +407,7 @@ def test_the_watch_does_not_mix_up_reused_numbers(resources):
 @needs_qemu
 def test_a_launched_qemu_is_sampled_through_its_boot(tmp_path):
     """All five files, from the firmware's first exits on; its end ends the run."""
-    command, path = arguments(tmp_path, *boot_disk(tmp_path))
+    command, path = arguments(tmp_path)
     with kf.launch([*command, "-name", "guest=first"], vcpus=4, stderr=subprocess.DEVNULL) as machine:
         try:
             assert (machine.how, machine.name, machine.vmm) == ("launch", "first", "qemu-system-x86_64")
@@ -516,7 +516,7 @@ def test_attach_with_inject_has_everything_and_the_next_only_borrows(tmp_path, r
 
     Before 8.1 it holds nothing, from then on its vCPUs' files, which are had without injection.
     """
-    process, monitor = plain_qemu(tmp_path, resources, *boot_disk(tmp_path))
+    process, monitor = plain_qemu(tmp_path, resources, *firmware(tmp_path))
     assert until(lambda: monitor.word(0x7000), 30)
     if HOLDS_VCPUS:
         with kf.attach(process.pid) as machine:

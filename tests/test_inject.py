@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from helpers import names_thread, stats_fds
-from qemu import HOLDS_VCPUS, Qmp, arguments, boot_disk, needs_qemu, until
+from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu, until
 
 import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import ffi, lib
@@ -127,15 +127,24 @@ def qemu(tmp_path, resources):
 
 
 @pytest.fixture(scope="module")
-def busy_qemu(tmp_path_factory):
-    """A QEMU for all tests whose guest counts at 0x7000 as fast as it can, and at 0x46c the ticks of its clock."""
+def one_qemu(tmp_path_factory):
+    """A QEMU for all tests, with that firmware, which is paused."""
     folder = tmp_path_factory.mktemp("qemu")
-    machine = Qemu(folder, *boot_disk(folder))
+    machine = Qemu(folder, *firmware(folder))
     try:
         assert until(lambda: machine.word(0x7000), 30)
+        machine.qmp("stop")
         yield machine
     finally:
         machine.close()
+
+
+@pytest.fixture
+def busy_qemu(one_qemu):
+    """A QEMU whose guest counts at 0x7000 as fast as it can, and at 0x46c the ticks of its clock."""
+    one_qemu.qmp("cont")
+    yield one_qemu
+    one_qemu.qmp("stop")
 
 
 def counter_of(machine):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import stats_fds
-from qemu import Qmp, arguments, boot_disk, needs_qemu, until
+from qemu import Qmp, arguments, needs_qemu, until
 
 import kvmstats_fast as kf
 from kvmstats_fast.cli import main
@@ -24,7 +24,7 @@ from kvmstats_fast.testing import counts_right
 @needs_qemu
 def test_kvmstats_run_shows_what_the_statistics_came_to(tmp_path):
     """The table on stderr, the VMM's own stdout untouched, its exit status ours; --json for programs."""
-    command, path = arguments(tmp_path, *boot_disk(tmp_path))
+    command, path = arguments(tmp_path)
     for options in ([], ["--json", str(tmp_path / "stats")]):
         with subprocess.Popen(
             [sys.executable, "-m", "kvmstats_fast", "run", "-e", "exits", "-e", "halt_*", *options, "--", *command],
