@@ -204,12 +204,12 @@ def test_a_load_that_makes_ticks_late_loses_none_of_them_unseen(files):
     assert (np.abs(late[:-1]) <= 100_000).all()
 
 
-def test_there_is_no_drift_over_ten_seconds(files):
-    """The k-th time is within one interval of start + k * interval, from the first second to the tenth."""
-    samples = kf.Sampler(files, "exits").run(0.01, duration=10)
-    assert len(samples) + samples.missed == 1000
-    late = samples.time - samples.time[0] - samples.tick.astype(np.int64) * 10_000_000
-    assert (np.abs(late[:-1]) < 10_000_000).all()
+def test_there_is_no_drift_over_thousands_of_ticks(files):
+    """The k-th time is within one interval of start + k * interval, from the first tick to the three thousandth."""
+    samples = kf.Sampler(files, "exits").run(0.001, count=3000)
+    assert len(samples) + samples.missed == 3000
+    late = samples.time - samples.time[0] - samples.tick.astype(np.int64) * 1_000_000
+    assert (np.abs(late[:-1]) < 1_000_000).all()
 
 
 def test_interval_0_samples_as_fast_as_it_can(files):
@@ -665,7 +665,7 @@ def disturbed(i):
 signal.signal(signal.SIGINT, handle)
 thread = threading.Thread(target=interrupt, daemon=True)
 thread.start()
-interrupted, i, end = 0, 0, time.monotonic() + 4
+interrupted, i, end = 0, 0, time.monotonic() + 2
 while time.monotonic() < end:
     i += 1
     try:

@@ -56,14 +56,14 @@ offset = time.time_ns() - time.monotonic_ns()
 """
 
 KINDS = {
-    "run": "threading.Timer(0.5, step, (seconds,)).start(); x = sampler.run(0.01, duration=2.5)",
+    "run": "threading.Timer(0.3, step, (seconds,)).start(); x = sampler.run(0.01, duration=1.3)",
     "run without end": (
-        "threading.Timer(0.3, step, (seconds,)).start()\n"
-        "threading.Timer(1, sampler.stop).start(); x = sampler.run(0.01)"
+        "threading.Timer(0.2, step, (seconds,)).start()\n"
+        "threading.Timer(0.6, sampler.stop).start(); x = sampler.run(0.01)"
     ),
     "stream": (
         "parts = []\n"
-        "with sampler.stream(0.01, chunk=10, count=100) as stream:\n"
+        "with sampler.stream(0.005, chunk=10, count=100) as stream:\n"
         "    for part in stream:\n"
         "        parts.append(part)\n"
         "        if len(parts) == 4: step(seconds)\n"
@@ -127,7 +127,7 @@ def test_a_clock_that_stands_has_no_steps():
         warnings.simplefilter("error")
         sampler = kf.Sampler([file])
         before = time.time_ns()
-        for samples in (sampler.run(0.001, duration=1.5), sampler.run(0, count=200_000)):
+        for samples in (sampler.run(0.001, duration=1.1), sampler.run(0, count=100_000)):
             assert samples.wall_steps == ()
             assert before < samples.wall_time[0] < samples.wall_time[-1] < time.time_ns()
         with sampler.stream(0.001, chunk=1, count=300) as stream:
@@ -162,7 +162,7 @@ def test_the_offset_is_read_exactly():
 ERRORS = """
 warnings.simplefilter("error")
 numbers, refused = [], 0
-with sampler.stream(0.01, chunk=10, count=100) as stream:
+with sampler.stream(0.005, chunk=10, count=100) as stream:
     while True:
         try:
             part = next(stream)
@@ -174,9 +174,9 @@ with sampler.stream(0.01, chunk=10, count=100) as stream:
         numbers.append(len(part) + part.missed)
         if len(numbers) == 4: step(seconds)
 print(sum(numbers), refused)
-threading.Timer(0.5, step, (0,)).start()
+threading.Timer(0.3, step, (0,)).start()
 try:
-    sampler.run(0.01, duration=2)
+    sampler.run(0.01, duration=1.3)
 except kf.SamplingWarning as error:
     print(len(error.samples) + error.samples.missed, len(error.samples.wall_steps))
 """
@@ -184,4 +184,4 @@ except kf.SamplingWarning as error:
 
 def test_where_warnings_are_errors_no_chunk_is_lost(stepped):
     """The chunk of which a stream warned comes with the next call; a run's samples are in the exception."""
-    assert stepped(ERRORS, "stream", 3600) == ["100 1", "200 1"]
+    assert stepped(ERRORS, "stream", 3600) == ["100 1", "130 1"]
