@@ -1,7 +1,11 @@
 """Fixtures, and the count of tests that ran against a real VM."""
 
+import gc
 import signal
+import subprocess
+import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +19,12 @@ def pytest_configure():
     """Handle SIGINT, which tests send to themselves, even where a shell has it ignored in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """Keep what was imported from the collector: a test that asks for it waits for its own garbage only."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
@@ -55,6 +65,29 @@ def open_folder():
         folder = Path(name)
         folder.chmod(0o755)
         yield folder
+
+
+@pytest.fixture(
+    params=[
+        ("gevent", "from gevent import monkey; monkey.patch_all()"),
+        ("eventlet", "import eventlet; eventlet.monkey_patch()"),
+    ],
+    ids=lambda library: library[0],
+)
+def under_green_threads(request):
+    """A function: the lines that a program prints in which a library has replaced Python's threads and polls."""
+    library, patch = request.param
+    if find_spec(library) is None:  # not imported here: eventlet warns of every later fork
+        pytest.skip(f"there is no {library}")
+
+    def run(code, *arguments):
+        code = f"import warnings; warnings.simplefilter('ignore')\n{patch}\n{code}"
+        command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
 
 
 @pytest.fixture

@@ -4,10 +4,12 @@ import ctypes
 import os
 import random
 import re
+import signal
 import struct
 import sys
+import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hypothesis import settings
@@ -112,6 +114,30 @@ def names_thread(stats_id, tid):
     """Whether the id of a stats file names this thread; in a pid namespace, the host's number of it is not known."""
     first = Path("/proc/self/ns/pid").readlink() == Path("pid:[4026531836]")  # PROC_PID_INIT_INO, linux/proc_ns.h
     return re.fullmatch(rf"kvm-{tid if first else '[0-9]+'}(/vcpu-[0-9]+)?", stats_id)
+
+
+def until(condition, seconds=30):
+    """Wait for something to be true, and give it."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return result
+
+
+@contextmanager
+def watchdog(seconds=20):
+    """End what hangs with a TimeoutError."""
+
+    def ring(*_):
+        raise TimeoutError("it hangs")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 class CtrlC:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from helpers import until
 
 QEMU = shutil.which("qemu-system-x86_64")
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="there is no qemu-system-x86_64 (apt-get install qemu-system-x86)")
@@ -27,14 +28,6 @@ def version():
 HOLDS_VCPUS = version() >= (8, 1)
 
 FIRMWARE = Path(__file__).parent / "c" / "firmware.S"
-
-
-def until(condition, seconds=30):
-    """Wait for something to be true, and give it."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return result
 
 
 def arguments(folder, *more, vcpus=4):

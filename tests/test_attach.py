@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import open_fds, stats_fds
+from helpers import open_fds, stats_fds, until
 from holder import Holder
-from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu, plain_qemu, until
+from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu, plain_qemu
 
 import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import lib

@@ -4,14 +4,12 @@ import io
 import json
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
 import time
 import warnings
 import zipfile
-from contextlib import contextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import made
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import DATA, numbers
+from helpers import DATA, numbers, watchdog
 
 import kvmstats_fast as kf
 from kvmstats_fast.file_info import identify
@@ -36,22 +34,6 @@ READERS = {
     "to_parquet": lambda path, room: kf.to_parquet(path, room / "set"),
     "to_csv": lambda path, room: kf.to_csv(path, room / "x.csv", kind="vcpu"),
 }
-
-
-@contextmanager
-def watchdog(seconds=20):
-    """End what hangs with a TimeoutError."""
-
-    def ring(*_):
-        raise TimeoutError("it hangs")
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from helpers import stats_fds
+from helpers import stats_fds, until
 from holder import Holder
-from qemu import until
 
 import kvmstats_fast as kf
 from kvmstats_fast.vmm import hazard

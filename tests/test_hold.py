@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import NOBODY
-from qemu import HOLDS_VCPUS, Qmp, arguments, needs_qemu, until
+from helpers import NOBODY, until
+from qemu import HOLDS_VCPUS, Qmp, arguments, needs_qemu
 
 import kvmstats_fast as kf
 from kvmstats_fast.vmm import hold

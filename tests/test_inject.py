@@ -17,8 +17,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from helpers import names_thread, stats_fds
-from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu, until
+from helpers import names_thread, stats_fds, until
+from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu
 
 import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import ffi, lib

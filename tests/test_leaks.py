@@ -197,11 +197,8 @@ def test_every_public_method_is_in_the_list():
 
 @pytest.fixture(scope="module", autouse=True)
 def _close():
-    """What is there already needs not be searched for garbage; the files of this module are closed at its end."""
-    gc.collect()
-    gc.freeze()
+    """The files of this module are closed at its end."""
     yield
-    gc.unfreeze()
     FILE.close()
     MADE.close()
     shutil.rmtree(ROOM)

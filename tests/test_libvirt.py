@@ -4,8 +4,9 @@ import re
 import shutil
 
 import pytest
+from helpers import until
 from libvirtd import documented, domain, needs_libvirt, running_libvirt
-from qemu import needs_qemu, until
+from qemu import needs_qemu
 
 import kvmstats_fast as kf
 from kvmstats_fast.cli import main

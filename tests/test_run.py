@@ -11,8 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from helpers import stats_fds
-from qemu import Qmp, arguments, needs_qemu, until
+from helpers import stats_fds, until
+from qemu import Qmp, arguments, needs_qemu
 
 import kvmstats_fast as kf
 from kvmstats_fast.cli import main

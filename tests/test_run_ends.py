@@ -6,11 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from helpers import NOBODY, become, exit_status, forked, kernel_threads, open_fds
+from helpers import NOBODY, become, exit_status, forked, kernel_threads, open_fds, until
 
 import kvmstats_fast as kf
 from kvmstats_fast.sampling import run
@@ -24,23 +23,18 @@ def files(resources):
     return [resources.enter_context(one.open()) for one in made]
 
 
-def until(condition, seconds=20):
-    """Wait for a condition; whether it came true."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    return condition()
+#: How a program starts that has a Sampler `sampler` of a made-up file.
+SAMPLER = """
+import os, sys, threading, time, warnings
+import kvmstats_fast as kf
+from kvmstats_fast.testing import SyntheticStats
+made = SyntheticStats(); file = made.open(); sampler = kf.Sampler([file])
+"""
 
 
 def in_a_process(code, *arguments, seconds=60):
-    """The output of a program that has a Sampler `sampler` of a made-up file; it fails if the program hangs."""
-    start = (
-        "import os, sys, threading, time, warnings\n"
-        "import kvmstats_fast as kf\n"
-        "from kvmstats_fast.testing import SyntheticStats\n"
-        "made = SyntheticStats(); file = made.open(); sampler = kf.Sampler([file])\n"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", start + code, *arguments]
+    """The output of a program that starts like that; it fails if the program hangs."""
+    command = [sys.executable, "-W", "ignore", "-c", SAMPLER + code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()
@@ -155,23 +149,9 @@ print(sampler.run(0.01).interrupted)
 """
 
 
-@pytest.mark.parametrize(
-    ("library", "patch"),
-    [
-        ("gevent", "from gevent import monkey; monkey.patch_all()"),
-        ("eventlet", "import eventlet; eventlet.monkey_patch()"),
-    ],
-)
-def test_runs_work_under_green_threads(library, patch):
+def test_runs_work_under_green_threads(under_green_threads):
     """After monkey-patching: a real thread, no signal blocked in the caller's; Ctrl-C and subprocess go on working."""
-    if find_spec(library) is None:  # not imported here: eventlet warns of every later fork
-        pytest.skip(f"there is no {library}")
-    code = f"import warnings; warnings.simplefilter('ignore')\n{patch}\n"
-    code += "import os, time, kvmstats_fast as kf\nfrom kvmstats_fast.testing import SyntheticStats\n"
-    code += "made = SyntheticStats(); file = made.open(); sampler = kf.Sampler([file])\n"
-    command = [sys.executable, "-W", "ignore", "-c", code + PATCHED]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout.splitlines()) == (0, ["0 True", "6", "0 0", "True"]), done.stderr
+    assert under_green_threads(SAMPLER + PATCHED) == ["0 True", "6", "0 0", "True"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -206,23 +186,30 @@ def test_a_processor_that_is_gone_is_an_error(files, monkeypatch):
 # ---- forgotten
 
 
-def test_a_stream_that_is_forgotten_in_a_cycle_only_stops(files):
+def test_a_stream_that_is_forgotten_in_a_cycle_only_stops(files, monkeypatch):
     """Its collection, in whatever thread, waits for nothing; thread, memory and eventfd are gone with the next run."""
     sampler, before, fds = kf.Sampler(files), kernel_threads(), open_fds()
+    waited, end = set(), run._Ring.end
+
+    def end_here(ring):
+        waited.add(threading.get_ident())
+        end(ring)
+
+    monkeypatch.setattr(run._Ring, "end", end_here)
     for _ in range(20):
         cycle = [sampler.stream(0.001)]
         cycle.append(cycle)
         cycle[0].__enter__()
         del cycle
-        start = time.thread_time()
         collector = threading.Thread(target=gc.collect)
         collector.start()
         collector.join(20)
         assert not collector.is_alive()
-        assert time.thread_time() - start < 10
+        assert collector.ident not in waited
         assert len(sampler.run(0, count=1)) == 1
     assert until(lambda: kernel_threads() == before)
     sampler.run(0, count=1)
+    assert waited == {threading.get_ident()}
     assert open_fds() == fds
     assert not run._RINGS
 

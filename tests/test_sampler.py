@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DATA, CtrlC, kernel_threads, open_fds, take_away
+from helpers import DATA, CtrlC, kernel_threads, open_fds, take_away, until
 
 import kvmstats_fast as kf
 from kvmstats_fast.sampling import memory
@@ -252,12 +252,8 @@ def test_cpu_pins_the_run_and_not_the_caller(files):
     sampler, before = kf.Sampler(files), kernel_threads()
     with sampler.stream(0.001, chunk=20, count=200, cpu=cpu) as stream:
         (thread,) = kernel_threads() - before
-        deadline = time.monotonic() + 5
-        while os.sched_getaffinity(thread) != {cpu} and time.monotonic() < deadline:
-            time.sleep(0.001)
-        seen = os.sched_getaffinity(thread)
+        assert until(lambda: os.sched_getaffinity(thread) == {cpu})
         assert sum(len(part) + part.missed for part in stream) == 200
-    assert seen == {cpu}
     assert os.sched_getaffinity(0) == mask
 
 
@@ -832,10 +828,7 @@ def test_a_stream_that_is_dropped_stops(files):
     next(stream)
     assert len(kernel_threads() - before) == 1
     del stream
-    deadline = time.monotonic() + 10
-    while kernel_threads() - before and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert not kernel_threads() - before
+    assert until(lambda: not kernel_threads() - before)
 
 
 # ---- the real kernel

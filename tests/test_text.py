@@ -7,10 +7,9 @@ import subprocess
 from contextlib import contextmanager
 
 import pytest
-from helpers import examples
+from helpers import examples, until
 from hypothesis import given
 from hypothesis import strategies as st
-from qemu import until
 
 import kvmstats_fast as kf
 from kvmstats_fast._resource import describe_fd

@@ -6,12 +6,10 @@ import subprocess
 import sys
 import threading
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import open_fds, stats_fds
-from qemu import until
+from helpers import open_fds, stats_fds, until
 
 import kvmstats_fast as kf
 from kvmstats_fast.vmm import mark, watch
@@ -326,18 +324,6 @@ print(machine.alive)
 """
 
 
-@pytest.mark.parametrize(
-    ("library", "patch"),
-    [
-        ("gevent", "from gevent import monkey; monkey.patch_all()"),
-        ("eventlet", "import eventlet; eventlet.monkey_patch()"),
-    ],
-)
-def test_a_vmm_is_watched_under_green_threads(library, patch):
+def test_a_vmm_is_watched_under_green_threads(under_green_threads):
     """After monkey-patching: attach works, by a watch in a thread of its own that sees the VMM's end."""
-    if find_spec(library) is None:  # not imported here: eventlet warns of every later fork
-        pytest.skip(f"there is no {library}")
-    code = f"import warnings; warnings.simplefilter('ignore')\n{patch}\n{GREEN}"
-    command = [sys.executable, "-W", "ignore", "-c", code, VMM]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout.splitlines()) == (0, ["1 0", "False"]), done.stderr
+    assert under_green_threads(GREEN, VMM) == ["1 0", "False"]
