@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from helpers import names_thread, stats_fds, until
+from helpers import names_thread, stats_fds, until, watchdog
 from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu
 
 import kvmstats_fast as kf
@@ -282,9 +282,8 @@ def test_qemu_survives_a_tracer_that_dies(busy_qemu, resources, step):
 def test_a_paused_vm_is_refused_and_does_as_soon_as_it_runs(qemu):
     """The VM's own file can be had at once, those of vCPUs that run nowhere cannot, and the reason is told in time."""
     qemu.qmp("stop")
-    began, timeout = time.monotonic(), 0.5
-    vm, *vcpus = open_missing(qemu.pid, timeout=timeout)
-    assert time.monotonic() - began < 10 * timeout
+    with watchdog(60):  # nothing but the timeout ends it
+        vm, *vcpus = open_missing(qemu.pid, timeout=0.5)
     assert vm.error is None
     assert len(vcpus) == 4
     for vcpu in () if HOLDS_VCPUS else vcpus:
@@ -662,11 +661,9 @@ def test_a_vmm_that_dies_meanwhile_is_a_clear_error(program):
             vmm_process = Target(program, 1, 4)
             stack.callback(vmm_process.close)
             threading.Timer(0.002 * i, vmm_process.process.kill).start()
-            began, timeout = time.monotonic(), 30
-            with suppress(AttachError):
-                for result in open_missing(vmm_process.pid, timeout=timeout):
+            with watchdog(60), suppress(AttachError):  # long before the timeout
+                for result in open_missing(vmm_process.pid, timeout=3600):
                     assert result.error is None or isinstance(result.error, AttachError), result
-            assert time.monotonic() - began < timeout / 2
 
 
 def test_files_of_several_vms_are_told_apart_as_far_as_can_be(target, resources):
