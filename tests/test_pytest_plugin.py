@@ -1,11 +1,14 @@
 """The pytest plugin: counters beside tests and benchmarks, exactly those of the measured rounds, and budgets."""
 
+import gc
 import json
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
+from kvmstats_fast.plugins.rounds import RoundTimer
 from kvmstats_fast.testing import exit_counter
 
 pytest_plugins = ["pytester"]
@@ -63,9 +66,12 @@ def run(pytester, monkeypatch):
     def run(code, *options):
         pytester.makepyfile(code)
         path = pytester.path / "out.json"
+        if "(benchmark" in code:
+            options = (f"--benchmark-json={path}", *options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # pytest-benchmark warns of a file without benchmarks
-            result = pytester.runpytest_inprocess(*QUICK, f"--benchmark-json={path}", *options)
+            result = pytester.runpytest_inprocess(*QUICK, *options)
+            gc.collect()  # and may leave that file open
         text = path.read_text() if path.exists() else ""
         return result, json.loads(text) if text else None
 
@@ -156,6 +162,34 @@ def test_option(benchmark, kvmstats):
     assert found["test_marked"]["group"] == "mine"
     assert found["test_option"]["options"]["timer"] == "thread_time"
     assert found["test_option"]["extra_info"]["kvmstats"]["rounds"] == 2
+
+
+def test_readings_are_in_no_duration():
+    """They come before the first look at the clock and after the second; calibration takes none."""
+    looks = []
+
+    class Recorder:
+        def read(self):
+            looks.append("read")
+            return "reading"
+
+        def add(self, *_):
+            looks.append("add")
+
+    benchmark = SimpleNamespace(stats=None)
+    timer = RoundTimer(lambda: looks.append("look"))
+    timer.follow(benchmark, Recorder(), Recorder())
+    timer(), timer()
+    assert looks == ["look", "look"]
+    benchmark.stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+    looks.clear()
+    for measured in (False, True):  # a warm-up, and a round
+        timer(), looks.append("work"), timer()
+        benchmark.stats.stats.data += [0.0] * measured
+    one = ["look", "read", "look", "work", "look", "read"]
+    assert looks == one * 2
+    assert timer.finish() == 1
+    assert looks == [*one * 2, "add"]
 
 
 def test_a_benchmark_that_does_not_ask_is_left_alone(run):
