@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast._text import format_si
+from kvmstats_fast.analysis.time_shares import NEEDED, divide_samples
 from kvmstats_fast.formats import need
 
 if TYPE_CHECKING:
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
     from kvmstats_fast.analysis.histogram import Histogram
     from kvmstats_fast.samples import Samples
 
-__all__ = ["heatmap", "histogram", "rates"]
+__all__ = ["heatmap", "histogram", "rates", "time_shares"]
 
 #: More lines than this cannot be told apart: they are drawn as a median and a band.
 _LINES = 10
 #: Points across a plot; more are averaged, because a screen does not show them.
 _POINTS = 1000
+#: Seconds that a step of shares lasts at least, and how many there are at most.
+_SHARE_STEP = 0.1
+_SHARE_POINTS = 300
 
 
 def _axes(ax: Any) -> Any:
@@ -146,6 +150,49 @@ def histogram(hist: Histogram, ax: Any = None) -> Any:
     ax.set(xlabel=whole.stat.name, ylabel="count", xlim=(first, last))
     has_mean = whole.mean is not None and whole.count > 0
     ax.set_title(f"{int(whole.count)} counted" + (f", mean {format_si(whole.mean, whole.units)}" if has_mean else ""))
+    return ax
+
+
+def time_shares(samples: Samples, ax: Any = None) -> Any:
+    """Draw where the time of vCPUs went, as stacked areas: running, polling, halted, steal (waiting), other.
+
+    Parameters
+    ----------
+    samples : Samples
+        Sampled with ``sched=True``. All their vCPUs are drawn together; `Samples.select` takes one.
+    ax : matplotlib.axes.Axes, optional
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        A step is 0.1 s at least: how long a thread ran is known at scheduler ticks only.
+
+    Raises
+    ------
+    KeyError, ValueError
+        If no vCPU has the statistics, or there are fewer than two sweeps.
+    """
+    parts = [part for part in samples.vcpu.split() if set(part.names).issuperset(NEEDED)]
+    if not parts:
+        raise KeyError(f"no vCPU has all of {', '.join(NEEDED)}: sample with sched=True")
+    if len(samples) < 2:
+        raise ValueError(f"a share needs two sweeps, these samples have {len(samples)}")
+    seconds = (samples.time - samples.time[0]) / 1e9
+    step = max(_SHARE_STEP, seconds[-1] / _SHARE_POINTS)
+    starts = np.searchsorted(seconds, np.arange(0, max(seconds[-1] - step / 2, step / 4), step))
+    edges = np.append(np.unique(starts[starts < len(seconds) - 1]), len(seconds) - 1)
+    divided = [divide_samples(part, edges) for part in parts]
+    elapsed = sum(whole.sum(axis=1) for whole, _ in divided)
+    ax = _axes(ax)
+    shares = {
+        name: np.divide(sum(some[name].sum(axis=1) for _, some in divided), elapsed, where=elapsed > 0, out=0 * elapsed)
+        for name in divided[0][1]
+    }
+    corners = np.repeat(seconds[edges], 2)[1:-1]
+    ax.stackplot(corners, [np.repeat(share, 2) for share in shares.values()], labels=list(shares), linewidth=0)
+    ax.set(xlabel="time since start (s)", ylabel="share of the time", ylim=(0, 1))
+    ax.margins(x=0)
+    ax.legend(loc="best", fontsize="small")
     return ax
 
 

@@ -1,6 +1,7 @@
 """Nothing grows: every public call, hundreds of times."""
 
 import gc
+import os
 import shutil
 import socket
 import tempfile
@@ -12,6 +13,7 @@ import pytest
 from helpers import DATA, open_fds
 
 import kvmstats_fast as kf
+from kvmstats_fast.schedstat import Schedstat, with_thread
 from kvmstats_fast.testing import SyntheticStats
 
 REAL = (DATA / "captures" / "x86_64-6.1" / "vcpu0-after.bin").read_bytes()
@@ -42,6 +44,12 @@ def open_and_close():
 def capture_and_close():
     with kf.StatsFile.from_bytes(REAL) as file:
         file.read_into(OUT)
+
+
+def schedule_statistics():
+    opened = Schedstat.open(os.getpid(), os.getpid())
+    FILE.handle.attach(opened)
+    opened.read()
 
 
 def hand_over():
@@ -76,6 +84,8 @@ CALLS = {
     "Schema.fingerprint": lambda: FILE.schema.fingerprint,
     "Schema.matches": lambda: FILE.schema.matches("halt_*"),
     "Sampler": lambda: kf.Sampler([FILE], "halt_*"),
+    "Schedstat": schedule_statistics,
+    "with_thread": lambda: with_thread(FILE.schema),
     "Sampler.sweep": SAMPLER.sweep,
     "Sampler.view": lambda: SAMPLER.view("exits"),
     "Samples.delta": lambda: SAMPLES.delta("exits"),

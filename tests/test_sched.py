@@ -15,6 +15,7 @@ from qemu import needs_qemu, plain_qemu, until
 
 import kvmstats_fast as kf
 from kvmstats_fast._resource import Fd
+from kvmstats_fast.cli import main
 from kvmstats_fast.schedstat import STATS, Schedstat, with_thread
 from kvmstats_fast.testing import SyntheticStats
 from kvmstats_fast.vmm.proc import KvmFile
@@ -177,7 +178,7 @@ def test_files_of_unknown_processes_lack_them():
         with pytest.warns(kf.SamplingWarning, match=r"attach\(\) to its VMM"):
             x = kf.Sampler([file], sched=True).run(0, count=2)
         assert not set(NAMES) & set(x.names)
-        with pytest.warns(kf.SamplingWarning), pytest.raises(KeyError):
+        with pytest.warns(kf.SamplingWarning), pytest.raises(ValueError, match="nothing to sample"):
             kf.Sampler([file], "sched_*", sched=True)
 
 
@@ -271,6 +272,27 @@ def test_its_fds_are_closed_with_the_file_and_with_the_sampler(stats, vcpus):
     del sampler, error
     gc.collect()
     assert open_fds() == before - 1
+
+
+@REAL
+def test_followed_vms_and_the_command_line_have_them(tmp_path, capfd):
+    """`sched_*` are chosen as others are, also where the VM's file has none of what is chosen."""
+    with Holder(1, before=SPIN) as holder:
+        with kf.follow(holder.pid, 0.001, ["sched_*", "exits"], sched=True, count=3) as chunks:
+            x = kf.Samples.concatenate(list(chunks))
+        assert set(x.names) == {*NAMES, "exits"}
+        assert x["sched_timeslices"].all()
+        with pytest.raises(KeyError), kf.follow(holder.pid, 0.001, ["sched_*"], count=3) as chunks:
+            list(chunks)
+        path = tmp_path / "recording"
+        common = ["-p", str(holder.pid), "--sched", "-e", "sched_*"]
+        assert main(["record", *common, "-n", "2", "-I", "1ms", "-o", str(path)]) == 0
+        assert set(kf.Samples.load(path).names) == set(NAMES)
+        capfd.readouterr()
+        assert main(["stat", *common, "-d", "20ms", "-z", "-j"]) == 0
+        said = capfd.readouterr().out
+        assert all(name in said for name in NAMES)
+    assert main(["stat", "--sched", str(path)]) == 2
 
 
 # ---- which thread

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmstats_fast.analysis.figures import PER_SECOND, Figure, Figures
+from kvmstats_fast.analysis.time_shares import HALT, NEEDED, POLLS, RUN, WAIT, divide
 from kvmstats_fast.analysis.whole_run import WholeRun
 from kvmstats_fast.file_info import check_by, group_files
 
@@ -32,9 +33,16 @@ ALL_EXITS = ("exits", "sum_exits")
 #: exit before, or nothing did, is counted elsewhere.
 NO_KIND = ("signal_exits", "request_irq_exits", "light_exits")
 _PAGE_SIZES = {"pages_4k": 1 << 12, "pages_2m": 1 << 21, "pages_1g": 1 << 30}
-_HALT_TIMES = ("halt_wait_ns", "halt_poll_success_ns", "halt_poll_fail_ns")
+_HALT_TIMES = (HALT, *POLLS)
 _POLL_COUNTS = ("halt_successful_poll", "halt_attempted_poll")
-_POLL_TIMES = ("halt_poll_success_ns", "halt_poll_fail_ns")
+#: By what `divide` calls it: what a share is of.
+_TIMES = {
+    "running": f"({RUN} - polling) / elapsed",
+    "polling": f"({' + '.join(POLLS)}, at most {RUN}) / elapsed",
+    "halted": f"({HALT}, and the halt under way, at most asleep) / elapsed",
+    "steal": f"{WAIT} / elapsed",
+    "other": f"(asleep, elapsed - {RUN} - {WAIT}, but not halted) / elapsed",
+}
 
 
 class _Deriver:
@@ -118,7 +126,7 @@ def derive_figures(samples: Samples, by: str) -> Figures:
 def figures_of(vcpus: WholeRun, vms: WholeRun, by: str) -> Figures:
     """Return the figures that follow from what files of vCPUs and of VMs did over a whole run."""
     vcpu, vm = _Deriver(vcpus, by), _Deriver(vms, by)
-    found = [*_exits(vcpu), *_halts(vcpu), *_page_faults(vcpu), *_pages(vm)]
+    found = [*_exits(vcpu), *_halts(vcpu), *_times(vcpu), *_page_faults(vcpu), *_pages(vm)]
     return Figures(figure for figure in found if figure.values.size)
 
 
@@ -148,10 +156,10 @@ def _halts(vcpu: _Deriver) -> Iterator[Figure]:
         kept = run.files_having(_POLL_COUNTS)
         formula = " / ".join(_POLL_COUNTS)
         yield vcpu.figure("halt_poll_success_ratio", formula, kept, *map(run.change, _POLL_COUNTS))
-    if names.issuperset(_POLL_TIMES):
-        success, fail = map(run.change, _POLL_TIMES)
-        formula = f"{_POLL_TIMES[0]} / ({' + '.join(_POLL_TIMES)})"
-        kept = run.files_having(_POLL_TIMES)
+    if names.issuperset(POLLS):
+        success, fail = map(run.change, POLLS)
+        formula = f"{POLLS[0]} / ({' + '.join(POLLS)})"
+        kept = run.files_having(POLLS)
         yield vcpu.figure("halt_poll_time_ratio", formula, kept, success, success + fail)
     if names.issuperset(_HALT_TIMES):
         halted = np.sum([run.change(name) for name in _HALT_TIMES], axis=0)
@@ -159,6 +167,17 @@ def _halts(vcpu: _Deriver) -> Iterator[Figure]:
         about = ("halted_fraction", formula, kept, halted, run.seconds)
         yield vcpu.figure(*about)
         yield from vcpu.imbalance("halted", vcpu.figure(*about, by="vcpu"))
+
+
+def _times(vcpu: _Deriver) -> Iterator[Figure]:
+    run = vcpu.run
+    if not set(run.names).issuperset(NEEDED):
+        return
+    kept = run.files_having(NEEDED)
+    poll = np.sum([run.change(name) for name in POLLS], axis=0)
+    parts = divide(run.seconds, run.change(RUN), run.change(WAIT), poll, run.halted())
+    for name, seconds in parts.items():
+        yield vcpu.figure(f"{name}_share", _TIMES[name], kept, seconds, run.seconds)
 
 
 def _page_faults(vcpu: _Deriver) -> Iterator[Figure]:

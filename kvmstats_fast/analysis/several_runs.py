@@ -29,6 +29,7 @@ class _Joined(WholeRun):
         self._seconds: dict[int, float] = {}
         self._changes: dict[str, dict[int, float]] = {}
         self._ends: dict[str, dict[int, float]] = {}
+        self._halted: dict[int, float] = {}
 
     def add(self, run: WholeRun) -> None:
         """Add a run, which is later than those before."""
@@ -36,6 +37,7 @@ class _Joined(WholeRun):
         self.names = list(dict.fromkeys([*self.names, *run.names]))
         self.counts = list(dict.fromkeys([*self.counts, *run.counts]))
         _add(self._seconds, places, run.seconds)
+        _add(self._halted, places, run.halted())
         for name in run.names:
             having = run.files_having([name])
             at = [places[file] for file in having]
@@ -51,6 +53,9 @@ class _Joined(WholeRun):
 
     def end(self, name: str) -> Values:
         return self._spread(self._ends[name])
+
+    def halted(self) -> Values:
+        return self._spread(self._halted)
 
     def files_having(self, names: Iterable[str]) -> list[int]:
         return sorted(set.intersection(*(set(self._changes.get(name, ())) for name in names)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.abi import StatType, StatUnit
+from kvmstats_fast.analysis.time_shares import HALT, time_between
 from kvmstats_fast.changes import Total, totals
 from kvmstats_fast.spans import last_sweeps, read_seconds
 
@@ -64,6 +65,15 @@ class WholeRun:
     def end(self, name: str) -> Values:
         """Return the last value of a statistic that was read, (n,)."""
         return self._collect(name, lambda part, last: part[name][last, np.arange(len(last))], needed=1)
+
+    def halted(self) -> Values:
+        """Return how long each vCPU was halted, in seconds, as `time_between` has it, (n,)."""
+        result = np.full(len(self.files), np.nan)
+        for part, columns in self._having(HALT):
+            if len(part) > 1:
+                result[columns] = time_between(part, HALT, np.array([0, len(part) - 1]))[0]
+        result[self._last < 1] = np.nan
+        return result
 
     def _collect(
         self, name: str, raw: Callable[[Samples, npt.NDArray[np.intp]], npt.NDArray[Any]], needed: int

@@ -95,7 +95,13 @@ def add_targets(parser: argparse.ArgumentParser, *, recorded: bool = True, socke
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Add what chooses statistics and vCPUs."""
     parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
+    add_sched(parser)
     parser.add_argument("--vcpu", type=vcpu_ranges, metavar="LIST", help="vCPUs, such as 0-3,7")
+
+
+def add_sched(parser: argparse.ArgumentParser) -> None:
+    """Add what asks for the statistics of vCPUs' threads."""
+    parser.add_argument("--sched", action="store_true", help="also what the host's scheduler counts of vCPUs: sched_*")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmstats_fast._text import format_si, printable
 from kvmstats_fast.cli._command import call_at_end, ended_by_signals, on_signals, start, wait_for
-from kvmstats_fast.cli._grammar import UsageError, add_targets, duration, interval, number, size, usage_errors
+from kvmstats_fast.cli._grammar import (
+    UsageError,
+    add_sched,
+    add_targets,
+    duration,
+    interval,
+    number,
+    size,
+    usage_errors,
+)
 from kvmstats_fast.formats.recorder import Recorder, is_stream_name
 from kvmstats_fast.sampling.flight import Condition, EachSecond, Flight
 from kvmstats_fast.sampling.follow import follow
@@ -43,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_targets(parser, recorded=False, socket=False)
     parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
+    add_sched(parser)
     parser.add_argument("-I", "--interval", type=interval, default=1.0, metavar="TIME", help="default: 1s")
     parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="record for so long (10m, 24h)")
     parser.add_argument("-n", "--count", type=number, metavar="N", help="number of sweeps")
@@ -89,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
                 inject=arguments.inject,
                 count=arguments.count,
                 duration=arguments.duration,
+                sched=arguments.sched,
             )
             chunks = opened.enter_context(following)
         if arguments.force:

@@ -64,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.file[0]} is a recording, and nothing is counted while a command runs: leave one")
     if arguments.command and arguments.duration:
         raise UsageError("a command says itself how long it runs: -d does not go with it")
+    if arguments.file and arguments.sched:
+        raise UsageError("a recording has what was recorded: --sched does not go with it")
     if arguments.command and not are_named(arguments):
         return _run_vmm(arguments)
     with ExitStack() as opened:
@@ -82,6 +84,7 @@ def _run_vmm(arguments: argparse.Namespace) -> int:
         ("-I", arguments.interval),
         ("-x", arguments.csv),
         ("--vcpu", arguments.vcpu),
+        ("--sched", arguments.sched),
         ("-j without -o", arguments.json and arguments.output == "-"),
         ("-o without -j", arguments.output != "-" and not arguments.json),
     ):
@@ -127,7 +130,7 @@ def _show_recorded(arguments: argparse.Namespace, opened: ExitStack) -> None:
 
 
 def _count_once(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
-    with ended_by_signals() as ended, measure(targets.files) as measured:
+    with ended_by_signals() as ended, measure(targets.files, sched=arguments.sched) as measured:
         status = 0
         if arguments.command:
             status = wait_for(start(arguments.command))
@@ -139,7 +142,7 @@ def _count_once(arguments: argparse.Namespace, targets: Targets, show: _Shown) -
 
 
 def _count_intervals(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
-    sampler = Sampler(targets.files)
+    sampler = Sampler(targets.files, sched=arguments.sched)
     process = None
     with ended_by_signals(sampler.stop), warnings.catch_warnings():
         warnings.simplefilter("ignore", SamplingWarning)  # said once, at the end

@@ -15,10 +15,11 @@ from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._resource import Fd, Unique
 from kvmstats_fast._unpatched import unpatched
 from kvmstats_fast.errors import VmGoneError, unknown_stat
-from kvmstats_fast.sampling.plan import LiveRow, Plan
+from kvmstats_fast.sampling.plan import LiveRow, NothingToSample, Plan
 from kvmstats_fast.sampling.relay import Relay
 from kvmstats_fast.sampling.schedule import DEPTH, LONGEST, Schedule
 from kvmstats_fast.sampling.stream import Turn
+from kvmstats_fast.schedstat import with_thread
 from kvmstats_fast.vmm.roster import Roster
 
 if TYPE_CHECKING:
@@ -43,10 +44,12 @@ class _Choice:
     ----------
     patterns : tuple of str or None
         Names and globs; None: everything.
+    sched : bool
+        Whether vCPUs have the statistics of their threads, too.
     """
 
-    def __init__(self, patterns: tuple[str, ...] | None) -> None:
-        self._patterns = patterns
+    def __init__(self, patterns: tuple[str, ...] | None, *, sched: bool = False) -> None:
+        self._patterns, self.sched = patterns, sched
         self._fitting: dict[Schema, tuple[str, ...]] = {}  # of each schema that was seen
         self._kinds: set[str] = set()
 
@@ -66,7 +69,8 @@ class _Choice:
             here[file.schema] = None
             if file.schema not in self._fitting:
                 self._kinds.add(file.kind)
-                fitting = tuple(pattern for pattern in self._patterns if file.schema.matches(pattern))
+                schema = with_thread(file.schema) if self.sched and file.kind == "vcpu" else file.schema
+                fitting = tuple(pattern for pattern in self._patterns if schema.matches(pattern))
                 self._fitting[file.schema] = fitting
         known = {pattern for fitting in self._fitting.values() for pattern in fitting}
         unknown = [pattern for pattern in self._patterns if pattern not in known]
@@ -204,7 +208,9 @@ class Follow(Unique):
             if stats == ():
                 break
             try:
-                return LiveRow(Plan(files, stats, self._threads))
+                return LiveRow(Plan(files, stats, self._threads, sched=self._choice.sched))
+            except NothingToSample:  # of these vCPUs the threads are not known
+                break
             except VmGoneError:  # a moment ago: its files are closed
                 files = self._roster.files()
         return None
@@ -250,6 +256,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
     cpu: int | Iterable[int] | None = None,
     priority: int | None = None,
     threads: int = 1,
+    sched: bool = False,
 ) -> Follow:
     """Sample the VMs of this host on one schedule while VMs and vCPUs come and go.
 
@@ -277,8 +284,9 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
         one and the first of the next is in neither, and there are no rates where each has one sweep.
     chunk, wait, count, duration, depth, cpu, priority
         As for `Sampler.stream`. `count` and `duration` are of the whole schedule, with or without VMs.
-    threads : int
-        As for `Sampler`.
+    threads, sched
+        As for `Sampler`. A vCPU whose thread is not known when it is taken up has no ``sched_*`` statistics until other
+        VMs or vCPUs come or go.
 
     Returns
     -------
@@ -304,7 +312,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
     Warns
     -----
     SamplingWarning
-        As `Sampler.stream`.
+        As `Sampler.stream`; and as `Sampler`, with `sched`.
 
     Notes
     -----
@@ -321,7 +329,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
     ...     for x in chunks:
     ...         send(x.columns("exits"), x.mean_rate("exits"))
     """
-    choice = _Choice(None if stats is None else check_names("stats", stats))
+    choice = _Choice(None if stats is None else check_names("stats", stats), sched=sched)
     relay = Relay(
         Schedule(interval, count, duration, wait, cpu=cpu, priority=priority),
         None if chunk is None else check_integer("chunk", chunk, 1),

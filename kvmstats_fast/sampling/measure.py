@@ -33,7 +33,7 @@ class measure(Results):  # noqa: N801 - used as a function is
 
     Parameters
     ----------
-    files, stats
+    files, stats, sched
         As for `Sampler`.
 
     Attributes
@@ -70,8 +70,8 @@ class measure(Results):  # noqa: N801 - used as a function is
     ({'exits': 1000}, {'exits': 700})
     """
 
-    def __init__(self, files: StatsFiles, stats: str | Iterable[str] | None = None) -> None:
-        self._source = Source(Plan(files, stats, threads=1))
+    def __init__(self, files: StatsFiles, stats: str | Iterable[str] | None = None, *, sched: bool = False) -> None:
+        self._source = Source(Plan(files, stats, threads=1, sched=sched))
         self._open: list[Measured] = []
         self._last: Measured | None = None
 

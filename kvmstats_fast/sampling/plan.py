@@ -22,7 +22,7 @@ from kvmstats_fast.groups import Block
 from kvmstats_fast.samples import SampleError, Samples
 from kvmstats_fast.sampling.vcpu_threads import open_schedstats
 from kvmstats_fast.sampling.words import choose_rows
-from kvmstats_fast.schedstat import with_thread
+from kvmstats_fast.schedstat import STATS, with_thread
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ _FILES = ffi.typeof("struct kvmstats_file[]")
 #: Bytes that a sweep takes besides its values: its time, how long it took, its tick.
 _CLOCK_BYTES = 24
 IN_USE = "this Sampler is in use by a run, a stream or another thread; each needs a Sampler of its own"
+
+
+class NothingToSample(ValueError):  # noqa: N818 - users catch ValueError
+    """No file has a chosen statistic."""
 
 
 class _Read(NamedTuple):
@@ -101,7 +105,7 @@ class Plan:
         schedstats = open_schedstats([file for file, _ in opened]) if sched else {}
         schemas = {file: with_thread(file.schema) if file in schedstats else file.schema for file, _ in opened}
         own = {schema: file.schema.num_values for file, schema in schemas.items()}
-        selections = choose_rows(own, stats)
+        selections = choose_rows(own, stats, [stat.name for stat in STATS] if sched else ())
         self._files: list[StatsFile] = []
         # Of all that were given, so that what is chosen of them does not change their labels.
         self._known: list[Known] = []
@@ -125,7 +129,7 @@ class Plan:
                     self.reads.append(_Read(number, schedstats[file], selection.file.width))
                     fields.append(selection.thread.read_from(schedstats[file].source))
         if not fields:
-            raise ValueError("there is nothing to sample: no files, or none with statistics")
+            raise NothingToSample("there is nothing to sample: no files, or none with statistics")
         self.num_files, self.num_reads = len(self._files), len(fields)
         self.groups = tuple(
             Block(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvmstats_fast._arguments import check_names
+from kvmstats_fast._arguments import check_names, find_fitting
 from kvmstats_fast._kvmstats import ffi
 from kvmstats_fast.errors import unknown_stat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -102,7 +102,9 @@ class Row:
         self.thread = Words([word - own for word in words if word >= own], schema.num_values - own)
 
 
-def choose_rows(own: Mapping[Schema, int], stats: str | Iterable[str] | None) -> dict[Schema, Row]:
+def choose_rows(
+    own: Mapping[Schema, int], stats: str | Iterable[str] | None, absent: Collection[str] = ()
+) -> dict[Schema, Row]:
     """Return what is read of the files of each schema; KeyError for a pattern that fits no statistic of any.
 
     Parameters
@@ -111,12 +113,14 @@ def choose_rows(own: Mapping[Schema, int], stats: str | Iterable[str] | None) ->
         The schemas, and how many words of each are in the file, as for `Row`.
     stats : str or iterable of str, optional
         Names or globs; None: all.
+    absent : collection of str
+        Statistics that may be chosen although no file has them.
     """
     if stats is None:
         return {schema: Row(schema, words, None) for schema, words in own.items()}
     patterns = check_names("stats", stats)
     found = {schema: [schema.matches(pattern) for pattern in patterns] for schema in own}
     for place, pattern in enumerate(patterns):
-        if not any(some[place] for some in found.values()):
+        if not any(some[place] for some in found.values()) and not find_fitting(pattern, absent):
             raise unknown_stat(pattern, chain.from_iterable(own), "these files")
     return {schema: Row(schema, own[schema], some) for schema, some in found.items()}
