@@ -16,6 +16,7 @@ from qemu import needs_qemu, plain_qemu, until
 import kvmstats_fast as kf
 from kvmstats_fast._resource import Fd
 from kvmstats_fast.cli import main
+from kvmstats_fast.sampling.plan import Plan, Rows
 from kvmstats_fast.schedstat import STATS, Schedstat, with_thread
 from kvmstats_fast.testing import SyntheticStats
 from kvmstats_fast.vmm.proc import KvmFile
@@ -134,7 +135,8 @@ def test_recordings_keep_them(stats, vcpus, tmp_path, path):
 @REAL
 def test_a_thread_that_ends_is_a_vcpu_that_failed(stats, vcpus):
     """From then on the vCPU's values are 0, with one error that says so; the other files go on."""
-    vcpus[0].run(50)
+    for vcpu in vcpus:
+        vcpu.run(50)
     sampler = kf.Sampler(stats, sched=True)
     with sampler.stream(0, chunk=20, depth=2) as chunks:
         first = next(chunks)
@@ -293,6 +295,37 @@ def test_followed_vms_and_the_command_line_have_them(tmp_path, capfd):
         said = capfd.readouterr().out
         assert all(name in said for name in NAMES)
     assert main(["stat", "--sched", str(path)]) == 2
+
+
+def test_what_is_attached_to_a_file_that_is_gone_is_gone():
+    """A file may be closed, or let go of, while a Sampler is made of it."""
+    with SyntheticStats() as made:
+        closed, lost = made.open(), made.open()
+        early, late, too_late = (other(b"1 2 3\n") for _ in range(3))
+        lost.handle.attach(early)
+        lost.handle.revoke(kf.VmGoneError(errno.ESRCH, "gone"))
+        lost.handle.attach(late)
+        closed.close()
+        closed.handle.attach(too_late)
+        for one, error in ((early, kf.VmGoneError), (late, kf.VmGoneError), (too_late, ValueError)):
+            with pytest.raises(error):
+                one.read()
+        lost.close()
+        assert all(one.fd.closed for one in (early, late, too_late))
+
+
+@REAL
+def test_a_vcpu_fails_once(stats, vcpus):
+    """When its file and its thread both fail, it has one error, that of the first sweep."""
+    assert vcpus
+    rows = Rows(Plan(stats, None, 1, sched=True), 8)
+    for struct, (error, sweep) in enumerate([(0, 0), (errno.EIO, 6), (errno.ESRCH, 2), (errno.EIO, 3), (0, 0)]):
+        rows.structs[struct].error, rows.structs[struct].failed_at = error, sweep
+    errors = rows.find_errors(0, 8)
+    assert [(error.file, error.sweep, error.error.errno) for error in errors] == [
+        (1, 2, errno.ESRCH),
+        (2, 3, errno.EIO),
+    ]
 
 
 # ---- which thread
