@@ -121,7 +121,7 @@ def test_against_libvirt(benchmark, tmp_path, domains):
             label: (lambda: per_call(ask, 2), ("at least", 300)),
         }
         count = f"{domains} domains of {len(machines[0].vcpus)} vCPUs"
-        compare_timers(benchmark, f"all statistics of {count}", timers, rounds=ROUNDS)
+        compare_timers(benchmark, f"all statistics of {count}", timers, rounds=9)
         add_exits(f"what one asking does to {count}", vcpus, ask, label, times=20)
         benchmark.pedantic(everything.sweep, rounds=ROUNDS, iterations=100)
 

@@ -15,7 +15,7 @@ import kvmstats_fast as kf
 from kvmstats_fast.groups import Block
 from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest
 
-PARTS, SECONDS = 4, 2
+PARTS, SECONDS = 3, 2
 BARE_SECONDS = 0.5  # of each bare loop, before each part
 MARGIN = 0.001
 DROPPED = "samples dropped, not recorded"  # what this machine misses without a recorder

@@ -512,7 +512,7 @@ static void test_pace_beside_another(void)
     snprintf(context, sizeof context, "pace beside another thread");
     need(sched_getaffinity(0, sizeof before, &before) == 0, "sched_getaffinity");
     CPU_ZERO(&one);
-    for (int cpu = 0; cpu < CPU_SETSIZE && !CPU_COUNT(&one); ++cpu)
+    for (size_t cpu = 0; cpu < CPU_SETSIZE && !CPU_COUNT(&one); ++cpu)
         if (CPU_ISSET(cpu, &before))
             CPU_SET(cpu, &one);
     need(sched_setaffinity(0, sizeof one, &one) == 0, "sched_setaffinity");
