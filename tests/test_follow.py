@@ -22,13 +22,21 @@ import kvmstats_fast as kf
 from kvmstats_fast.sampling import follow as follow_module
 from kvmstats_fast.testing import SyntheticStats
 from kvmstats_fast.vmm import roster as roster_module
+from kvmstats_fast.vmm.find import list_pids
 from kvmstats_fast.vmm.proc import Process
 from kvmstats_fast.vmm.roster import Roster
 
 #: How many VMs are born and die; the whole proof is KVMSTATS_BIRTHS=200, which takes 30 s.
-BIRTHS = int(os.environ.get("KVMSTATS_BIRTHS", "10"))
+BIRTHS = int(os.environ.get("KVMSTATS_BIRTHS", "8"))
 #: Names of guests that no other VM of the host has.
 WEB, DB = (f"{name}-{os.getpid()}" for name in ("web", "db"))
+
+
+@pytest.fixture(scope="module")
+def living():
+    """A VMM with two vCPUs, to which nothing happens."""
+    with Holder() as vmm:
+        yield vmm
 
 
 def read_until(chunks, condition, seconds=30):
@@ -155,9 +163,11 @@ def test_a_vm_that_is_made_anew_keeps_its_label_and_a_vcpu_joins_it(resources):
         assert [str(info) for info in read[-1].files] == [WEB, *(f"{WEB}/{i}" for i in range(3)), DB, f"{DB}/0"]
         assert chunks.machines == {WEB: machine, DB: chunks.machines[DB]}
         other.end()
+        fds = open_fds()
         read += read_until(chunks, lambda x: len(x.files) == 4)
         assert list(chunks.machines) == [WEB]
         assert chunks.refused == {}
+        assert open_fds() == fds - 3  # two stats files and a pidfd
         chunks.stop()
         read += chunks
     check_accounts(chunks, read, 0.001)
@@ -188,7 +198,7 @@ def test_labels_tell_vms_of_one_name_apart_and_do_not_change(resources):
 def test_files_of_a_process_with_several_vms_have_labels_of_their_own(resources):
     """Nothing says which vCPU is of which VM; the labels are in every chunk the same."""
     vmm = resources.enter_context(Holder(1, before="more = TinyGuest(1); held = more.open_stats()"))
-    with kf.follow(vmm.pid, interval=0.001) as chunks:
+    with kf.follow(vmm.pid, interval=0.001, rescan=0.05) as chunks:
         x = next(chunks)
         assert x.vms == tuple(f"pid {vmm.pid} (file {i})" for i in range(4))
         vmm.do("[file.close() for file in held]; more.close()")
@@ -238,6 +248,18 @@ def test_names_globs_and_pids_choose(resources):
     with pytest.raises(kf.VmGoneError, match=f"no process {none.pid}|has ended"), kf.follow([db.pid, none.pid]):
         pytest.fail("it has ended")
     db.do("2 + 2")
+
+
+def test_a_pid_that_was_handed_out_anew_is_another_process():
+    """What was asked for is the process that had the pid then; the next one that has it is not followed."""
+    asked = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with Roster(asked.pid, inject=False, timeout=2.0) as roster:
+        seen = kf.VmProcess(asked.pid, "qemu", "", 0, 1, (0,), (), 4711, True, "")
+        assert roster._wants(seen)
+        assert not roster.has_ended
+        asked.communicate()
+        assert not roster._wants(seen)
+        assert roster.has_ended
 
 
 @pytest.mark.parametrize(
@@ -320,7 +342,9 @@ def test_what_has_not_changed_is_not_looked_at_again(monkeypatch, resources):
     monkeypatch.setattr(roster_module, "look_at", lambda process: (described.append(process.pid), look_at(process))[1])
 
     def look():
-        roster.update(lambda: None)
+        turns = []
+        roster.update(lambda: turns.append(0))
+        assert len(turns) >= len(list_pids()) - 20  # as many as there were, a few more or less
         return [listed.count(vmm.pid), described.count(other.pid)]
 
     with Roster(WEB, inject=False, timeout=2.0) as roster:
@@ -338,17 +362,18 @@ def test_what_has_not_changed_is_not_looked_at_again(monkeypatch, resources):
 @pytest.mark.usefixtures("stats")
 def test_neither_itself_nor_a_monitor_nor_a_forked_child_is_followed(resources):
     """A monitor that has the VM's fd in its hands, to mark it, and a child that was forked by the VMM, keep nothing."""
-    vmm = resources.enter_context(Holder(1))
     monitor = (
         "import sys, time; import kvmstats_fast as kf\n"
-        "machine = kf.attach(int(sys.argv[1])); process = machine._watched.process\n"
+        "machine = kf.attach(int(input())); process = machine._watched.process\n"
         "taken = [process.take(file.fd) for file in process.kvm_files() if not file.is_stats]\n"
         "print('ready', flush=True); time.sleep(1000)"
     )
     process = resources.enter_context(
-        subprocess.Popen([sys.executable, "-c", monitor, str(vmm.pid)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", monitor], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     )
     resources.callback(process.kill)
+    vmm = resources.enter_context(Holder(1))  # younger than its monitor
+    print(vmm.pid, file=process.stdin, flush=True)
     assert process.stdout.readline() == "ready\n"
     assert vmm.pid in Process(process.pid).held_pids()
     vmm.do("child = os.fork() or __import__('time').sleep(1000)")
@@ -408,11 +433,11 @@ def test_a_statistic_that_is_nowhere_is_an_error_as_soon_as_that_is_known(choose
 
 
 @pytest.mark.real_vm
-def test_what_no_statistic_is_called_is_told_where_the_block_begins(holder):
+def test_what_no_statistic_is_called_is_told_where_the_block_begins(living):
     """As Sampler tells it; nothing stays open."""
-    kf.attach(holder.pid).close()
+    kf.attach(living.pid).close()
     fds = open_fds()
-    with pytest.raises(KeyError, match="exists"), kf.follow(holder.pid, stats="exists"):
+    with pytest.raises(KeyError, match="exists"), kf.follow(living.pid, stats="exists"):
         pytest.fail("found")
     assert open_fds() == fds
 
@@ -428,17 +453,19 @@ def test_without_a_vm_it_waits_until_its_end():
         assert (chunks.idle, chunks.missed) == (50, 0)
     with kf.follow("no-such-guest", 0, duration=0.05) as chunks:
         assert list(chunks) == []
-    with kf.follow("no-such-guest", 60, rescan=60) as chunks:
+    with kf.follow("no-such-guest", 600, rescan=600) as chunks:
+        begin = time.monotonic()
         threading.Timer(0.1, chunks.stop).start()
         assert list(chunks) == []
+        assert time.monotonic() - begin < 300
     chunks.stop()  # too late to matter
 
 
 @pytest.mark.real_vm
 @pytest.mark.parametrize("interval", [0.001, 60])
-def test_stop_ends_it_from_another_thread_and_what_it_has_can_be_read(holder, interval):
+def test_stop_ends_it_from_another_thread_and_what_it_has_can_be_read(living, interval):
     """In the middle of a wait for the next chunk or the next look; the ticks add up."""
-    with kf.follow(holder.pid, interval, "exits", rescan=60) as chunks:
+    with kf.follow(living.pid, interval, "exits", rescan=60) as chunks:
         read = [next(chunks)]
         threading.Timer(0.05, chunks.stop).start()
         read += chunks
@@ -462,34 +489,35 @@ def test_it_runs_once_in_its_block():
 
 
 @pytest.mark.real_vm
-def test_an_exception_of_the_caller_leaves_nothing(holder):
+def test_an_exception_of_the_caller_leaves_nothing(living):
     """Neither an fd nor a thread, in the middle of a change too."""
-    kf.attach(holder.pid).close()
+    kf.attach(living.pid).close()
     fds, threads = open_fds(), kernel_threads()
-    with pytest.raises(ZeroDivisionError), kf.follow(holder.pid, 0.001, rescan=0.01) as chunks:
+    with pytest.raises(ZeroDivisionError), kf.follow(living.pid, 0.001, rescan=0.01) as chunks:
         _ = len(next(chunks)) / 0
     assert (open_fds(), kernel_threads()) == (fds, threads)
 
 
 @pytest.mark.real_vm
-def test_it_stays_in_the_parent_when_the_process_forks(holder):
-    """The child is told so, and can end the block; the parent reads on."""
-    with kf.follow(holder.pid, 0.001, "exits") as chunks:
+def test_it_stays_in_the_parent_when_the_process_forks(living):
+    """The child is told so, with VMs and without, and can end the block; the parent reads on."""
+    with kf.follow(living.pid, 0.001, "exits") as chunks, kf.follow("no-such-guest", 600, rescan=600) as idle:
         next(chunks)
 
         def child():
-            with pytest.raises(RuntimeError, match="stayed in the parent process"):
-                next(chunks)
-            chunks.__exit__(None, None, None)
+            for one in (chunks, idle):
+                with pytest.raises(RuntimeError, match=r"this .* stayed in the parent process"):
+                    next(one)
+                one.__exit__(None, None, None)
 
         assert exit_status(forked(child)) == 0
         assert len(next(chunks))
 
 
 @pytest.mark.real_vm
-def test_a_second_reader_is_refused(holder):
+def test_a_second_reader_is_refused(living):
     """One thread reads; another gets RuntimeError and takes nothing away."""
-    with kf.follow(holder.pid, 60, "exits") as chunks:
+    with kf.follow(living.pid, 60, "exits") as chunks:
         read = [next(chunks)]
         thread = threading.Thread(target=lambda: read.extend(chunks))
         thread.start()
@@ -501,7 +529,7 @@ def test_a_second_reader_is_refused(holder):
 
 
 @pytest.mark.real_vm
-def test_chunks_that_come_during_a_long_look_are_not_lost(holder, monkeypatch):
+def test_chunks_that_come_during_a_long_look_are_not_lost(living, monkeypatch):
     """The run has room while the host is looked at: what comes is taken out of the ring."""
     looks = itertools.count()
     update = Roster.update
@@ -514,7 +542,7 @@ def test_chunks_that_come_during_a_long_look_are_not_lost(holder, monkeypatch):
         update(roster, meanwhile)
 
     monkeypatch.setattr(Roster, "update", take_long)
-    with kf.follow(holder.pid, 0.001, "exits", rescan=0.05, chunk=2, depth=8, count=200) as chunks:
+    with kf.follow(living.pid, 0.001, "exits", rescan=0.05, chunk=2, depth=8, count=200) as chunks:
         read = list(chunks)
         assert next(looks) > 2
         check_accounts(chunks, read, 0.001)

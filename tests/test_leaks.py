@@ -14,7 +14,7 @@ from helpers import DATA, open_fds
 
 import kvmstats_fast as kf
 from kvmstats_fast.schedstat import Schedstat, with_thread
-from kvmstats_fast.testing import SyntheticStats
+from kvmstats_fast.testing import SyntheticStats, make_samples
 
 REAL = (DATA / "captures" / "x86_64-6.1" / "vcpu0-after.bin").read_bytes()
 DEFECT = (DATA / "captures" / "v2-x86_64-defect" / "vcpu0-after.bin").read_bytes()
@@ -110,6 +110,7 @@ CALLS = {
     "Samples.split": lambda: SAMPLES.split()[0]["exits"],
     "Samples slice": lambda: SAMPLES[2:8].vcpu["exits"],
     "Samples.concatenate": lambda: kf.Samples.concatenate([SAMPLES[:3], SAMPLES[3:]]),
+    "make_samples": lambda: make_samples([MADE], {"exits": [[1], [2]]}),
     "send_files, receive_files": hand_over,
     "receive_files refused": hand_over_refused,
     "inherited_files": kf.inherited_files,

@@ -16,7 +16,7 @@ from kvmstats_fast.errors import KvmStatsError, VmGoneError
 from kvmstats_fast.vmm.borrow import hold_process
 from kvmstats_fast.vmm.find import has_vm, list_pids, look_at, may_attach
 from kvmstats_fast.vmm.machine import LONGEST, attach
-from kvmstats_fast.vmm.proc import Process
+from kvmstats_fast.vmm.proc import Process, is_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,12 +129,13 @@ class Roster(Closing):
             If /proc cannot be read.
         """
         pids = list_pids() if self._wants_all or self._globs else list(self._held)
+        own = is_own("/proc")  # of another pid namespace nothing is attachable
         refused: dict[int, str] = {}
         found: dict[int, VmProcess] = {}
         for pid in self._followed.keys() - set(pids):
-            self._look_again(Process(pid), refused)
+            self._look_again(Process(pid, own=own), refused)
         for pid in pids:
-            process = Process(pid)
+            process = Process(pid, own=own)
             if pid in self._followed:
                 self._look_again(process, refused)
             if pid not in self._followed and pid != os.getpid() and (about := self._look_at(process)) is not None:
