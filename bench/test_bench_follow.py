@@ -16,7 +16,7 @@ from kvmstats_fast.vmm.find import list_pids
 from kvmstats_fast.vmm.roster import Roster
 
 PROCESSES, VMS, VCPUS, FILES = 200, 20, 4, 30
-ROUNDS, SECONDS = 9, 5
+ROUNDS, SECONDS = 9, 2
 NEVER = 1e6
 
 #: Processes that do nothing, with as many files as an ordinary one.
