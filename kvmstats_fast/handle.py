@@ -163,8 +163,9 @@ class Handle:
         """Close the fd, if it is owned; a second call does nothing."""
         self.source.fd = -1
         self.fd.close()
-        for other in self._list_attached():
-            other.close()
+        if self._attached is not None:  # hardly ever
+            for other in self._list_attached():
+                other.close()
 
     def revoke(self, why: Exception) -> None:
         """Let go of the stats file while other threads may be reading it; from now on they get `why`.
