@@ -1,5 +1,6 @@
 """A host with more threads that want to run than processors: what waits and priorities make of it."""
 
+import gc
 import os
 import resource
 import subprocess
@@ -84,12 +85,14 @@ def test_the_priority_is_that_of_the_threads_of_the_run_alone(files):
 
 def test_a_priority_that_is_refused_says_what_it_takes(files):
     """PermissionError, before anything is sampled; a limit allows what is within it, and the Sampler can be used."""
-    sampler, fds = kf.Sampler(files), open_fds()
+    sampler = kf.Sampler(files)
     most = resource.getrlimit(resource.RLIMIT_RTPRIO)[1]
 
     def work():
         allowed = min(most, 5)
         resource.setrlimit(resource.RLIMIT_RTPRIO, (allowed, most))
+        gc.collect()  # what tests before have left
+        fds = open_fds()
         text = rf"CAP_SYS_NICE, or an RLIMIT_RTPRIO of at least {allowed + 1} \(here {allowed}; `ulimit -r`"
         with pytest.raises(PermissionError, match=text):
             sampler.run(0, count=1, priority=allowed + 1)
