@@ -82,8 +82,8 @@ class Answers:
         Parameters
         ----------
         by : {"vcpu", "vm", "host"}
-            Of what there is a value: of each file, or of all files of a VM or host together. Rates are added up; of a
-            fraction the statistics are, so that it is that of the whole.
+            Of what there is a value: of each file, or of all files of a VM or host together. What they counted is added
+            up; a rate is that by the time that any of them was read, and a fraction that of the whole.
 
         Returns
         -------

@@ -72,18 +72,27 @@ def totals(samples: Samples, names: Sequence[str]) -> dict[str, Total]:
     overflowed: set[str] = set()
 
     def add_up(group: Group, stats: Sequence[Stat], values: Sequence[Values]) -> list[Change]:
-        end = ends[group.columns]
-        if (end == len(samples)).all():
-            parts = [series.totals(stats, values)]
-        else:  # what a file has from the sweep on at which it failed means nothing
-            files = enumerate(end.tolist())
-            parts = [series.totals(stats, [one[:stop, i : i + 1] for one in values]) for i, stop in files]
-        for sums in parts:
-            overflowed.update(stat.name for stat, one in zip(stats, sums, strict=True) if one.overflowed)
-        return [np.concatenate([one.values for one in sums]) for sums in zip(*parts, strict=True)]
+        sums = add_up_group(stats, values, ends[group.columns])
+        overflowed.update(one.name for one in sums if one.overflowed)
+        return [one.change for one in sums]
 
     found = _collect(samples, names, add_up, axis=0)
     return {name: Total(name, change, name in overflowed) for name, change in found.items()}
+
+
+def add_up_group(stats: Sequence[Stat], values: Sequence[Values], ends: npt.NDArray[np.intp]) -> list[Total]:
+    """Return the changes of statistics of the files of a group, each up to the sweep before its end."""
+    if not values:
+        return []
+    if (ends == len(values[0])).all():
+        parts = [series.totals(stats, values)]
+    else:  # what a file has from the sweep on at which it failed means nothing
+        files = enumerate(ends.tolist())
+        parts = [series.totals(stats, [one[:stop, i : i + 1] for one in values]) for i, stop in files]
+    return [
+        Total(stat.name, np.concatenate([one.values for one in sums]), any(one.overflowed for one in sums))
+        for stat, sums in zip(stats, zip(*parts, strict=True), strict=True)
+    ]
 
 
 def choose(samples: Samples, names: str | Iterable[str] | None) -> tuple[str, ...]:

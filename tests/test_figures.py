@@ -424,7 +424,7 @@ FRACTIONS = {
 @examples(100)
 @given(mixed_runs(), st.sampled_from(["vm", "host"]))
 def test_figures_of_a_vm_are_those_of_all_its_files_together(drawn, by):
-    """Rates add up; a fraction is that of the sums, of the files that have one; a host is all its VMs."""
+    """A rate is what all count, by the time that any is read; a fraction that of the sums; a host is all its VMs."""
     x, rows = mixed_run(drawn, "block")
     x.files = tuple(replace(info, vm=f"vm-{i % 2}") for i, info in enumerate(x.files))
     changes = [
@@ -447,8 +447,16 @@ def test_figures_of_a_vm_are_those_of_all_its_files_together(drawn, by):
         expected = []
         for places in members.values():
             if name.endswith("/s"):
-                known = [each.values[place] for place in places if not math.isnan(each.values[place])]
-                expected.append(sum(known) if known else math.nan)
+                seconds = [changes[x.files.index(each.files[place])]["elapsed"] / 1e9 for place in places]
+                rates = zip(each.values[places].tolist(), seconds, strict=True)
+                known = [rate * own for rate, own in rates if not math.isnan(rate)]
+                whose = each.files[places[0]]
+                beside = [
+                    of_file["elapsed"] / 1e9
+                    for info, of_file in zip(x.files, changes, strict=True)
+                    if (by == "host" or info.vm == whose.vm) and not math.isnan(of_file["elapsed"])
+                ]
+                expected.append(sum(known) / max(beside) if known else math.nan)
                 continue
             parts = [changes[x.files.index(each.files[place])] for place in places]
             sums = [[sum(of_file[part] for part in some) for some in FRACTIONS[name]] for of_file in parts]

@@ -1,16 +1,22 @@
 """Where the time of vCPUs goes: shares that add up, and halts where they were."""
 
 import os
+from itertools import pairwise
 
+import hypothesis
 import numpy as np
 import pytest
+from helpers import examples
 from holder import Holder
+from hypothesis import strategies as st
 from qemu import needs_qemu, plain_qemu, until
 from test_sched import NAMES, REAL, SPIN, schedstat
 
 import kvmstats_fast as kf
 from kvmstats_fast import plot
+from kvmstats_fast.analysis.tally import Tally, _WholeTally
 from kvmstats_fast.analysis.time_shares import HALT, NEEDED, divide_samples, time_between
+from kvmstats_fast.analysis.whole_run import WholeRun
 from kvmstats_fast.schedstat import STATS
 from kvmstats_fast.stat import Stat
 from kvmstats_fast.testing import SyntheticStats, make_samples
@@ -95,6 +101,29 @@ def test_a_vcpu_that_failed_is_divided_until_then():
     elapsed, parts = divide_samples(x, np.array([0, 1, 3]))
     assert elapsed[:, 0].tolist() == [1, 0]
     assert parts["running"][:, 0].tolist() == [1, 0]
+
+
+@hypothesis.given(
+    steps=st.lists(
+        st.tuples(st.sampled_from([0, 0, 100, 1500, 9000]), st.sampled_from([0, 1])), min_size=2, max_size=9
+    ),
+    cuts=st.sets(st.integers(1, 8), max_size=4),
+    failed=st.none() | st.integers(0, 9),
+    is_gap=st.sets(st.integers(1, 8), max_size=2),
+)
+@hypothesis.settings(examples(150))
+def test_halts_that_come_batch_by_batch_are_those_of_the_whole(steps, cuts, failed, is_gap):
+    """However a run is cut, and where a file fails; what is apart is a run of its own."""
+    changes, blocking = zip(*steps, strict=True)
+    x = made(np.cumsum(changes).tolist(), blocking=list(blocking))
+    if failed is not None:
+        x.errors = (kf.samples.SampleError(0, failed, OSError()),)
+    tally, edges = Tally(), sorted({0, *(cut for cut in cuts if cut < len(x)), len(x)})
+    for start, stop in pairwise(edges):
+        tally.add(x[start:stop], follows=start not in is_gap)
+    stretches = [x[a:b] for a, b in pairwise(sorted({0, *(is_gap & {*edges}), len(x)}))]
+    wanted = np.nansum([WholeRun(one, "vcpu").halted() for one in stretches if len(one)])
+    assert np.nansum(_WholeTally(tally._runs, "vcpu").halted()) == pytest.approx(wanted)
 
 
 def test_the_plot_has_an_area_for_each_share():

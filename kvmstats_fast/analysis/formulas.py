@@ -14,7 +14,7 @@ import numpy as np
 
 from kvmstats_fast.analysis.figures import PER_SECOND, Figure, Figures
 from kvmstats_fast.analysis.time_shares import HALT, NEEDED, POLLS, RUN, WAIT, divide
-from kvmstats_fast.analysis.whole_run import WholeRun
+from kvmstats_fast.analysis.whole_run import Whole, WholeRun
 from kvmstats_fast.file_info import check_by, group_files
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ _TIMES = {
 class _Deriver:
     """Makes figures of the files of one kind: of each, of each VM, or of each host."""
 
-    def __init__(self, run: WholeRun, by: str) -> None:
+    def __init__(self, run: Whole, by: str) -> None:
         self.run = run
-        self._by = by
+        self.by = by
 
     def rate(self, name: str, by: str | None = None) -> Figure:
         """Return how much of a statistic was counted per second."""
-        kept, rate = self.run.files_having([name]), self.run.change(name) / self.run.seconds
+        kept, rate = self.run.files_having([name]), self.run.per_second(self.run.change(name), by or self.by)
         return self.figure(f"{name}/s", name, kept, rate, by=by)
 
     def figure(  # noqa: PLR0913 - what a figure is made of
@@ -72,7 +72,7 @@ class _Deriver:
         It is what the files of a VM or host add up to: a rate `top`, or a fraction of which `top` and `bottom` do.
         """
         files = tuple(self.run.files[index] for index in kept)
-        by = by or self._by
+        by = by or self.by
         owner, firsts = _group(files, by)
         known = ~np.isnan((top if bottom is None else top + bottom)[kept])
 
@@ -93,7 +93,7 @@ class _Deriver:
 
     def imbalance(self, name: str, figure: Figure) -> Iterator[Figure]:
         """Yield how uneven a figure of files is over the vCPUs of each VM; of a host that is nothing."""
-        if self._by == "host":
+        if self.by == "host":
             return
         values = []
         groups = group_files(figure.files, "vm")
@@ -123,7 +123,7 @@ def derive_figures(samples: Samples, by: str) -> Figures:
     return figures_of(WholeRun(samples, "vcpu"), WholeRun(samples, "vm"), by)
 
 
-def figures_of(vcpus: WholeRun, vms: WholeRun, by: str) -> Figures:
+def figures_of(vcpus: Whole, vms: Whole, by: str) -> Figures:
     """Return the figures that follow from what files of vCPUs and of VMs did over a whole run."""
     vcpu, vm = _Deriver(vcpus, by), _Deriver(vms, by)
     found = [*_exits(vcpu), *_halts(vcpu), *_times(vcpu), *_page_faults(vcpu), *_pages(vm)]
@@ -146,7 +146,7 @@ def _exits(vcpu: _Deriver) -> Iterator[Figure]:
             for kind, files in having.items():
                 other[files] -= run.change(kind)[files]
             formula = f"max({name} - ({' + '.join(kind for kind in kinds if having[kind])}), 0)"
-            yield vcpu.figure("other_exits/s", formula, there, np.maximum(other, 0) / run.seconds)
+            yield vcpu.figure("other_exits/s", formula, there, run.per_second(np.maximum(other, 0), vcpu.by))
             return
 
 

@@ -343,14 +343,24 @@ def run_histogram(samples: Samples, name: str, sweep: int | None) -> Histogram:
         return (samples.total(name) if sweep is None else samples[name][sweep]).astype(np.uint64)
 
     total = None
-    adder = name.removesuffix("_hist") + "_ns"
+    adder = adder_of(name)
     groups = find_groups(samples.groups, name)
     adders = [group.places[adder][0] for group in groups if adder in group.places]
-    scales = {(one.type, one.unit, one.base, one.exponent) for one in adders}
-    if len(adders) == len(groups) and scales == {(StatType.CUMULATIVE, stat.unit, stat.base, stat.exponent)}:
+    if len(adders) == len(groups) and all(adds_up(one, stat) for one in adders):
         files = find_columns(samples.groups, name).tolist()
         total = counted(samples.restrict(groups, files), adder)
     return Histogram(stat, counted(samples, name), total, samples.columns(name))
+
+
+def adder_of(name: str) -> str:
+    """Return the name of the counter that adds up what a histogram counts, if the kernel has one."""
+    return name.removesuffix("_hist") + "_ns"
+
+
+def adds_up(adder: Stat, stat: Stat) -> bool:
+    """Whether a counter adds up values in the raw units of a histogram."""
+    scale = (adder.type, adder.unit, adder.base, adder.exponent)
+    return scale == (StatType.CUMULATIVE, stat.unit, stat.base, stat.exponent)
 
 
 def _whole_numbers(values: object, what: str) -> npt.NDArray[np.uint64]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 RUN, WAIT = (stat.name for stat in STATS[:2])
 POLLS = ("halt_poll_success_ns", "halt_poll_fail_ns")
 HALT = "halt_wait_ns"
+BLOCKING = "blocking"
 #: What `divide` takes.
 NEEDED = (RUN, WAIT, *POLLS, HALT)
 
@@ -68,8 +69,8 @@ def time_between(samples: Samples, name: str, edges: npt.NDArray[np.intp]) -> Se
     """
     seconds = (samples.time - samples.time[0]) / 1e9
     changes = samples.stat(name).scale_array(samples.delta(name))
-    is_halted = name == HALT and "blocking" in samples.names
-    blocking = samples["blocking"] if is_halted else np.zeros((len(seconds), changes.shape[1]))
+    is_halted = name == HALT and BLOCKING in samples.names
+    blocking = samples[BLOCKING] if is_halted else np.zeros((len(seconds), changes.shape[1]))
     columns = zip(last_sweeps(samples).tolist(), changes.T, blocking.T, strict=True)
     until = [_time_until(seconds, np.minimum(edges, max(last, 0)), *column) for last, *column in columns]
     between: Seconds = np.maximum(np.diff(np.reshape(until, (-1, len(edges))).T, axis=0), 0)
