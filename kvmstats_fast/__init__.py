@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kvmstats_fast.formats.perfetto import to_perfetto
     from kvmstats_fast.formats.recorder import Recorder
     from kvmstats_fast.formats.recording import Recording
+    from kvmstats_fast.formats.recordings import Recordings, open_recordings
     from kvmstats_fast.image import StatsImage, parse, to_merged
     from kvmstats_fast.samples import SampleError, Samples
     from kvmstats_fast.sampling.follow import Follow, follow
@@ -78,6 +79,7 @@ __all__ = [
     "Recorder",
     "Recording",
     "RecordingWarning",
+    "Recordings",
     "SampleError",
     "Sampler",
     "Samples",
@@ -100,6 +102,7 @@ __all__ = [
     "inherited_files",
     "launch",
     "measure",
+    "open_recordings",
     "parse",
     "receive_files",
     "send_files",
@@ -133,6 +136,7 @@ _ROOMS = {
     "formats.perfetto": ("to_perfetto",),
     "formats.recorder": ("Recorder",),
     "formats.recording": ("Recording",),
+    "formats.recordings": ("Recordings", "open_recordings"),
     "image": ("StatsImage", "parse", "to_merged"),
     "samples": ("SampleError", "Samples"),
     "sampling.follow": ("Follow", "follow"),

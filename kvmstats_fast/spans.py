@@ -66,6 +66,15 @@ class Span:
         """Return whether anything of it counts from the first sweep."""
         return any(moment is not None and not moment.is_wall for moment in (self.start, self.stop))
 
+    def within(self, other: Span, start: int) -> Span:
+        """Return what both have, by the wall clock; what counts from the first sweep counts from `start` there."""
+        ranges = [
+            [moment if moment is None or moment.is_wall else Moment(start + moment.ns, is_wall=True) for moment in pair]
+            for pair in ((self.start, other.start), (self.stop, other.stop))
+        ]
+        starts, stops = ([moment for moment in pair if moment is not None] for pair in ranges)
+        return Span(max(starts, default=None), min(stops, default=None))
+
     def moved(self, ns: int) -> Span:
         """Return the same range for samples that start so many ns later: of what counts from the first sweep."""
         moments = (
@@ -148,8 +157,11 @@ def _gaps(tick: npt.NDArray[np.uint64]) -> int:
     return int(np.where(gaps < 0, signed[1:], gaps).sum())
 
 
-def resample(samples: Samples, interval: float) -> Samples:
-    """Return the last sweep of each interval; see `Samples.resample`."""
+def resample(samples: Samples, interval: float, since: int | None = None) -> Samples:
+    """Return the last sweep of each interval; see `Samples.resample`.
+
+    Without a schedule intervals are counted from the first sweep, or the `time` of another.
+    """
     seconds = check_seconds("interval", interval, _LONGEST, zero=False)
     new, old = round(seconds * 1e9), round(samples.interval * 1e9)
     if new < max(old, 1):
@@ -160,7 +172,7 @@ def resample(samples: Samples, interval: float) -> Samples:
     if not len(samples):
         return replace(samples, interval=new / 1e9)
     # Without a schedule the clock says in which interval a sweep lies.
-    clock = samples.tick if old else (samples.time - samples.time[0]).astype(np.uint64)
+    clock = samples.tick if old else (samples.time - (samples.time[0] if since is None else since)).astype(np.uint64)
     ticks = _scale_ticks(clock, old or 1, new)
     last = np.append(np.flatnonzero(ticks[1:] != ticks[:-1]), len(ticks) - 1)
     part = take_sweeps(samples, find_key(last))

@@ -1,4 +1,4 @@
-"""Recordings, .npz files and stats files that lie or are damaged, by the thousand: only documented errors may come out.
+"""Recordings, data sets, .npz and stats files that lie or are damaged: only documented errors may come out.
 
     python tests/mutate_recordings.py COUNT [FIRST]     # each number is one input; a failure prints its number
     python tests/mutate_recordings.py --one NUMBER      # that one again, with its traceback
@@ -24,6 +24,7 @@ from pathlib import Path
 import made
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 import kvmstats_fast as kf
 from kvmstats_fast.testing import SyntheticStats
@@ -48,6 +49,27 @@ def sample():
     return made.samples([("vm", vm, 1), ("vcpu", odd, 2)], 5, errors=errors, wall_steps=((3, 77),))
 
 
+def files_of(room):
+    """Bytes by name."""
+    return {one.name: one.read_bytes() for one in room.iterdir()}
+
+
+def two_runs(x, room):
+    """A recording of other files from the second sweep on."""
+    with kf.Recorder(room, flush_seconds=0) as recorder:
+        recorder.write(x[:1])
+        recorder.write(x.vcpu[1:])
+    return files_of(room)
+
+
+def with_a_tail(x, room):
+    """A recording as a kill leaves it."""
+    with kf.Recorder(room, flush_seconds=0, batch_bytes=3 * 8 * 40) as recorder:
+        for i in range(len(x)):
+            recorder.write(x[i : i + 1])
+        return files_of(room)
+
+
 class Originals:
     """What the inputs are made from."""
 
@@ -65,7 +87,10 @@ class Originals:
             ) as recorder:
                 recorder.write(samples[:1])
                 recorder.write(samples[1:])
-            self.recordings.append({one.name: one.read_bytes() for one in (room / name).iterdir()})
+            self.recordings.append(files_of(room / name))
+        self.recordings += [two_runs(x, room / "runs"), with_a_tail(x, room / "tail")]
+        self.parquet = [path.read_bytes() for path in kf.to_parquet(x, room / "set")]
+        self.parquet += [path.read_bytes() for path in kf.to_parquet(room / "runs", room / "set")]
         self.npz = []
         for name, compression in (("a.npz", None), ("b.npz", "zstd")):
             x.save(room / name, compression=compression)
@@ -249,6 +274,38 @@ def lie_stream(rng, raw):
     return sink.getvalue()
 
 
+def lie_parquet(rng, raw):
+    """Return a well-formed Parquet file whose metadata or columns lie."""
+    file = pq.ParquetFile(io.BytesIO(raw))
+    table = file.read()
+    fields, columns = list(table.schema), [column.combine_chunks() for column in table.columns]
+    about = dict(table.schema.metadata)
+    happened = {b"kvmstats.batches": file.metadata.metadata[b"kvmstats.batches"]}
+    for _ in range(rng.choice((1, 1, 2))):
+        what, place = rng.randrange(5), rng.randrange(len(fields))
+        if what == 0:
+            about = lie_metadata(rng, about)
+        elif what == 1:
+            happened = lie_metadata(rng, happened)
+        elif what == 2:
+            fields[place] = fields[place].with_metadata(lie_metadata(rng, fields[place].metadata))
+        elif what == 3:
+            other = rng.randrange(len(fields))
+            for some in (fields, columns):
+                some[place], some[other] = some[other], some[place]
+        else:
+            fields[place], columns[place] = lie_column(rng, fields[place], columns[place])
+    if rng.random() < 0.1:
+        about[b"kvmstats.format"] = rng.choice((b"1", b"2"))
+    sink = io.BytesIO()
+    options = {"compression": rng.choice(("zstd", "snappy", "none")), "use_dictionary": rng.random() < 0.3}
+    with pq.ParquetWriter(sink, pa.schema(fields, about), **options) as writer:
+        made_of = pa.table(columns, schema=pa.schema(fields, about))
+        writer.write_table(made_of, row_group_size=rng.choice((1, 3, 1000)) if rng.random() < 0.2 else 1000)
+        writer.add_key_value_metadata({key: value for key, value in happened.items() if b"\0" not in value})
+    return sink.getvalue()
+
+
 def lie_npz(rng, raw):
     """Return a ZIP archive whose members lie."""
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -297,12 +354,40 @@ def lie_npz(rng, raw):
     return sink.getvalue()
 
 
+def look_at(x):
+    """Read every value."""
+    x.wall_time.sum()
+    for group in x.groups:
+        for stat in group.places:
+            group.view(stat).sum()
+
+
+def read_some(rng, path):
+    """Read all runs, or a range of time."""
+    r = kf.open_recordings(path)
+    for x in r.between(rng.choice((None, 0.001)), rng.choice((None, 0.002))) if rng.random() < 0.5 else r:
+        look_at(x)
+    return "read"
+
+
+def read_parquet(rng, what, raw, room):
+    """Make a data set of one file, and read it."""
+    try:
+        raw = change_bytes(rng, raw) if what == 10 else lie_parquet(rng, raw)
+    except (pa.ArrowException, ValueError, TypeError):
+        return "not written"
+    (room / "x.parquet").write_bytes(raw)
+    return read_some(rng, room)
+
+
 def run_one(number, originals, room):
     """Make an input and read it; return what came of it. An exception that is not documented comes out."""
     rng = random.Random(number)
     shutil.rmtree(room, ignore_errors=True)
     room.mkdir()
-    what = rng.randrange(10)
+    what = rng.randrange(12)
+    if what >= 10:
+        return read_parquet(rng, what, rng.choice(originals.parquet), room)
     if what == 0:
         kf.to_merged(change_bytes(rng, rng.choice(originals.stats_files)))
         return "merged"
@@ -318,11 +403,10 @@ def run_one(number, originals, room):
         files[name] = change_bytes(rng, files[name]) if what <= 5 else lie_stream(rng, files[name])
         for one, raw in files.items():
             (path / one).write_bytes(raw)
+    if path.suffix != ".npz" and rng.random() < 0.3:
+        return read_some(rng, path)
     x = kf.Samples.load(path)
-    x.wall_time.sum()
-    for group in x.groups:
-        for stat in group.places:
-            group.view(stat).sum()
+    look_at(x)
     if number % 4 == 0:
         written = kf.to_parquet(x if path.suffix == ".npz" else path, room / "set")
         assert all((room / "set") in one.parents for one in written)
@@ -336,10 +420,10 @@ def main(arguments):
     first, count = (
         (int(arguments[1]), 1) if one else (int(arguments[1]) if len(arguments) > 1 else 0, int(arguments[0]))
     )
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
     came, failures = Counter(), 0
     with tempfile.TemporaryDirectory() as folder:
         originals = Originals(Path(folder))
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
         resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE, resource.RLIM_INFINITY))
         for number in range(first, first + count):
             print(number, file=sys.stderr, end="\r", flush=True)  # for who looks for the one that ended the process

@@ -289,21 +289,24 @@ def test_a_conversion_that_is_killed_spoils_no_data_set(x, tmp_path, monkeypatch
     assert len(pl.scan_parquet(tmp_path / "vcpu", hive_partitioning=True).collect()) == 10
 
 
-def test_more_rows_than_memory_is_to_hold_become_several_files(tmp_path, monkeypatch):
-    """Each sorted; together they are the whole."""
-    monkeypatch.setattr(tables, "_ROWS_BYTES", 4000)
+def test_more_rows_than_memory_is_to_hold_become_several_row_groups_and_files(tmp_path, monkeypatch):
+    """Each sorted by file then time; together they are the whole, in the order of time."""
     x = made.samples([("vcpu", VCPU, 2)], 12)
+    size = 8 * 2 * VCPU.num_values
+    monkeypatch.setattr(tables, "_GROUP_BYTES", 2 * size)
+    monkeypatch.setattr(tables, "_FILE_BYTES", 5 * size)
     record = tmp_path / "run"
     with kf.Recorder(record, flush_seconds=0) as recorder:
         for i in range(12):
             recorder.write(x[i : i + 1])
-    paths = kf.to_parquet(record, tmp_path / "set")
-    assert len(paths) > 1
-    read = [pq.read_table(path, partitioning=None) for path in paths]
-    assert [row for table in read for row in table["exits"].to_pylist()] != x["exits"].reshape(-1).tolist()
-    assert sorted(row for table in read for row in table["exits"].to_pylist()) == sorted(
-        x["exits"].reshape(-1).tolist()
-    )
+    for source, target in ((record, "of_recording"), (x, "of_samples")):
+        paths = kf.to_parquet(source, tmp_path / target)
+        files = [pq.ParquetFile(path) for path in paths]
+        groups = [file.read_row_group(number) for file in files for number in range(file.num_row_groups)]
+        assert [len(group) for group in groups] == [4] * 6
+        assert [file.num_row_groups for file in files] == [3, 3]
+        found = [group["exits"].to_numpy().reshape(2, 2).T for group in groups]
+        assert np.concatenate(found).tolist() == x["exits"].tolist()
 
 
 @pytest.mark.parametrize("encoding", ["BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN"])
@@ -412,14 +415,14 @@ import json, runpy, sys
 import fleet
 from distributed import default_client
 
-def sum_fleet(paths, of_example=fleet.sum_fleet):
+def ask_fleet(paths, of_example=fleet.ask_fleet):
     rates, merged = of_example(paths)
     workers = len(default_client().scheduler_info()["workers"])
     print(json.dumps([workers, {" ".join(map(str, k)): rate for k, rate in rates.items()}, merged.counts.tolist()]))
     return rates, merged
 
 if __name__ == "__main__":
-    fleet.sum_fleet = sum_fleet
+    fleet.ask_fleet = ask_fleet
     fleet.main(sys.argv[1])
     sys.argv = [fleet.__file__, "."]
     runpy.run_path(fleet.__file__, run_name="__main__")
@@ -437,7 +440,7 @@ def test_dask_gives_what_numpy_gives_in_memory(fleet):
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr[-2000:]
     assert "there is no vcpu/date=" in result.stderr
     summed, header, *table = result.stdout.splitlines()
-    assert header.split() == ["host", "vm", "vcpu"]
+    assert header.split() == ["host", "vCPU", "exits/s"]
     assert "99th percentile" in table[-1]
     workers, rates, counts = json.loads(summed)
     assert workers == 2
@@ -447,7 +450,7 @@ def test_dask_gives_what_numpy_gives_in_memory(fleet):
         change = sum(x.delta("exits").sum(axis=0) for x in days)
         seconds = sum((int(x.time[-1]) - int(x.time[0])) / 1e9 for x in days)
         for info, rate in zip(days[0].files, change / seconds, strict=True):
-            wanted[f"{host} {info.vm} {info.vcpu_id}"] = rate
+            wanted[f"{host} {info}"] = rate
         for x in days:
             own = x.histogram("halt_wait_hist").sum()
             merged = own if merged is None else merged + own

@@ -10,6 +10,7 @@ from helpers import examples
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
+from kvmstats_fast.formats import stream_file
 
 VM = made.schema_of(None, "vm")
 VCPU = made.schema_of(None, "vcpu")
@@ -83,6 +84,8 @@ def test_some_of_it_is_what_select_and_between_give_of_all(form, ask, tmp_path_f
     expected, found = outcome(wanted), outcome(lambda: kf.Samples.load(path, names, *edges))
     if isinstance(expected, kf.Samples):
         assert isinstance(found, kf.Samples)
+        for one in (found, expected):
+            one.errors = tuple(sorted(one.errors, key=lambda error: error.file))
         made.assert_same(found, expected)
     else:
         assert isinstance(found, type)
@@ -148,3 +151,15 @@ def test_what_is_not_there_is_named(form, tmp_path):
         kf.Samples.load(path, start="noon")
     assert len(kf.Samples.load(path, start="2031-01-01")) == 0
     assert kf.Samples.load(path, "exits", "2031-01-01").names == ("exits",)
+
+
+@pytest.mark.parametrize(("stats", "words"), [(["wait_hist"], 5), (["several", "exits"], 4), (None, 16)])
+def test_what_is_weighed_is_what_will_be_decompressed(stats, words, path, monkeypatch):
+    """Of the columns that are asked for, and of those that say which row is whose: 8, 8, 8 and 4 bytes."""
+    x = made.samples([("vcpu", ODD, 2)], 40)
+    write(path, [x], compression="zstd")
+    claims = []
+    monkeypatch.setattr(stream_file, "check_size", lambda size, *_, **__: claims.append(size))
+    kf.Samples.load(path, stats)
+    dictionaries = sum(len(one) + 8 for one in ("härd".encode(), b"web")) + sum(len(info.id) for info in x.files) + 12
+    assert 0 <= claims[0] - 80 * (8 * words + 28) <= dictionaries

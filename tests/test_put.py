@@ -268,6 +268,10 @@ class Failing(Block):
 
     error = MemoryError()
 
+    def take_sweeps(self, _):
+        """Nor can these."""
+        return self
+
     def view(self, _):
         """Raise."""
         raise self.error

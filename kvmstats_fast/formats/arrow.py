@@ -7,7 +7,6 @@ it was sampled. Rows of a file that had failed are left out, because their value
 
 from __future__ import annotations
 
-import json
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +56,10 @@ def _word(code: IntEnum | int) -> str:
     return code.name.lower() if isinstance(code, IntEnum) else str(code)
 
 
-def own_fields(kind: str, written: int = FORMAT) -> list[Any]:
-    """Return the fields of the columns in front of the statistics, in the format `written`."""
+def own_fields(kind: str, written: int = FORMAT, *, plain: bool = False) -> list[Any]:
+    """Return the fields of the columns in front of the statistics, in the format `written`; texts `plain` or coded."""
     pa = need("pyarrow", "arrow")
-    text = pa.dictionary(pa.int32(), pa.string())
+    text = pa.string() if plain else pa.dictionary(pa.int32(), pa.string())
     types = (
         text,
         text,
@@ -144,17 +143,27 @@ def row_key(info: FileInfo) -> tuple[str, str, int]:
 
 
 def to_batch(
-    samples: Samples, group: Group, schema: Any, values: Sequence[npt.NDArray[Any]] | None = None
-) -> tuple[Any, dict[str, str]]:
-    """Return a group's record batch and its own metadata; of these values, or its own."""
+    samples: Samples,
+    group: Group,
+    schema: Any,
+    values: Sequence[npt.NDArray[Any]] | None = None,
+    *,
+    by_file: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """Return a group's record batch, and what its own metadata says; of these values, or its own.
+
+    Its rows are in the order of time; or `by_file`, those of a file together.
+    """
     pa = need("pyarrow", "arrow")
     columns = group.columns
     live = find_live(samples.errors, len(samples), columns)
     shape = (len(samples), len(columns))
 
     def rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if by_file:
+            values = values.swapaxes(0, 1)
         if live is not None:
-            return values[live]
+            return values[live.T if by_file else live]
         return np.ascontiguousarray(values).reshape(-1, *values.shape[2:])
 
     def own(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -195,8 +204,7 @@ def to_batch(
         rowless = ~live.any(axis=1)
         clock = (samples.tick[rowless], samples.time[rowless], samples.sweep_ns[rowless])
         happened["rowless"] = [part.tolist() for part in clock]
-    metadata = {f"kvmstats.{name}": json.dumps(value) for name, value in happened.items()}
-    return pa.record_batch(arrays, schema=schema), metadata
+    return pa.record_batch(arrays, schema=schema), happened
 
 
 def _from_numpy(kind: Any, values: npt.NDArray[Any], *, nulls: npt.NDArray[np.bool_] | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats.arrow import as_numpy, find_live, own_fields, stat_field
 from kvmstats_fast.formats.errors import check_errors, restore
 from kvmstats_fast.formats.limits import check_memory
-from kvmstats_fast.formats.metadata import INT64, UINT64, Wrong, listed, row, whole
+from kvmstats_fast.formats.metadata import INT64, UINT64, Check, Wrong, listed, mapping, row, whole
 from kvmstats_fast.formats.origin import BATCH_FIELDS, read_field
 from kvmstats_fast.groups import Columns
 from kvmstats_fast.joining import spread_offsets
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     from kvmstats_fast.stat import Stat
 
 
-def stats_of(schema: Any, origin: Origin, source: str) -> list[Stat]:
-    """Return the statistics of a file's columns; KvmStatsError unless the columns are what their metadata says."""
-    own = own_fields(origin.kind, origin.format)
+def stats_of(schema: Any, origin: Origin, source: str, *, plain: bool = False) -> list[Stat]:
+    """Return the statistics of a file's columns; KvmStatsError unless the columns are what their metadata says.
+
+    Texts are `plain`, or coded.
+    """
+    own = own_fields(origin.kind, origin.format, plain=plain)
     found: dict[int, Stat] = {}
     try:
         names = schema.names
@@ -68,12 +72,33 @@ def _check_rowless(value: Any) -> None:
         raise Wrong(value, "three lists of the same length")
 
 
+#: What a batch has if its metadata does not say so.
+ABSENT: dict[str, Any] = {"rowless": [[], [], []], "wall_steps": []}
+
+
+def happened_checks(origin: Origin) -> dict[str, Check]:
+    """Return what the metadata of a batch has."""
+    return BATCH_FIELDS | {"sweeps": whole(0, INT64[1]), "errors": check_errors(len(origin.files))}
+
+
+def check_batches(origin: Origin) -> Check:
+    """Accept what happened in batch after batch, in one list."""
+    required, rowless = mapping(happened_checks(origin)), mapping({"rowless": _check_rowless})
+
+    def check(value: Any) -> None:
+        required(value)
+        if "rowless" in value:
+            rowless(value)
+
+    return listed(check)
+
+
 class Happened:
     """Reads what the metadata of the batches of a file says of each; what does not change from batch to batch, once."""
 
     def __init__(self, origin: Origin) -> None:
-        self._checks = BATCH_FIELDS | {"sweeps": whole(0, INT64[1]), "errors": check_errors(len(origin.files))}
-        self._absent: dict[str, Any] = {"rowless": [[], [], []], "wall_steps": []}
+        self._checks = happened_checks(origin)
+        self._absent = dict(ABSENT)
         if origin.format == 1:  # one offset for the whole recording
             self._absent["wall_offset"] = origin.wall_offset
             self._checks = {name: check for name, check in self._checks.items() if not name.startswith("wall_")}
@@ -115,43 +140,65 @@ class _Rows:
     columns: npt.NDArray[np.intp]  #: (n,)
     live: npt.NDArray[np.bool_] | None  #: (T, n); None: no file had failed
     sweeps: int  #: those that have rows; the others come after them
+    by_file: bool  #: whether the rows of a file stand together, not those of a sweep
 
-    @property
-    def counts(self) -> npt.NDArray[np.intp]:
-        """Return how many rows each sweep has, (sweeps,)."""
-        if self.live is None:
-            return np.full(self.sweeps, len(self.columns))
-        counts: npt.NDArray[np.intp] = self.live.sum(axis=1)[: self.sweeps]
-        return counts
+    def _table(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return one value a row by sweep and file, (sweeps, n), where no file had failed."""
+        shape = (self.sweeps, len(self.columns))
+        return values.reshape(shape[::-1]).T if self.by_file else values.reshape(shape)
+
+    @cached_property
+    def _places(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """Return of which sweep and which of `columns` each row is, where a file had failed."""
+        live = np.zeros((0, 0), np.bool_) if self.live is None else self.live
+        if not self.by_file:
+            return np.nonzero(live)  # type: ignore[return-value]
+        files, sweeps = np.nonzero(live.T)
+        return sweeps, files
 
     def are(self, files: npt.NDArray[np.int32]) -> bool:
         """Whether the rows of a batch are of these files."""
         if self.live is None:
-            shape = (self.sweeps, len(self.columns))
-            return len(files) == shape[0] * shape[1] and bool((files.reshape(shape) == self.columns).all())
+            fits = len(files) == self.sweeps * len(self.columns)
+            return fits and bool((self._table(files) == self.columns).all())
         if self.live[self.sweeps :].any() or not self.live[: self.sweeps].any(axis=1).all():
             return False
-        return np.array_equal(files, np.broadcast_to(self.columns, self.live.shape)[self.live])
+        return np.array_equal(files, self.columns[self._places[1]])
 
     def per_sweep(self, values: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         """Return the value of each sweep, (sweeps,); None if it differs between rows of one."""
         if self.live is None:
-            table = values.reshape(self.sweeps, len(self.columns))
-            return table[:, 0] if (table == table[:, :1]).all() else None
-        counts = self.counts
-        first: npt.NDArray[Any] = values[np.cumsum(counts) - counts]
-        return first if np.array_equal(np.repeat(first, counts), values) else None
+            table = self._table(values)
+            return table[:, 0].copy() if (table == table[:, :1]).all() else None
+        sweeps, _ = self._places
+        of_sweep = np.zeros(self.sweeps, values.dtype)
+        of_sweep[sweeps] = values
+        return of_sweep if np.array_equal(of_sweep[sweeps], values) else None
 
     def spread(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """Return the values by sweep and file; 0 where a file had failed."""
         if self.live is None:
-            return values.reshape(self.sweeps, len(self.columns), *values.shape[1:])
+            shape = (self.sweeps, len(self.columns))
+            if self.by_file:
+                return values.reshape(*shape[::-1], *values.shape[1:]).swapaxes(0, 1)
+            return values.reshape(*shape, *values.shape[1:])
         spread = np.zeros((*self.live.shape, *values.shape[1:]), np.uint64)
-        spread[self.live] = values
+        if self.by_file:
+            spread.swapaxes(0, 1)[self.live.T] = values
+        else:
+            spread[self.live] = values
         return spread
 
 
-def to_samples(batch: Any, stats: Sequence[Stat], happened: dict[str, Any], origin: Origin, source: str) -> Samples:
+def to_samples(  # noqa: PLR0913 - what a batch is
+    batch: Any,
+    stats: Sequence[Stat],
+    happened: dict[str, Any],
+    origin: Origin,
+    source: str,
+    *,
+    by_file: bool = False,
+) -> Samples:
     """Return a batch as Samples of all the recording's files, whose arrays are the batch's own memory.
 
     Parameters
@@ -165,6 +212,8 @@ def to_samples(batch: Any, stats: Sequence[Stat], happened: dict[str, Any], orig
     origin : Origin
     source : str
         For messages.
+    by_file : bool
+        Whether the rows of a file stand together, not those of a sweep.
 
     Raises
     ------
@@ -189,7 +238,7 @@ def to_samples(batch: Any, stats: Sequence[Stat], happened: dict[str, Any], orig
     words = sum(stat.size for stat in stats)
     if failed:
         check_memory(sweeps * len(columns) * (8 * words + 1), source)
-    rows = _Rows(columns, find_live(errors, sweeps, columns), read)
+    rows = _Rows(columns, find_live(errors, sweeps, columns), read, by_file)
     if not rows.are(as_numpy(batch.column("file"))):
         raise KvmStatsError(
             f"{source}: column 'file' does not have the files of kvmstats.columns in each of {sweeps} sweeps, but for "

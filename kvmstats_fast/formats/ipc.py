@@ -8,8 +8,14 @@ each field; a compressed buffer starts with its size when decompressed.
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
-_SIZE = struct.Struct("<q")
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_SIZE = 8  # bytes of the size that a compressed buffer starts with
 _CONTINUATION = 0xFFFFFFFF
 _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # of the union MessageHeader; a dictionary comes before the batch that uses it
 
@@ -18,7 +24,9 @@ class NoMessageError(Exception):
     """No whole message is there: the stream is torn, or these bytes are something else."""
 
 
-def measure_next(stream: memoryview, start: int) -> tuple[int, int, int] | None:
+def measure_next(
+    stream: memoryview, start: int, chosen: npt.NDArray[np.intp] | None = None
+) -> tuple[int, int, int] | None:
     """Return how many bytes the next record batch claims to decompress to, in how many they are stored, and its end.
 
     Parameters
@@ -27,6 +35,8 @@ def measure_next(stream: memoryview, start: int) -> tuple[int, int, int] | None:
         Of bytes: a whole IPC stream.
     start : int
         Byte at which a message starts.
+    chosen : numpy.ndarray, optional
+        Numbers of the buffers of the batch that will be decompressed. Default: all.
 
     Returns
     -------
@@ -38,12 +48,12 @@ def measure_next(stream: memoryview, start: int) -> tuple[int, int, int] | None:
     NoMessageError
     """
     try:
-        return _measure_next(stream, start)
+        return _measure_next(stream, start, chosen)
     except struct.error:
         raise NoMessageError from None
 
 
-def _measure_next(stream: memoryview, start: int) -> tuple[int, int, int] | None:
+def _measure_next(stream: memoryview, start: int, chosen: npt.NDArray[np.intp] | None) -> tuple[int, int, int] | None:
     claimed = stored = 0
     while True:
         if start == len(stream):
@@ -63,27 +73,29 @@ def _measure_next(stream: memoryview, start: int) -> tuple[int, int, int] | None
         batch = header.table(1) if kind == _DICTIONARY_BATCH else header
         if kind not in (_RECORD_BATCH, _DICTIONARY_BATCH) or batch is None:
             raise NoMessageError
-        claimed += _measure_body(batch, stream[start : start + body])
+        claimed += _measure_body(batch, stream[start : start + body], None if kind == _DICTIONARY_BATCH else chosen)
         stored += body
         start += body
         if kind == _RECORD_BATCH:
             return claimed, stored, start
 
 
-def _measure_body(batch: _Table, body: memoryview) -> int:
+def _measure_body(batch: _Table, body: memoryview, chosen: npt.NDArray[np.intp] | None) -> int:
     """Return to how many bytes the compressed buffers of a RecordBatch decompress; others are read in place."""
     if batch.table(3) is None:  # not compressed
         return 0
-    claimed, end, unpack = 0, len(body), _SIZE.unpack_from
-    for offset, length in batch.pairs(2):
-        if offset < 0 or length < 0 or offset + length > end:
+    pairs, end = batch.pairs(2), len(body)
+    if chosen is not None:
+        if chosen.max(initial=-1) >= len(pairs):
             raise NoMessageError
-        if length:
-            (size,) = unpack(body, offset)
-            if size < -1:
-                raise NoMessageError
-            claimed += max(size, 0)  # -1: this buffer is not compressed
-    return claimed
+        pairs = pairs[chosen]
+    offsets, lengths = pairs[pairs[:, 1] != 0].T
+    if ((offsets < 0) | (offsets > end) | (lengths < _SIZE) | (lengths > end - offsets)).any():
+        raise NoMessageError
+    sizes = np.frombuffer(body, np.uint8)[offsets[:, None] + np.arange(_SIZE)].view("<i8")
+    if (sizes < -1).any():
+        raise NoMessageError
+    return sum(size for size in sizes.ravel().tolist() if size > 0)  # -1: this buffer is not compressed
 
 
 class _Table:
@@ -121,13 +133,13 @@ class _Table:
         place = self._field(index)
         return None if place is None else _Table(self._data, place + self._unpack("I", place))
 
-    def pairs(self, index: int) -> list[tuple[int, int]]:
-        """Return a vector of structs of two int64."""
+    def pairs(self, index: int) -> npt.NDArray[np.int64]:
+        """Return a vector of structs of two int64, (n, 2)."""
         place = self._field(index)
         if place is None:
-            return []
+            return np.empty((0, 2), np.int64)
         place += self._unpack("I", place)
         end = place + 4 + 16 * self._unpack("I", place)
         if end > len(self._data):
             raise NoMessageError
-        return list(struct.iter_unpack("<qq", self._data[place + 4 : end]))
+        return np.frombuffer(self._data[place + 4 : end], "<i8").reshape(-1, 2).astype(np.int64)

@@ -16,18 +16,29 @@ ALWAYS_ALLOWED = 1 << 30
 #: A Recorder stays well below it: what is decompressed at once is memory that a reader needs beside the values.
 MOST_IN_BATCH = 32 << 20
 MOST_TIMES = 1000
+_SHORTAGES = ("Cannot allocate memory", "not enough memory")
 #: So many bytes are not worth looking for.
 _SMALL = 16 << 20
 
 
-def check_size(size: int, stored: int, source: str) -> None:
-    """Raise KvmStatsError if so many bytes cannot have been `stored` in so few; MemoryError if there is no room."""
+def check_size(size: int, stored: int, source: str, enough: int = 0) -> None:
+    """Raise KvmStatsError if so many bytes cannot have been `stored` in so few; MemoryError if there is no room.
+
+    There was room for `enough`, one after the other: to look again takes as long as to decompress some megabytes.
+    """
     if size > max(ALWAYS_ALLOWED, MOST_TIMES * stored):
         raise KvmStatsError(
             f"{source}: {stored} bytes claim to hold {size}; more than {ALWAYS_ALLOWED} bytes, or {MOST_TIMES} times "
             "what is stored, are refused"
         )
-    check_memory(size, source)
+    if size > enough:
+        check_memory(size, source)
+
+
+def as_shortage(error: Exception, source: str) -> MemoryError | None:
+    """Return a MemoryError if that is what it is: Arrow's is an ArrowException, too, and its codecs only say so."""
+    short = isinstance(error, MemoryError) or any(text in str(error) for text in _SHORTAGES)
+    return MemoryError(f"{source}: {error}") if short else None
 
 
 def check_memory(size: int, source: str) -> None:

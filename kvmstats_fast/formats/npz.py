@@ -8,7 +8,7 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,11 @@ from kvmstats_fast.formats.limits import check_size
 from kvmstats_fast.formats.metadata import INT64, Check, listed, mapping, read_json, whole
 from kvmstats_fast.formats.origin import BATCH_FIELDS, FORMAT, HOST, INTERVAL, KERNEL, KIND, check_files, check_format
 from kvmstats_fast.formats.stream_file import open_regular
-from kvmstats_fast.formats.wanted import ALWAYS, EVERYTHING
+from kvmstats_fast.formats.wanted import ALWAYS
 from kvmstats_fast.groups import Columns
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.schema import schema_of
+from kvmstats_fast.selection import Selection
 from kvmstats_fast.spans import between
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from kvmstats_fast.selection import Selection
     from kvmstats_fast.spans import Span
 
 #: Attributes of Samples that JSON holds as they are.
@@ -66,12 +66,14 @@ def save(
 
 def load(path: str | os.PathLike[str], stats: str | Iterable[str] | None, span: Span) -> Samples:
     """See `Samples.load`."""
-    selection = EVERYTHING if stats is None else replace(EVERYTHING, names=check_names("stats", stats))
-    if selection.names == ():
-        raise ValueError("stats is empty: name statistics, or leave it out for all of them")
+    selection = None
+    if stats is not None:
+        selection = Selection.of(check_names("stats", stats), None, None, None, None)
+        if selection.names is None:
+            raise ValueError("stats is empty: name statistics, or leave it out for all of them")
     if Path(path).suffix == ".npz":
         samples, names = _read_npz(Path(path), selection)
-        if selection != EVERYTHING:
+        if selection is not None:
             selection.check(samples.files, names, str(path))
             samples = selection.take(samples)
         return samples if span == ALWAYS else between(samples, span)
@@ -104,7 +106,7 @@ def _write_npz(samples: Samples, file: Any, *, compressed: bool) -> None:
     (np.savez_compressed if compressed else np.savez)(file, **arrays)  # type: ignore[arg-type]
 
 
-def _read_npz(path: Path, selection: Selection) -> tuple[Samples, list[str]]:
+def _read_npz(path: Path, selection: Selection | None) -> tuple[Samples, list[str]]:
     """Return all sweeps of the selected statistics, and the names of all statistics there are."""
     with open_regular(path) as fd, _File(fd.fileno(), closefd=False) as file:
         try:
@@ -160,7 +162,7 @@ class _Npz:
             raise KvmStatsError(f"{path}: its members claim {stored} of its {size} bytes")
         check_size(sum(member.file_size for member in members), stored, str(path))
 
-    def read(self, selection: Selection) -> tuple[Samples, list[str]]:
+    def read(self, selection: Selection | None) -> tuple[Samples, list[str]]:
         """Return all sweeps of the selected statistics, and the names of all statistics there are."""
         about = self._read_about()
         time = self._array("time", np.int64)
@@ -195,7 +197,7 @@ class _Npz:
         return about
 
     def _read_groups(
-        self, about: dict[str, Any], sweeps: int, selection: Selection, names: dict[str, None]
+        self, about: dict[str, Any], sweeps: int, selection: Selection | None, names: dict[str, None]
     ) -> tuple[Columns, ...]:
         """Return the groups: their files, schema, and the values that are selected; add the names of all to `names`."""
         groups = []
@@ -222,7 +224,7 @@ class _Npz:
                 raise KvmStatsError(f"{self._path}: about['groups'][{number}]['stats'] must be different descriptors")
             there = [schema.stats[index].name for index in order]
             names |= dict.fromkeys(there)
-            chosen = frozenset(selection.find_stats(there))
+            chosen = frozenset(there if selection is None else selection.find_stats(there))
             order = [index for index in order if schema.stats[index].name in chosen]
             stats = [schema.stats[index] for index in order]
             arrays = tuple(

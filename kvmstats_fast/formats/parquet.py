@@ -5,34 +5,34 @@ from __future__ import annotations
 import errno
 import json
 import re
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, replace
 from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError
-from kvmstats_fast.formats import arrow, need
+from kvmstats_fast.formats import need
 from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories, put_file
+from kvmstats_fast.formats.arrow import arrow_schema, decode_dictionaries, one_group, to_batch
 from kvmstats_fast.formats.limits import MOST_DATES
-from kvmstats_fast.formats.recording import Recording, read_batches
+from kvmstats_fast.formats.origin import Origin
+from kvmstats_fast.formats.pending import bytes_of, bytes_per_sweep, cut_sweeps
+from kvmstats_fast.formats.recording import Recording
 from kvmstats_fast.formats.steps import STEP_BYTES
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
-    from typing import TypeAlias
+    from collections.abc import Iterable, Iterator
 
-    from kvmstats_fast.file_info import FileInfo
+    from typing_extensions import Self
 
-    #: What a file has rows of: kind, date, host, fingerprint of the schema, and the files of the run.
-    _Where: TypeAlias = tuple[str, str, str, str, tuple[FileInfo, ...]]
-
-#: So much is sorted in memory, and goes into one file.
-_ROWS_BYTES = 256 << 20
+#: So much is a row group, which is worked on in memory; and so much goes into one file.
+_GROUP_BYTES = 32 << 20
+_FILE_BYTES = 256 << 20
 _ENCODINGS = ("BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN")
 _ORDER = [("file", "ascending"), ("time", "ascending")]
 
@@ -81,22 +81,37 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
     Notes
     -----
     The columns are those of `Samples.to_arrow`. The host is one of them, and not in the names of directories, because
-    readers guess types from these: ``host=007`` would be the number 7. In each file rows are sorted by file
-    then time, statistics are compressed with zstd and encoded without a dictionary: neighbours differ little.
-    Histograms are lists. Values are raw, and what their descriptors say is in the metadata of the fields. Each file is
-    there as a whole or not at all.
+    readers guess types from these: ``host=007`` would be the number 7. Row groups follow each other in time,
+    and in each the rows are sorted by file then time; statistics are compressed with zstd and encoded without a
+    dictionary: neighbours differ little. Histograms are lists. Values are raw, and what their descriptors say is in the
+    metadata of the fields. Each file is there as a whole or not at all. `open_recordings` reads a data set back.
     """
+    if isinstance(source, Samples):
+        name, steps = _name(source), iter([(0, source)])
+    else:
+        recording = source if isinstance(source, Recording) else Recording(source)
+        name, steps = recording.recording, recording.read_runs(STEP_BYTES)
+    return write_parquet(steps, Path(root), name, host=host, encoding=encoding, overwrite=overwrite, mode=mode)
+
+
+def write_parquet(  # noqa: PLR0913 - what to_parquet is told
+    steps: Iterable[tuple[int, Samples]],
+    root: Path,
+    name: str,
+    *,
+    host: str | None,
+    encoding: str,
+    overwrite: bool,
+    mode: int,
+) -> list[Path]:
+    """Write the samples of runs, each with the number of its run; `name` is that of the recording. See `to_parquet`."""
     if encoding not in _ENCODINGS:
         raise ValueError(f"encoding is {encoding!r}; it must be one of {', '.join(map(repr, _ENCODINGS))}")
     check_mode(mode)
-    if not isinstance(source, Samples | Recording):
-        source = Recording(source)
-    name = _name(source) if isinstance(source, Samples) else source.recording
-    writer = _Parquet(Path(root), host, name, encoding, overwrite=overwrite, mode=mode)
-    for samples in read_batches(source, min(STEP_BYTES, _ROWS_BYTES)):
-        for part in samples.split():
-            writer.add(part)
-    writer.flush()
+    with _Parquet(root, host, name, encoding, overwrite=overwrite, mode=mode) as writer:
+        for run, samples in steps:
+            for part in samples.split():
+                writer.add(part, run)
     return writer.written
 
 
@@ -108,84 +123,173 @@ def _name(samples: Samples) -> str:
     return digest.hexdigest()
 
 
+class _Where(NamedTuple):
+    """What a file has rows of: the kind of stats files, a date, a host, a schema, a run."""
+
+    kind: str
+    date: str
+    host: str
+    fingerprint: str
+    run: int
+
+
 class _Parquet:
-    """Collects rows by kind, date and schema, and writes a file for every so many bytes."""
+    """Writes sweeps to files by kind, date, host, schema and run, a new one after so many bytes."""
 
     def __init__(  # noqa: PLR0913 - what to_parquet is told
         self, root: Path, host: str | None, name: str, encoding: str, *, overwrite: bool, mode: int
     ) -> None:
-        self._pa, self._pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
-        self._root, self._host, self._name, self._encoding = root, host, name, encoding
-        self._overwrite, self._mode = overwrite, mode
-        self._waiting: dict[_Where, list[Any]] = {}
-        self._sizes: dict[_Where, int] = {}
-        self._numbers: dict[tuple[str, str, str, str], int] = {}
+        self._root, self._host, self._name = root, host, name
+        self._options = _Options(encoding, overwrite, mode)
+        self._open: dict[_Where, _File] = {}
+        self._numbers: dict[tuple[str, ...], int] = {}
         self._dates: set[str] = set()
         self.written: list[Path] = []
 
-    def add(self, samples: Samples) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Write what is left; take back what is not whole if anything was raised."""
+        with ExitStack() as stack:
+            for file in self._open.values():
+                stack.push(file.discard)
+            if raised[0] is not None:
+                stack.pop_all().__exit__(*raised)  # type: ignore[arg-type]
+                return
+            while self._open:
+                self._end(next(iter(self._open)))
+            stack.pop_all()
+
+    def add(self, samples: Samples, run: int) -> None:
         """Take samples of one kind and kernel."""
         host = self._host or samples.host or "unknown"
         samples = replace(samples, host=host, files=tuple(replace(info, host=host) for info in samples.files))
-        fingerprint = samples.groups[0].schema.fingerprint[:8]
-        for date, part in _cut_by_date(samples):
-            self._dates.add(date)
-            if len(self._dates) > MOST_DATES:
-                raise KvmStatsError(f"recording {self._name}: column 'time' is on more than {MOST_DATES} dates")
-            where = (samples.files[0].kind, date, host, fingerprint, samples.files)
-            rows = arrow.table(part, self._name)
-            self._waiting.setdefault(where, []).append(rows)
-            self._sizes[where] = self._sizes.get(where, 0) + rows.nbytes
-            if self._sizes[where] >= _ROWS_BYTES:
-                self._write(where)
+        kind, fingerprint = samples.files[0].kind, samples.groups[0].schema.fingerprint[:8]
+        step = max(_GROUP_BYTES // max(bytes_per_sweep(samples.groups), 1), 1)
+        by_date = list(_cut_by_date(samples))
+        self._dates.update(date for date, _ in by_date)
+        if len(self._dates) > MOST_DATES:
+            raise KvmStatsError(f"recording {self._name}: column 'time' is on more than {MOST_DATES} dates")
+        for date, of_date in by_date:
+            where = _Where(kind, date, host, fingerprint, run)
+            for other in [other for other in self._open if other._replace(date=date) == where != other]:
+                self._end(other)
+            for part in cut_sweeps(of_date, range(step, len(of_date), step)):
+                if where not in self._open:
+                    self._open[where] = self._begin(where, of_date)
+                self._open[where].add(part)
+                if self._open[where].size >= _FILE_BYTES:
+                    self._end(where)
 
-    def flush(self) -> None:
-        """Write what is left."""
-        for where in list(self._waiting):
-            self._write(where)
-
-    def _write(self, where: _Where) -> None:
-        table = self._pa.concat_tables(self._waiting.pop(where)).sort_by(_ORDER)
-        del self._sizes[where]
-        kind, date, host, fingerprint, _ = where
+    def _begin(self, where: _Where, samples: Samples) -> _File:
         number = self._numbers[where[:4]] = self._numbers.get(where[:4], -1) + 1
-        name = f"{_quote(host)}-{self._name}-{fingerprint}-{number:05}.parquet"
-        path = self._root / kind / f"date={date}" / name
-        table = arrow.decode_dictionaries(table)  # which are for the reader's memory, not for the file
-        split = [column.path for column in self._columns(table) if column.physical_type == "INT64"]
-        make_directories(path.parent, self._mode)
-        try:
+        name = f"{_quote(where.host)}-{self._name}-{where.fingerprint}-{number:05}.parquet"
+        path = self._root / where.kind / f"date={where.date}" / name
+        self.written.append(path)
+        with _saying_what_is_there(path):
+            return _File(path, self._root, samples, self._options, recording=self._name, run=where.run, part=number)
+
+    def _end(self, where: _Where) -> None:
+        file = self._open[where]
+        with _saying_what_is_there(file.path):
+            file.end()
+        del self._open[where]
+
+
+class _Options(NamedTuple):
+    """How files are written: see `to_parquet`."""
+
+    encoding: str
+    overwrite: bool
+    mode: int
+
+
+class _File:
+    """A file of a data set: row groups of sweeps that follow each other, in each the rows of a file together.
+
+    Attributes
+    ----------
+    path : Path
+    size : int
+        Bytes of the values it has.
+    """
+
+    def __init__(self, path: Path, root: Path, samples: Samples, options: _Options, **origin: Any) -> None:
+        self._pa, pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
+        self.path, self.size = path, 0
+        self._waiting: list[Samples] = []
+        self._happened: list[dict[str, Any]] = []
+        group = one_group(samples)
+        self._coded = arrow_schema(Origin.of(samples, group, **origin), list(group.places))
+        empty = decode_dictionaries(self._coded.empty_table())  # which are for a reader's memory, not for the file
+        self._schema = empty.schema
+        split = [column.path for column in self._columns(pq, empty) if column.physical_type == "INT64"]
+        make_directories(path.parent, options.mode)
+        with ExitStack() as stack:
             # Not beside it: were it left there by a kill, some readers would stumble over it.
-            with put_file(path, overwrite=self._overwrite, mode=self._mode, beside=self._root) as file:
-                self._pq.write_table(
-                    table,
+            file = stack.enter_context(put_file(path, overwrite=options.overwrite, mode=options.mode, beside=root))
+            self._writer = stack.enter_context(
+                pq.ParquetWriter(
                     file,
+                    self._schema,
                     compression="zstd",
                     use_dictionary=False,
-                    column_encoding=dict.fromkeys(split, self._encoding),
-                    sorting_columns=self._pq.SortingColumn.from_ordering(table.schema, _ORDER),
+                    column_encoding=dict.fromkeys(split, options.encoding),
+                    sorting_columns=pq.SortingColumn.from_ordering(self._schema, _ORDER),
                 )
-        except FileExistsError:
-            raise FileExistsError(
-                errno.EEXIST, "it was converted before; overwrite=True replaces it", str(path)
-            ) from None
-        self.written.append(path)
+            )
+            self._stack = stack.pop_all()
 
-    def _columns(self, table: Any) -> list[Any]:
+    def _columns(self, pq: Any, table: Any) -> list[Any]:
         """Return the Parquet columns of a table; what a list's elements are called there is pyarrow's choice."""
         sink = self._pa.BufferOutputStream()
-        self._pq.write_table(table.slice(0, 0), sink)
-        schema = self._pq.ParquetFile(self._pa.BufferReader(sink.getvalue())).schema
+        pq.write_table(table, sink)
+        schema = pq.ParquetFile(self._pa.BufferReader(sink.getvalue())).schema
         return [schema.column(index) for index in range(len(schema.names))]
+
+    def add(self, samples: Samples) -> None:
+        """Add samples, of which not many wait to be written."""
+        self._waiting.append(samples)
+        self.size += bytes_of(samples)
+        if sum(map(bytes_of, self._waiting)) >= _GROUP_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        samples = Samples.concatenate(self._waiting)
+        self._waiting = []
+        batch, happened = to_batch(samples, one_group(samples), self._coded, by_file=True)
+        table = decode_dictionaries(self._pa.Table.from_batches([batch]))
+        self._writer.write_table(table, row_group_size=max(len(table), 1))
+        self._happened.append(happened)
+
+    def end(self) -> None:
+        """Write what waits, and have it in its place."""
+        if self._waiting:
+            self._write()
+        self._writer.add_key_value_metadata({"kvmstats.batches": json.dumps(self._happened)})
+        self._stack.close()
+
+    def discard(self, *raised: Any) -> None:
+        """Leave nothing of it."""
+        self._stack.__exit__(*raised)
+
+
+@contextmanager
+def _saying_what_is_there(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, "it was converted before; overwrite=True replaces it", str(path)) from None
 
 
 def _cut_by_date(samples: Samples) -> Iterator[tuple[str, Samples]]:
     """Cut samples where the date changes, UTC; by numpy, because pyarrow would ask a database of time zones."""
     dates = samples.wall_time.view("datetime64[ns]").astype("datetime64[D]")
-    starts = [0, *(np.flatnonzero(dates[1:] != dates[:-1]) + 1).tolist(), len(dates)]
-    for start, stop in pairwise(starts):
-        if start < stop:
-            yield str(dates[start]), samples[start:stop]
+    edges = (np.flatnonzero(dates[1:] != dates[:-1]) + 1).tolist()
+    for start, part in zip((0, *edges), cut_sweeps(samples, edges), strict=True):
+        if len(part):
+            yield str(dates[start]), part
 
 
 def _quote(host: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvmstats_fast.groups import join_groups
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from kvmstats_fast.groups import Group
 
@@ -23,6 +24,20 @@ def bytes_per_sweep(groups: Sequence[Group]) -> int:
 def bytes_of(samples: Samples) -> int:
     """Return how many bytes the values of samples take."""
     return len(samples) * bytes_per_sweep(samples.groups)
+
+
+def cut_sweeps(samples: Samples, edges: Iterable[int]) -> Iterator[Samples]:
+    """Cut samples at ascending sweeps, and lose nothing that they say.
+
+    What they say of ticks that were missed is said of the first piece; of failures behind the last sweep, of the last.
+    """
+    behind = tuple(error for error in samples.errors if error.sweep >= len(samples))
+    for start, stop in pairwise((0, *edges, len(samples))):
+        part = samples[start:stop]
+        part.missed, part.overruns = (0, 0) if start else (samples.missed, samples.overruns)
+        if start and stop == len(samples):
+            part.errors += tuple(error._replace(sweep=error.sweep - start) for error in behind)
+        yield part
 
 
 class Pending:

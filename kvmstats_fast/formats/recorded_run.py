@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats.steps import to_samples_joined
 from kvmstats_fast.formats.stream_file import StreamFile
-from kvmstats_fast.formats.wanted import EVERYTHING, Step, Wanted
+from kvmstats_fast.formats.wanted import Step, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 #: A recorder that goes on may put another tail in the place of one that is being opened, file by file.
 _ATTEMPTS = 5
 #: Only when the sweeps were.
-_NO_STATS = Wanted(replace(EVERYTHING, names=()))
+_NO_STATS = Wanted(frozenset())
 
 
 class RecordedRun:
@@ -38,6 +37,8 @@ class RecordedRun:
     ----------
     files : tuple of FileInfo
         Of all that were sampled, those whose values are here: one stream alone has those of one kind.
+    indices : tuple of int
+        Of these in `Origin.files`.
     parts : dict
         The streams by part, without those of tails.
     tails : dict
@@ -54,7 +55,8 @@ class RecordedRun:
             places.setdefault(file.origin.part, []).append(file)
         self.first = min(files, key=lambda file: (file.origin.part, file.origin.columns)).origin
         kept = self._check_origins()
-        self.files: tuple[FileInfo, ...] = tuple(self.first.files[index] for index in sorted(kept))
+        self.indices = tuple(sorted(kept))
+        self.files: tuple[FileInfo, ...] = tuple(self.first.files[index] for index in self.indices)
         self.kinds_gone = sorted({info.kind for index, info in enumerate(self.first.files) if index not in kept})
 
     @property
@@ -112,15 +114,15 @@ class RecordedRun:
         """Return the names of the statistics that were sampled, each once."""
         return list(dict.fromkeys(stat.name for file in self.streams for stat in file.stats))
 
-    def began(self) -> int:
-        """Return the `time` of the first sweep; 0 if there is none."""
+    def began(self) -> Samples | None:
+        """Return the first sweep, without values; None if there is none."""
         for file in self.streams:
             with suppress(FileNotFoundError):
                 for batch in file.read(_NO_STATS, [], in_place=True):
                     samples = to_samples_joined([batch], [], file.origin)
                     if len(samples):
-                        return int(samples.time[0])
-        return 0
+                        return samples[:1]
+        return None
 
     def read(self, wanted: Wanted, size: int, lost: list[str], seen: list[int], *, in_place: bool) -> Iterator[Step]:
         """Give what is wanted, at least `size` bytes of values at once, but the last ones.

@@ -13,7 +13,7 @@ from kvmstats_fast.formats import need
 from kvmstats_fast.formats.recorded_run import RecordedRun
 from kvmstats_fast.formats.steps import STEP_BYTES
 from kvmstats_fast.formats.stream_file import StreamFile
-from kvmstats_fast.formats.wanted import ALWAYS, EVERYTHING, Wanted
+from kvmstats_fast.formats.wanted import ALWAYS, Wanted
 from kvmstats_fast.formats.whole import Whole
 from kvmstats_fast.samples import Samples
 
@@ -65,6 +65,8 @@ class Recording:
     wall_offset : int
         ns to add to the samples' `time` for CLOCK_REALTIME, at the first sweep; `Samples.wall_time` knows of later
         changes.
+    runs : list of RecordedRun
+        Inner to the package.
 
     Raises
     ------
@@ -107,9 +109,9 @@ class Recording:
         runs: dict[int, list[StreamFile]] = {}
         for file in files:
             runs.setdefault(file.origin.run, []).append(file)
-        self._runs = [RecordedRun(of_run) for _, of_run in sorted(runs.items())]
+        self.runs = [RecordedRun(of_run) for _, of_run in sorted(runs.items())]
         self._check_runs()
-        self.files: tuple[FileInfo, ...] = tuple(dict.fromkeys(info for run in self._runs for info in run.files))
+        self.files: tuple[FileInfo, ...] = tuple(dict.fromkeys(info for run in self.runs for info in run.files))
         self.host, self.kernel, self.version = first.host, first.kernel, first.version
         self.recording, self.interval, self.wall_offset = first.recording, first.interval, first.wall_offset
 
@@ -128,7 +130,7 @@ class Recording:
 
     def _check_runs(self) -> None:
         """Raise KvmStatsError unless the parts of each run follow those of the run before."""
-        for before, after in pairwise(self._runs):
+        for before, after in pairwise(self.runs):
             if before.numbers[-1] >= after.numbers[0]:
                 raise KvmStatsError(
                     f"{self.path}: kvmstats.run is damaged: part {after.numbers[0]} is of run {after.first.run}, part "
@@ -140,25 +142,48 @@ class Recording:
 
     def __iter__(self) -> Iterator[Samples]:
         """Give the batches in turn; their arrays are the file's memory where it is not compressed."""
-        return (step.samples for step in self._read(0, in_place=True))
+        return (step.samples for _, step in self._read_all(0, in_place=True))
 
     def read(self, size: int) -> Iterator[Samples]:
         """Give the batches in turn, small ones put together until their values take `size` bytes."""
-        return (step.samples for step in self._read(size, in_place=False))
+        return (step.samples for _, step in self._read_all(size, in_place=False))
 
-    def _read(self, size: int, *, in_place: bool, wanted: Wanted | None = None) -> Iterator[Step]:
-        """Give what is wanted of all runs."""
+    def read_runs(self, size: int) -> Iterator[tuple[int, Samples]]:
+        """Give the number of the run and the batches, as `read` does; KvmStatsError if there is no whole batch."""
+        empty = True
+        for run, step in self._read_all(size, in_place=False):
+            empty = False
+            yield run, step.samples
+        if empty:
+            raise KvmStatsError(f"{self.path}: there is no whole batch in this recording")
+
+    def _read_all(self, size: int, *, in_place: bool, wanted: Wanted | None = None) -> Iterator[tuple[int, Step]]:
+        """Give what is wanted of all runs, by their numbers."""
         lost = [f"{error}; it was left out" for error in self._refused]
         seen: list[int] = []
-        for run in self._runs:
-            yield from run.read(wanted or Wanted(), size, lost, seen, in_place=in_place)
+        for run in self.runs:
+            for step in run.read(wanted or Wanted(), size, lost, seen, in_place=in_place):
+                yield run.first.run, step
+        self._warn(lost, seen, self.runs)
+
+    def read_run(self, run: RecordedRun, wanted: Wanted, size: int) -> Iterator[Step]:
+        """Give what is wanted of one run, and warn of what is missing of it."""
+        lost = [f"{error}; it was left out" for error in self._refused if run is self.runs[0]]
+        seen: list[int] = []
+        yield from run.read(wanted, size, lost, seen, in_place=False)
+        self._warn(lost, seen, [run])
+
+    def _warn(self, lost: list[str], seen: Sequence[int], runs: Sequence[RecordedRun]) -> None:
+        """Warn of what is missing of runs that follow each other."""
         if self.path.is_dir():
-            lost[:0] = _name_gaps(seen, self._runs[-1].numbers[-1])
-            kinds_gone = sorted({kind for run in self._runs for kind in run.kinds_gone})
+            before = [run.numbers[-1] for run in self.runs[: self.runs.index(runs[0])]]
+            lost[:0] = _name_gaps(seen, before[-1] if before else -1, runs[-1].numbers[-1])
+            kinds_gone = sorted({kind for run in runs for kind in run.kinds_gone})
             if kinds_gone and not self._refused:
                 lost.append(f"the file of kind {', '.join(kinds_gone)} is missing")
         if lost:
-            warn_caller(f"{self.path}: not all of this recording could be read: {'; '.join(lost)}", RecordingWarning)
+            text = f"{self.path}: not all of this recording could be read: {'; '.join(lost)}"
+            warn_caller(text, RecordingWarning)
 
     def load(self) -> Samples:
         """Return all of it as one Samples; of a single uncompressed batch without a copy. See `Samples.load`.
@@ -171,23 +196,26 @@ class Recording:
             If there is no whole batch in it; or if it has several runs, each of other stats files: iterate over it, or
             see `open_recordings`.
         """
-        return self.load_some(EVERYTHING, ALWAYS)
+        return self.load_some(None, ALWAYS)
 
-    def load_some(self, selection: Selection, span: Span) -> Samples:
+    def load_some(self, selection: Selection | None, span: Span) -> Samples:
         """Return what is selected as one Samples. Inner to the package: `Samples.load` is what users call."""
-        if len(self._runs) > 1:
+        if len(self.runs) > 1:
             raise KvmStatsError(
-                f"{self.path}: its {len(self._runs)} runs are of different stats files and do not make one Samples: "
+                f"{self.path}: its {len(self.runs)} runs are of different stats files and do not make one Samples: "
                 "iterate over it, or read it with kvmstats_fast.open_recordings"
             )
-        (run,) = self._runs
-        if selection != EVERYTHING:
+        (run,) = self.runs
+        names = None
+        if selection is not None:
             selection.check(run.files, run.names, str(self.path))
-        wanted = Wanted(selection, span, run.began() if span.is_relative else 0)
+            names = frozenset(selection.find_stats(run.names))
+        began = run.began() if span.is_relative else None
+        wanted = Wanted(names, span=span, since=0 if began is None else int(began.time[0]))
         pool = need("pyarrow", "arrow").default_memory_pool()
         whole = Whole(run.size)
         # A single batch stays where it is; more are copied once, each let go of as soon as that is done.
-        for step in self._read(STEP_BYTES, in_place=run.has_one_batch(), wanted=wanted):
+        for _, step in self._read_all(STEP_BYTES, in_place=run.has_one_batch(), wanted=wanted):
             if whole and not step.follows:
                 raise ValueError(
                     f"{self.path}: the wall clock was set back, so that these samples pass this time more than once: "
@@ -201,7 +229,7 @@ class Recording:
             joined = whole.join()
         if joined is not None:
             return joined
-        for step in run.read(Wanted(selection), 0, [], [], in_place=True):
+        for step in run.read(Wanted(names), 0, [], [], in_place=True):
             return step.samples[:0]
         raise KvmStatsError(f"{self.path}: there is no whole batch in this recording")
 
@@ -219,17 +247,13 @@ def read_batches(source: Samples | Recording | str | os.PathLike[str], size: int
         yield source
         return
     recording = source if isinstance(source, Recording) else Recording(source)
-    empty = True
-    for samples in recording.read(size):
-        empty = False
+    for _, samples in recording.read_runs(size):
         yield samples
-    if empty:
-        raise KvmStatsError(f"{recording.path}: there is no whole batch in this recording")
 
 
-def _name_gaps(seen: Sequence[int], last: int) -> list[str]:
-    """Name the parts before `last` that are not there."""
-    gaps = [(before + 1, after - 1) for before, after in pairwise([-1, *seen, last + 1]) if after - before > 1]
+def _name_gaps(seen: Sequence[int], before: int, last: int) -> list[str]:
+    """Name the parts behind `before`, and up to `last`, that are not there."""
+    gaps = [(one + 1, other - 1) for one, other in pairwise([before, *seen, last + 1]) if other - one > 1]
     if not gaps:
         return []
     named = [str(low) if low == high else f"{low} to {high}" for low, high in gaps]

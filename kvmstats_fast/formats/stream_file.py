@@ -9,13 +9,15 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from kvmstats_fast._resource import Fd
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.arrow import ROWS, as_numpy
 from kvmstats_fast.formats.batches import Happened, stats_of
 from kvmstats_fast.formats.ipc import NoMessageError, measure_next
-from kvmstats_fast.formats.limits import check_size
+from kvmstats_fast.formats.limits import as_shortage, check_size
 from kvmstats_fast.formats.origin import Origin
 from kvmstats_fast.formats.steps import Batch
 from kvmstats_fast.formats.wanted import ALWAYS
@@ -23,6 +25,8 @@ from kvmstats_fast.formats.wanted import ALWAYS
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import numpy.typing as npt
 
     from kvmstats_fast.formats.wanted import Wanted
     from kvmstats_fast.stat import Stat
@@ -91,7 +95,9 @@ class StreamFile:
                     forgetful = mmap.mmap(fd.fileno(), 0, prot=mmap.PROT_READ)
                     buffer = pa.py_buffer(forgetful)
             except OSError as error:
-                raise self._shortage(error) or OSError(error.errno, error.strerror, str(self.path)) from None
+                raise as_shortage(error, str(self.path)) or OSError(
+                    error.errno, error.strerror, str(self.path)
+                ) from None
         return _Opened(memoryview(buffer).cast("B"), buffer, forgetful)
 
     def _begin(self, opened: _Opened, columns: list[int] | None) -> _Reader:
@@ -100,16 +106,20 @@ class StreamFile:
         source = pa.BufferReader(opened.buffer)
         options = pa.ipc.IpcReadOptions(use_threads=False, included_fields=columns)
         try:
-            return _Reader(source, pa.ipc.open_stream(source, options=options))
+            stream = pa.ipc.open_stream(source, options=options)
         except (pa.ArrowException, OSError) as error:
-            raise self._shortage(error) or KvmStatsError(
+            raise as_shortage(error, str(self.path)) or KvmStatsError(
                 f"{self.path}: not a recording: no Arrow stream begins in its {len(opened.view)} bytes: {error}"
             ) from None
+        return _Reader(source, stream, None if columns is None else self._find_buffers(columns))
 
-    def _shortage(self, error: Exception) -> MemoryError | None:
-        """Return a MemoryError if that is what it is: Arrow's is an ArrowException, too, and its codecs only say so."""
-        short = isinstance(error, MemoryError) or any(text in str(error) for text in _SHORTAGES)
-        return MemoryError(f"{self.path}: {error}") if short else None
+    def _find_buffers(self, columns: list[int]) -> npt.NDArray[np.intp]:
+        """Return the numbers of the buffers that columns have in a batch: of each a bitmap of nulls, and values."""
+        sizes = [
+            3 if self._pa.types.is_fixed_size_list(kind) else 2 for kind in self._schema.types
+        ]  # a list has a bitmap too
+        ends = np.cumsum(sizes)
+        return np.concatenate([np.arange(ends[column] - sizes[column], ends[column]) for column in columns])
 
     def has_one_batch(self) -> bool:
         """Whether there is nothing behind the first batch."""
@@ -166,15 +176,16 @@ class StreamFile:
         """Return the next batch; None at the end of the stream, or of what is whole of it."""
         name = f"{self.path}: batch {batches + 1}"
         try:
-            claim = measure_next(view, start)
+            claim = measure_next(view, start, reader.buffers)
             if claim is None:
                 return None
-            check_size(*claim[:2], str(self.path))
+            check_size(*claim[:2], str(self.path), enough=reader.largest)
+            reader.largest = max(reader.largest, claim[0])
             records, metadata = reader.stream.read_next_batch_with_custom_metadata()
         except NoMessageError:
             return None
         except (StopIteration, self._pa.ArrowException, OSError) as error:  # bytes that changed on the disk
-            if shortage := self._shortage(error):
+            if shortage := as_shortage(error, str(self.path)):
                 raise shortage from None
             return None
         try:
@@ -184,11 +195,14 @@ class StreamFile:
         return _Read(records, metadata, name)
 
 
-class _Reader(NamedTuple):
-    """What reads a stream, and from where."""
+@dataclass
+class _Reader:
+    """What reads which buffers of a stream, and from where; and to what the largest of its batches decompressed."""
 
     source: Any
     stream: Any
+    buffers: npt.NDArray[np.intp] | None
+    largest: int = 0
 
 
 class _Read(NamedTuple):
@@ -217,4 +231,3 @@ class _Opened:
 
 
 _FORGET_BYTES = 4 << 20
-_SHORTAGES = ("Cannot allocate memory", "not enough memory")

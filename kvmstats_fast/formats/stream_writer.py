@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.formats._put import open_new
 from kvmstats_fast.formats.limits import MOST_IN_BATCH
 from kvmstats_fast.formats.origin import Origin
-from kvmstats_fast.formats.pending import bytes_per_sweep
+from kvmstats_fast.formats.pending import bytes_per_sweep, cut_sweeps
 from kvmstats_fast.formats.stream_file import END_OF_STREAM
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class StreamWriter:
                 for file, writer, schema, group in zip(
                     self._files, self._writers, self._schemas, part.groups, strict=True
                 ):
-                    batch, metadata = arrow.to_batch(part, group, schema)
+                    batch, happened = arrow.to_batch(part, group, schema)
+                    metadata = {f"kvmstats.{what}": json.dumps(value) for what, value in happened.items()}
                     writer.write_batch(batch, custom_metadata=metadata)
                     if self._options.sync:
                         file.sync()
@@ -114,13 +115,10 @@ class StreamWriter:
 
     def _split(self, samples: Samples) -> Iterator[Samples]:
         """Cut samples into batches; uncompressed ones are read in place, whatever their size."""
+        if self._options.compression is None:
+            return iter([samples])
         step = max(MOST_IN_BATCH // (max(bytes_per_sweep([group]) for group in samples.groups) + 1), 1)
-        if self._options.compression is None or len(samples) <= step:
-            yield samples
-            return
-        yield replace(samples[:step], missed=samples.missed, overruns=samples.overruns)
-        for start in range(step, len(samples), step):
-            yield replace(samples[start : start + step], missed=0)  # of which sweeps they were missed is in `tick`
+        return cut_sweeps(samples, range(step, len(samples), step))
 
     def _cut(self, ends: list[int]) -> None:
         """End the streams at these bytes; a file of which nothing is left is removed."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmstats_fast.formats.metadata import INT64
-from kvmstats_fast.selection import Selection
-from kvmstats_fast.spans import Span
+from kvmstats_fast.joining import join_samples
+from kvmstats_fast.spans import Span, resample
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from kvmstats_fast.samples import Samples
     from kvmstats_fast.stat import Stat
 
-EVERYTHING = Selection(None, None, None, None, None)
 ALWAYS = Span(None, None)
 
 
@@ -47,30 +46,27 @@ class Wanted:
 
     Attributes
     ----------
-    selection : Selection
+    names : frozenset of str or None
+        Of statistics; None: all.
+    files : frozenset of int or None
+        Indices in `Origin.files`; of a stream that has one of them all files are read. None: all.
     span : Span
     since : int
         Where seconds of the span count from: `Samples.time` of the first sweep of the run.
     """
 
-    selection: Selection = EVERYTHING
+    names: frozenset[str] | None = None
+    files: frozenset[int] | None = None
     span: Span = ALWAYS
     since: int = 0
 
-    @property
-    def is_everything(self) -> bool:
-        """Return whether nothing is passed over."""
-        return self.selection == EVERYTHING and self.span == ALWAYS
-
     def choose(self, stats: Sequence[Stat]) -> list[int]:
         """Return which of the statistics of a file are read."""
-        names = frozenset(self.selection.find_stats([stat.name for stat in stats]))
-        return [index for index, stat in enumerate(stats) if stat.name in names]
+        return [index for index, stat in enumerate(stats) if self.names is None or stat.name in self.names]
 
     def has_any(self, origin: Origin, stats: Sequence[Stat]) -> bool:
-        """Whether anything of a file is read."""
-        files = self.selection.find_files(origin.files)
-        return bool(self.choose(stats)) and not set(origin.columns).isdisjoint(files)
+        """Whether anything of a stream is read."""
+        return bool(self.choose(stats)) and not (self.files is not None and self.files.isdisjoint(origin.columns))
 
     def may_have(self, wall: npt.NDArray[np.int64], happened: dict[str, Any]) -> bool:
         """Whether any of the sweeps of a batch may be in the range; `wall` is when those of its rows were."""
@@ -92,15 +88,36 @@ class Wanted:
         return self.span.may_have((first, last), (first - max(offsets) - self.since, last - min(offsets) - self.since))
 
     def take(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """Give what is wanted of samples that follow each other."""
+        """Give the sweeps in the range, of samples that follow each other."""
         is_whole = True  # to the end of the step before
         for step in steps:
-            samples = self.selection.take(step.samples) if self.selection != EVERYTHING else step.samples
             if self.span == ALWAYS:
-                yield step._replace(samples=samples)
+                yield step
                 continue
+            samples = step.samples
             end, is_whole = 0 if step.follows and is_whole else -1, False
             since = int(samples.time[0]) - self.since if len(samples) else 0
             for one in self.span.moved(since).find(samples):
                 yield Step(samples[one], step.stored, one.start == end)
                 end, is_whole = one.stop, one.stop == len(samples)
+
+
+def resample_steps(steps: Iterable[Step], interval: float) -> Iterator[Step]:
+    """Give the last sweep of each interval; the last of a step is held back until it is known to be that."""
+    held: Samples | None = None
+    since: int | None = None
+    for step in steps:
+        if not len(step.samples):
+            continue
+        since = int(step.samples.time[0]) if since is None else since
+        found = resample(step.samples, interval, since)
+        if held is not None and not step.follows:
+            yield Step(held, 0, follows=True)
+            held = None
+        is_apart = held is not None and held.tick[0] < found.tick[0]
+        whole = join_samples([held, found]) if held is not None and is_apart else found
+        held = whole[-1:]
+        if len(whole) > 1:
+            yield Step(whole[:-1], 0, step.follows)
+    if held is not None:
+        yield Step(held, 0, follows=True)

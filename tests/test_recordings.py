@@ -1,0 +1,498 @@
+"""Many recordings at once: answers are those of numpy over all sweeps in memory, wherever the sweeps lie."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from itertools import pairwise
+
+import hypothesis
+import made
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from helpers import examples
+from hypothesis import strategies as st
+
+import kvmstats_fast as kf
+from kvmstats_fast.file_info import group_files
+from kvmstats_fast.formats import parquet
+
+VM = made.schema_of(None, "vm")
+VCPU = made.schema_of(None, "vcpu")
+EPOCH = 1790000000 * 10**9
+NAMES = ["exits", "halt_wait_ns", "halt_wait_hist", "blocking"]
+
+
+def run_of(host="a", start=0, sweeps=12, *, seed=0, vms=("web", "db"), pid=1, **about):
+    """The samples of a host, of each VM and its two vCPUs: what is counted grows, but for a reset."""
+    rng = np.random.default_rng(seed)
+    x = made.samples([("vm", VM, len(vms)), ("vcpu", VCPU, 2 * len(vms))], sweeps, host=host, **about)
+    x.time[:] = (start + np.arange(sweeps)) * 10**9 + 5
+    x.tick[:] = np.arange(sweeps)
+    x.wall_offset, x.interval, x.missed = EPOCH, 1.0, 0
+    for group in x.groups:
+        group.values[:] = np.cumsum(rng.integers(0, 1000, group.values.shape), axis=0).astype(np.uint64) + np.uint64(
+            2**40
+        )
+        group.values[sweeps // 2 :, 0] -= group.values[sweeps // 2, 0]
+    for error in x.errors:
+        for group in x.groups:
+            if error.file in group.columns:
+                group.values[error.sweep :, group.columns.tolist().index(error.file)] = 0
+    files = [kf.FileInfo(f"kvm-{pid}", "vm", None, pid + i, vm, vm, host) for i, vm in enumerate(vms)]
+    files += [
+        kf.FileInfo(f"kvm-{pid}/vcpu-{vcpu}", "vcpu", vcpu, pid + i, vm, vm, host)
+        for i, vm in enumerate(vms)
+        for vcpu in range(2)
+    ]
+    x.files = tuple(files)
+    return x
+
+
+def record(path, runs, size=4, **options):
+    """Record runs, some sweeps at a time."""
+    with kf.Recorder(path, flush_seconds=0, **options) as recorder:
+        for x in runs:
+            for start in range(0, len(x), size):
+                recorder.write(x[start : start + size])
+
+
+def added_up(runs, values, by):
+    """What files have, added up over runs: `values` gives it of a run and the files it is of."""
+    sums = {}
+    for x in runs:
+        found, files = values(x)
+        for label, rows in (group_files(files, by) if by else {"": range(len(files))}).items():
+            sums[label] = sums.get(label, 0) + sum(found[row] for row in rows)
+    return sums if by else sums[""]
+
+
+def as_whole(x):
+    """Samples without what no answer depends on: views of them have different strides and counts of missed ticks."""
+    return replace(x, missed=0, overruns=0)
+
+
+RUNS = st.fixed_dictionaries(
+    {
+        "failures": st.dictionaries(st.integers(0, 5), st.integers(0, 12), max_size=3),
+        "size": st.integers(1, 12),
+        "rotate": st.booleans(),
+        "clock": st.dictionaries(st.integers(1, 11), st.sampled_from([10**9, 5 * 10**9, 5]), max_size=2),
+    }
+)
+
+
+@pytest.fixture(params=["recording", "parquet"], scope="module")
+def form(request):
+    """What is opened."""
+    return request.param
+
+
+def opened(root, form, runs, size=4, **options):
+    """Recordings of runs, each in one of its own."""
+    for number, x in enumerate(runs):
+        record(root / "rec" / f"{number}", [x], size, **options)
+    if form == "recording":
+        return kf.open_recordings(root / "rec")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "_GROUP_BYTES", size * 8 * 4 * VCPU.num_values)
+        kf.open_recordings(root / "rec").to_parquet(root / "set")
+    return kf.open_recordings(root / "set")
+
+
+@hypothesis.given(ask=RUNS)
+@hypothesis.settings(examples(8), suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_answers_are_those_of_all_sweeps_in_memory(form, ask, tmp_path_factory):
+    """Through resets, failures, parts and steps of the wall clock; of runs of two hosts, one of them rebooted."""
+    errors = [kf.SampleError(file, sweep, OSError(9, "gone")) for file, sweep in ask["failures"].items()]
+    steps = tuple((sweep, EPOCH + offset) for sweep, offset in sorted(ask["clock"].items()))
+    runs = [
+        replace(run_of("a", errors=errors), wall_steps=steps),
+        run_of("b", seed=1, vms=("mail",)),
+        run_of("a", 100, seed=2, pid=9),
+    ]
+    rotate = {"rotate_bytes": 1} if ask["rotate"] else {}
+    r = opened(tmp_path_factory.mktemp("root"), form, runs, ask["size"], **rotate)
+    assert (r.hosts, r.vms, set(r.names)) == (("a", "b"), ("web", "db", "mail"), {*VM, *VCPU})
+    for by in ("vm", "host", "vcpu", None):
+        for name in NAMES:
+            wanted = added_up(runs, lambda x, name=name: (x.total(name), x.columns(name)), by)
+            found = r.total(name, by)
+            for label, total in wanted.items() if by else {"": wanted}.items():
+                assert np.array_equal(found[label] if by else found, total)
+        wanted = added_up(runs, lambda x: (x.histogram("halt_wait_hist").counts, x.columns("halt_wait_hist")), by)
+        sums = added_up(runs, lambda x: (x.total("halt_wait_ns"), x.columns("halt_wait_ns")), by)
+        found = r.histogram("halt_wait_hist", by)
+        for label, counts in wanted.items() if by else {"": wanted}.items():
+            one = found[label] if by else found
+            assert one.counts.tolist() == counts.tolist()
+            assert one.raw_total == (sums[label] if by else sums)
+    for host in ("a", "b"):
+        of_host = r.select(host=host, kind="vcpu")
+        assert of_host.total("exits", by=None) == r.total("exits", by="host")[host]
+
+
+@pytest.mark.parametrize("by", ["vm", "host", "vcpu"])
+def test_figures_and_rates_of_one_run_are_those_of_its_samples(form, by, tmp_path):
+    """Every figure, every rate; a file that failed is rated until then."""
+    x = run_of(errors=[kf.SampleError(3, 7, OSError(9, "gone"))])
+    r = opened(tmp_path, form, [x])
+    found, wanted = r.figures(by), x.figures(by)
+    assert list(found) == list(wanted)
+    for name, figure in wanted.items():
+        assert found[name].labels == figure.labels
+        assert np.allclose(found[name].values, figure.values, equal_nan=True), name
+        assert found[name].formula == figure.formula
+    if by == "vcpu":
+        for name in ("exits", "halt_wait_ns", "halt_wait_hist"):
+            rates = dict(zip(map(str, x.columns(name)), x.mean_rate(name), strict=True))
+            for label, rate in r.mean_rate(name, by).items():
+                assert np.allclose(rate, rates[label], equal_nan=True)
+
+
+def test_rates_are_by_the_time_that_anything_of_it_was_sampled(tmp_path):
+    """A VM that was started again, and one whose host was recorded twice at once: time counts once, gaps do not."""
+    lives = [run_of(start=0, vms=("web",)), run_of(start=100, vms=("web",), pid=7, seed=1)]
+    beside = run_of(start=106, vms=("db",), pid=20, seed=2)
+    for number, x in enumerate([*lives, beside]):
+        record(tmp_path / f"{number}", [x])
+    r = kf.open_recordings(tmp_path)
+    exits = [int(x.total("exits").sum()) for x in (*lives, beside)]
+    assert r.mean_rate("exits") == pytest.approx({"web": (exits[0] + exits[1]) / 22, "db": exits[2] / 11})
+    assert r.mean_rate("exits", by="host") == pytest.approx({"a": sum(exits) / (11 + 17)})
+    assert r.mean_rate("exits", by=None) == pytest.approx(sum(exits) / 28)
+    assert r.figures("vm")["exits/s"].values == pytest.approx([(exits[0] + exits[1]) / 22, exits[2] / 11])
+    assert r.figures("host")["exits/s"].values == pytest.approx(sum(exits) / 28)
+    first = (int(x.total("exits")[0]) for x in lives)
+    assert r.figures("vcpu")["exits/s"].values[0] == pytest.approx(sum(first) / 22)
+
+
+def test_a_run_of_another_run_s_recording_is_apart_from_it(form, tmp_path):
+    """VMs that come and go while one recorder writes: what happened between two runs is in neither."""
+    runs = [run_of(vms=("web",)), run_of(start=50, seed=1), run_of(start=90, vms=("db",), pid=5, seed=2)]
+    record(tmp_path / "rec", runs)
+    r = kf.open_recordings(tmp_path / "rec")
+    if form == "parquet":
+        paths = r.to_parquet(tmp_path / "set")
+        assert paths == kf.to_parquet(tmp_path / "rec", tmp_path / "set", overwrite=True)
+        r = kf.open_recordings(tmp_path / "set")
+    wanted = added_up(runs, lambda x: (x.total("exits").tolist(), x.columns("exits")), "vcpu")
+    assert r.total("exits", by="vcpu") == wanted
+
+
+@hypothesis.given(
+    edges=st.lists(st.one_of(st.none(), st.integers(-3, 30)), min_size=2, max_size=2),
+    names=st.sampled_from([(), ("exits",), ("halt_*", "exits"), ("pages_4k",)]),
+    who=st.sampled_from([{}, {"vm": "web"}, {"vcpu": 1}, {"kind": "vm"}, {"host": "a"}, {"vm": "w*", "vcpu": [0, 1]}]),
+    seconds=st.sampled_from([None, 2.0, 5.0]),
+)
+@hypothesis.settings(examples(25), suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_what_is_selected_is_what_samples_would_have_selected(  # noqa: PLR0917 - Hypothesis names them
+    form, edges, names, who, seconds, tmp_path_factory
+):
+    """Statistics, files, a range of time, and the last sweep of each interval, over the borders of batches."""
+    x = run_of(sweeps=25)
+    r = opened(tmp_path_factory.mktemp("root"), form, [x])
+    start, stop = (edge if edge is None else np.datetime64(EPOCH + edge * 10**9 + 5, "ns") for edge in edges)
+    try:
+        wanted = x.select(*names, **who).between(start, stop)
+    except (KeyError, ValueError) as error:
+        with pytest.raises(type(error)):
+            r.select(*names, **who).between(start, stop)
+        return
+    found = r.select(*names, **who).between(start, stop)
+    if seconds is not None and len(wanted):
+        wanted, found = wanted.resample(seconds), found.resample(seconds)
+    parts = list(found)
+    assert all(parts)
+    for kind in ("vm", "vcpu"):
+        one = [part for part in (getattr(part, kind) for part in parts) if part.files]
+        if getattr(wanted, kind).files and len(wanted):
+            made.assert_same(as_whole(kf.Samples.concatenate(one)), as_whole(getattr(wanted, kind)))
+        else:
+            assert not sum(map(len, one))
+
+
+def test_vms_of_the_same_name_on_several_hosts_are_told_apart(tmp_path):
+    """By the host behind it, in every answer; what is written has the name as it was."""
+    runs = [run_of("a", vms=("web", "db")), run_of("b", seed=1, vms=("web",))]
+    for x in runs:
+        record(tmp_path / "rec" / x.host, [x])
+    r = kf.open_recordings(tmp_path / "rec")
+    assert r.vms == ("web (a)", "db", "web (b)")
+    assert set(r.total("exits")) == set(r.vms)
+    assert set(r.total("exits", by="vcpu")) == {f"{vm}/{vcpu}" for vm in r.vms for vcpu in (0, 1)}
+    assert r.figures("vm")["exits/s"].vms == r.vms
+    assert r.select(vm="web (b)").hosts == ("b",)
+    assert {info.vm for x in r for info in x.files} == set(r.vms)
+    with pytest.raises(KeyError, match=r"no VM 'web' in these recordings"):
+        r.select(vm="web")
+    r.to_parquet(tmp_path / "set")
+    assert kf.open_recordings(tmp_path / "set" / "vcpu").select(host="a").vms == ("web (a)", "db")
+    for file in (tmp_path / "set").rglob("b-*.parquet"):
+        file.unlink()
+    assert kf.open_recordings(tmp_path / "set").vms == ("web", "db")
+
+
+def test_what_is_opened_is_found_by_path_directory_or_glob(tmp_path):
+    """Anywhere below a directory; hidden ones apart; each once."""
+    for host in ("a", "b"):
+        record(tmp_path / "rec" / host, [run_of(host)])
+    kf.to_parquet(tmp_path / "rec" / "a", tmp_path / "set")
+    shutil.copytree(tmp_path / "rec" / "a", tmp_path / "rec" / ".hidden")
+    for paths, hosts in (
+        (tmp_path / "rec", ("a", "b")),
+        (str(tmp_path / "rec" / "*"), ("a", "b")),
+        ([tmp_path / "rec" / "b", str(tmp_path / "rec" / "a"), tmp_path / "rec"], ("a", "b")),
+        (tmp_path / "rec" / "b" / "vcpu-00000.arrows", ("b",)),
+        (tmp_path / "set", ("a",)),
+        (str(tmp_path / "**" / "*.parquet"), ("a",)),
+    ):
+        assert kf.open_recordings(paths).hosts == hosts
+    with pytest.raises(kf.KvmStatsError, match="have the same run, of recording"):
+        kf.open_recordings(tmp_path)
+    shutil.copytree(tmp_path / "rec" / "a", tmp_path / "rec" / "again")
+    with pytest.raises(kf.KvmStatsError, match="have the same run, of recording"):
+        kf.open_recordings(tmp_path / "rec")
+
+
+def test_what_cannot_be_opened_is_said(tmp_path):
+    """Nothing there, nothing that a glob fits, no recording, no paths."""
+    with pytest.raises(FileNotFoundError, match="no recording"):
+        kf.open_recordings(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="name like this"):
+        kf.open_recordings(str(tmp_path / "x*"))
+    with pytest.raises(kf.KvmStatsError, match="no recording in it, and no Parquet file"):
+        kf.open_recordings(tmp_path)
+    with pytest.raises(TypeError, match="paths is an int"):
+        kf.open_recordings(5)
+    with pytest.raises(TypeError, match="paths has an int"):
+        kf.open_recordings([5])
+    with pytest.raises(ValueError, match="paths is empty"):
+        kf.open_recordings([])
+    run_of().save(tmp_path / "x.npz")
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: an \.npz file is not a recording"):
+        kf.open_recordings(tmp_path / "x.npz")
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(kf.KvmStatsError, match=r"x\.parquet: not a Parquet file, or a damaged one"):
+        kf.open_recordings(tmp_path)
+
+
+def test_what_cannot_be_answered_is_said(tmp_path):
+    """Names that are not there, in both kinds, or not in this range; what is no histogram; other words for `by`."""
+    record(tmp_path / "rec", [run_of()])
+    r = kf.open_recordings(tmp_path)
+    with pytest.raises(KeyError, match=r"no statistic 'exit' in these recordings; did you mean"):
+        r.total("exit")
+    with pytest.raises(ValueError, match="by is 'pid'"):
+        r.mean_rate("exits", by="pid")
+    with pytest.raises(ValueError, match="by is 'pid'"):
+        r.figures(by="pid")
+    with pytest.raises(KeyError, match="was not sampled in this range of time"):
+        r.between("2031-01-01").total("exits")
+    with pytest.raises(ValueError, match="exits is not a histogram"):
+        r.histogram("exits")
+    with pytest.raises(ValueError, match="start is 'noon'"):
+        r.between("noon")
+    with pytest.raises(ValueError, match="makes them fewer, not more"):
+        list(r.resample(0.5))
+    assert list(r.between("2031-01-01")) == []
+    assert repr(r) == f"<Recordings: 1 runs of 2 VMs on 1 hosts, {len(VM) + len(VCPU)} statistics>"
+    both = made.schema_of(
+        [kf.Stat("exits", kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, -1)], "vm"
+    )
+    made.samples([("vm", both, 1), ("vcpu", VCPU, 1)], 3).save(tmp_path / "both")
+    with pytest.raises(KeyError, match="in VM and in vCPU files"):
+        kf.open_recordings(tmp_path / "both").total("exits")
+
+
+def test_what_is_missing_of_a_recording_is_told_when_it_is_read(tmp_path):
+    """Once for each answer that read it, at the caller's line; the rest is in the answer."""
+    x = run_of()
+    record(tmp_path / "rec", [x], rotate_bytes=1)
+    for file in (tmp_path / "rec").glob("*-00001.arrows"):
+        file.unlink()
+    r = kf.open_recordings(tmp_path)
+    with pytest.warns(kf.RecordingWarning, match="part 1 is missing") as caught:
+        total = r.total("exits")
+    assert [one.filename for one in caught] == [__file__]
+    left = kf.Samples.concatenate([x[:4], x[8:]])
+    assert total == added_up([left], lambda x: (x.total("exits").tolist(), x.columns("exits")), "vm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert r.total("exits") == total
+
+
+def test_a_file_of_a_data_set_that_is_deleted_is_told(tmp_path):
+    """The others are read."""
+    x = run_of(sweeps=4)
+    x.time[2:] += 86400 * 10**9
+    x.to_parquet(tmp_path)
+    r = kf.open_recordings(tmp_path)
+    for file in tmp_path.glob("*/date=2026-09-22/*"):
+        file.unlink()
+    with pytest.warns(kf.RecordingWarning, match=r"date=2026-09-22/.*: deleted since the data set was opened"):
+        assert [len(part) for part in r] == [2, 2]
+
+
+def test_sweeps_that_cannot_follow_each_other_are_damage(tmp_path):
+    """Whatever reads them: the error names the recording."""
+    x = run_of()
+    with kf.Recorder(tmp_path / "rec", flush_seconds=0) as recorder:
+        recorder.write(x[6:])
+        recorder._last = None
+        recorder.write(x[:6])
+    with pytest.raises(kf.KvmStatsError, match=r"rec: this recording is damaged: its sweeps are not in the order"):
+        kf.open_recordings(tmp_path).total("exits")
+    with kf.Recorder(tmp_path / "again", flush_seconds=0) as recorder:
+        recorder.write(replace(x[:6], errors=(kf.SampleError(1, 3, OSError(9, "gone")),)))
+        recorder._failed = set()
+        recorder.write(x[6:])
+    with pytest.raises(kf.KvmStatsError, match=r"again: this recording is damaged: a file that had failed"):
+        list(kf.open_recordings(tmp_path / "again"))
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import pyarrow, kvmstats_fast as kf
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+def ask(path):
+    r = kf.open_recordings(path)
+    return r.total("exits", by=None), r.histogram("halt_wait_hist"), r.figures(), sum(len(x) for x in r)
+ask(sys.argv[1])
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+ask(sys.argv[2])
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_a_run(tmp_path):
+    """However long it is: 150 MiB of values are asked in a fraction of it."""
+    x = made.samples([("vcpu", VCPU, 64)], 60)
+    x.groups[0].values[:] >>= np.uint64(30)  # they add up
+    for name, parts in (("short", 2), ("long", 36)):
+        with kf.Recorder(tmp_path / name, compression="lz4") as recorder:
+            for i in range(parts):
+                x.time[:] = x.tick[:] = np.arange(60) + 60 * i
+                recorder.write(x)
+    call = [sys.executable, "-c", PEAK, tmp_path / "short", tmp_path / "long"]
+    result = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 60
+
+
+def test_a_data_set_gives_back_what_was_written(tmp_path_factory, monkeypatch):
+    """Bit for bit: failures of all files too, missed ticks, steps of the wall clock, row groups of any size."""
+
+    @hypothesis.given(
+        failures=st.dictionaries(st.integers(0, 2), st.integers(0, 9), max_size=3),
+        cuts=st.sets(st.integers(0, 9), max_size=4),
+        clock=st.dictionaries(st.integers(1, 8), st.integers(-3, 3), max_size=2),
+        size=st.sampled_from([1, 3000, 1 << 20]),
+    )
+    @hypothesis.settings(examples(25))
+    def check(failures, cuts, clock, size):
+        root = tmp_path_factory.mktemp("root")
+        errors = [kf.SampleError(file, sweep, OSError(9, "gone")) for file, sweep in failures.items()]
+        offsets = {0: EPOCH} | {sweep: EPOCH + sweep + offset * 10**9 for sweep, offset in sorted(clock.items())}
+        steps = tuple(offsets.items())[1:]
+        x = made.samples(
+            [("vcpu", made.schema_of(made.ODD), 3)], 9, errors=errors, wall_offset=EPOCH, wall_steps=steps, missed=3
+        )
+        parts = [x[a:b] for a, b in pairwise(sorted({0, *cuts, 9}))]
+        with kf.Recorder(root / "rec", flush_seconds=0) as recorder:
+            for part in parts:
+                recorder.write(part)
+        monkeypatch.setattr(parquet, "_GROUP_BYTES", size)
+        kf.to_parquet(root / "rec", root / "set")
+        read = list(kf.open_recordings(root / "set"))
+        found, wanted = kf.Samples.concatenate(read), kf.Samples.concatenate(parts)
+        for one in (found, wanted):  # each file fails once: they are in no order
+            one.errors = tuple(sorted(one.errors, key=lambda error: error.file))
+        made.assert_same(found, wanted)
+
+    check()
+
+
+def rewrite(path, change):
+    """Write a file of a data set again: `change` gives its table, metadata, and what happened, of those it is given."""
+    file = pq.ParquetFile(path)
+    table = file.read()
+    about = dict(table.schema.metadata)
+    table, about, happened = change(table, about, about.pop(b"kvmstats.batches"))
+    with pq.ParquetWriter(path, table.schema.with_metadata(about)) as writer:
+        writer.write_table(table.replace_schema_metadata(about))
+        if happened is not None:
+            writer.add_key_value_metadata({b"kvmstats.batches": happened})
+
+
+def test_data_sets_of_format_2_are_read(tmp_path):
+    """Their row groups say nothing of what happened: where the rows of a file end, it had failed."""
+    x = run_of(errors=[kf.SampleError(2, 7, OSError(9, "gone"))], vms=("web",))
+    x.tick[5:] += np.uint64(2)
+    (path,) = x.vcpu.to_parquet(tmp_path)
+
+    def as_format_2(table, about, _):
+        about = {key: value for key, value in about.items() if key not in (b"kvmstats.run", b"kvmstats.tail")}
+        return table, about | {b"kvmstats.format": b"2"}, None
+
+    rewrite(path, as_format_2)
+    r = kf.open_recordings(tmp_path)
+    (y,) = r
+    assert [(error.file, error.sweep, str(error.error)) for error in y.errors] == [
+        (1, 7, "it failed: it has no further rows")
+    ]
+    made.assert_same(replace(y, errors=()), replace(x.vcpu, errors=(), missed=2))
+    assert list(r.figures("vcpu")["exits/s"].values) == list(x.figures("vcpu")["exits/s"].values)
+    (path,) = x.vcpu.to_parquet(tmp_path, overwrite=True)
+    rewrite(path, lambda table, about, _: as_format_2(table.take([0, 2, 1, *range(3, len(table))]), about, None))
+    with pytest.raises(kf.KvmStatsError, match=r"column 'tick' does not have the same sweeps|'file' does not have"):
+        list(kf.open_recordings(tmp_path))
+
+
+def lie_of(**lies):
+    """Change what happened in the only row group."""
+
+    def change(table, about, happened):
+        (batch,) = json.loads(happened)
+        return table, about, json.dumps([batch | lies]).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "about"),
+    [
+        (lambda table, about, _: (table, about, None), "kvmstats.batches is missing"),
+        (lambda table, about, _: (table, about, b"[]"), "kvmstats.batches is about 0 row groups; it has 1"),
+        (lambda table, about, _: (table, about, b"["), "kvmstats.batches is damaged: it is not JSON"),
+        (lie_of(sweeps=-1), r"kvmstats.batches\[0\]\['sweeps'\] is -1"),
+        (lie_of(sweeps=5), "column 'file' does not have the files"),
+        (lie_of(rowless=5), r"kvmstats.batches\[0\]\['rowless'\] is 5"),
+        (lambda table, about, happened: (table.drop_columns(["tick"]), about, happened), "by its metadata it must be"),
+        (lambda table, about, happened: (table.sort_by("time"), about, happened), "column 'file' does not have"),
+        (lambda table, about, happened: (table, about | {b"kvmstats.tail": b"-1"}, happened), "kvmstats.tail is -1"),
+        (lambda table, _, happened: (table, {}, happened), "not a recording of kvmstats_fast"),
+    ],
+)
+def test_what_a_data_set_says_of_itself_is_checked(change, about, tmp_path):
+    """The error names the file, and the field or column."""
+    (path,) = run_of(sweeps=4).vcpu.to_parquet(tmp_path)
+    rewrite(path, change)
+    with pytest.raises(kf.KvmStatsError, match=about) as caught:
+        list(kf.open_recordings(tmp_path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_row_group_of_more_than_fits_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    """By its number of rows, which cost nothing to claim."""
+    run_of(sweeps=4).vcpu.to_parquet(tmp_path)
+    monkeypatch.setattr("kvmstats_fast.formats.limits.ALWAYS_ALLOWED", 100)
+    monkeypatch.setattr("kvmstats_fast.formats.limits.MOST_TIMES", 0.01)
+    with pytest.raises(kf.KvmStatsError, match="claim to hold"):
+        list(kf.open_recordings(tmp_path).select("exits"))
