@@ -21,7 +21,7 @@ from kvmstats_fast.file_info import FileInfo, Known, label_vms
 from kvmstats_fast.groups import Block
 from kvmstats_fast.samples import SampleError, Samples
 from kvmstats_fast.sampling.vcpu_threads import open_schedstats
-from kvmstats_fast.sampling.words import choose_rows
+from kvmstats_fast.sampling.words import Row, choose_rows
 from kvmstats_fast.schedstat import STATS, with_thread
 from kvmstats_fast.stats_file import StatsFile
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvmstats_fast.handle import Handle
-    from kvmstats_fast.schema import Schema
 
     #: What can be sampled: files, or lists of them, such as a VirtualMachine; or these by labels of the caller's.
     StatsFiles: TypeAlias = (
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 _FILES = ffi.typeof("struct kvmstats_file[]")
 #: Bytes that a sweep takes besides its values: its time, how long it took, its tick.
 _CLOCK_BYTES = 24
+#: Memory of this size is a piece of pages that are there.
+_PART_OF_A_PAGE = 512
 IN_USE = "this Sampler is in use by a run, a stream or another thread; each needs a Sampler of its own"
 
 
@@ -101,51 +102,49 @@ class Plan:
     ) -> None:
         by_vm = _check_files(files)
         self.threads = check_integer("threads", threads, 1, lib.KVMSTATS_MAX_THREADS)
-        opened = [(file, vm) for vm, some in by_vm.items() for file in some]
-        schedstats = open_schedstats([file for file, _ in opened]) if sched else {}
-        schemas = {file: with_thread(file.schema) if file in schedstats else file.schema for file, _ in opened}
-        own = {schema: file.schema.num_values for file, schema in schemas.items()}
-        selections = choose_rows(own, stats, [stat.name for stat in STATS] if sched else ())
+        schedstats = open_schedstats([file for some in by_vm.values() for file in some]) if sched else {}
+        opened = [
+            (file, vm, with_thread(file.schema) if file in schedstats else file.schema)
+            for vm, some in by_vm.items()
+            for file in some
+        ]
+        # By identity: the hash of a schema takes as long as all else that is done for a file here.
+        schemas = {id(schema): (schema, file.schema.num_values) for file, _, schema in opened}
+        rows = choose_rows(dict(schemas.values()), stats, [stat.name for stat in STATS] if sched else ())
+        row_of = {key: rows[schema] for key, (schema, _) in schemas.items()}
         self._files: list[StatsFile] = []
         # Of all that were given, so that what is chosen of them does not change their labels.
         self._known: list[Known] = []
         self._chosen: list[int] = []
         self._origin: _Origin | None = None
-        members: dict[tuple[Schema, str], list[int]] = {}
+        members: dict[tuple[Row, str], list[int]] = {}
         fields: list[tuple[Any, ...]] = []
         self.reads: list[_Read] = []
-        for place, (file, vm) in enumerate(opened):
-            schema = schemas[file]
-            known, selection = _describe(file, vm), selections[schema]
+        for place, (file, vm, schema) in enumerate(opened):
+            known, row = _describe(file, vm), row_of[id(schema)]
             self._known.append(known)
-            if selection.places:
+            if row.places:
                 number = len(self._files)
-                members.setdefault((schema, known.kind), []).append(number)
+                members.setdefault((row, known.kind), []).append(number)
                 self._files.append(file)
                 self._chosen.append(place)
                 self.reads.append(_Read(number, file.handle, 0))
-                fields.append(selection.file.read_from(file.handle.source))
-                if selection.thread.width:
-                    self.reads.append(_Read(number, schedstats[file], selection.file.width))
-                    fields.append(selection.thread.read_from(schedstats[file].source))
+                fields.append(row.file.read_from(file.handle.source))
+                if row.thread.width:
+                    self.reads.append(_Read(number, schedstats[file], row.file.width))
+                    fields.append(row.thread.read_from(schedstats[file].source))
         if not fields:
             raise NothingToSample("there is nothing to sample: no files, or none with statistics")
         self.num_files, self.num_reads = len(self._files), len(fields)
-        self.groups = tuple(
-            Block(
-                schema,
-                kind,
-                selections[schema].places,
-                np.array(columns, np.intp),
-                np.empty((0, len(columns), selections[schema].width), np.uint64),
-            )
-            for (schema, kind), columns in members.items()
-        )
-        words = sum(len(group.columns) * group.values.shape[2] for group in self.groups)
+        groups, words = [], 0
+        for (row, kind), columns in members.items():
+            room = np.empty((0, len(columns), row.width), np.uint64)
+            groups.append(Block(row.schema, kind, row.places, np.array(columns, np.intp), room))
+            words += len(columns) * row.width
+        self.groups = tuple(groups)
         self.sweep_bytes = 8 * words + _CLOCK_BYTES
-        parts = [part for one in selections.values() for part in (one.file, one.thread)]
-        self.scratch_words = max((part.count for part in parts if part.gather is not None), default=0)
-        self._selections = selections  # the C structs point into what they keep
+        self.scratch_words = max([row.scratch_words for row in rows.values()])
+        self._rows = rows  # the C structs point into what they keep
         self._structs = ffi.new(_FILES, fields)
 
     @property
@@ -210,8 +209,10 @@ class Rows:
         )
         self.time, self.sweep_ns = _filled(slots, np.int64), _filled(slots, np.int64)
         self.tick = _filled(slots, np.uint64)
-        scratch = _filled(plan.scratch_words * plan.threads, np.uint64)
-        self.scratch = ffi.from_buffer("uint64_t[]", scratch, True) if scratch.size else ffi.NULL
+        self.scratch = ffi.NULL
+        if plan.scratch_words:
+            scratch = _filled(plan.scratch_words * plan.threads, np.uint64)
+            self.scratch = ffi.from_buffer("uint64_t[]", scratch, True)
         structs = self.structs = plan.copy_structs()
         self._keep = [ffi.from_buffer("uint64_t[]", group.values, True) for group in self.groups]
         rows: list[Any] = [None] * plan.num_files
@@ -295,8 +296,9 @@ os.register_at_fork(after_in_child=_unlock_all)
 
 def _filled(shape: int | tuple[int, ...], dtype: type[np.generic]) -> npt.NDArray[Any]:
     """Return an array of zeros whose pages are there, unlike those of `numpy.zeros`."""
-    array = np.empty(shape, dtype)
-    array.fill(0)
+    array = np.zeros(shape, dtype)
+    if array.nbytes > _PART_OF_A_PAGE:
+        array.fill(0)
     return array
 
 

@@ -41,13 +41,18 @@ class Words:
         The same for the C core.
     """
 
+    __slots__ = ("count", "first", "gather", "indices", "width")
+
     def __init__(self, words: Sequence[int], whole: int | None = None) -> None:
         self.width = len(words)
-        self.first = min(words, default=0) if whole is None else 0
-        self.count = (max(words, default=-1) + 1 - self.first) if whole is None else whole
         self.gather: npt.NDArray[np.uint32] | None = None
         self.indices = ffi.NULL
-        if not isinstance(words, range) and [*words] != [*range(self.first, self.first + self.count)]:
+        if isinstance(words, range):  # of 138, min and max would take longer than all the rest
+            self.first, self.count = words.start, self.width
+            return
+        self.first = min(words, default=0) if whole is None else 0
+        self.count = (max(words, default=-1) + 1 - self.first) if whole is None else whole
+        if [*words] != [*range(self.first, self.first + self.count)]:
             self.gather = np.array(words, np.uint32) - np.uint32(self.first)
             self.indices = ffi.from_buffer("uint32_t[]", self.gather)
 
@@ -55,6 +60,9 @@ class Words:
         """Return the fields of a ``struct kvmstats_file`` that reads them."""
         position = source.position + self.first * source.value_size
         return source, position, self.count, self.indices, self.width
+
+
+_NO_WORDS = Words(range(0))
 
 
 class Row:
@@ -70,19 +78,27 @@ class Row:
 
     Attributes
     ----------
+    schema : Schema
     places : dict
         Name to the statistic and the word of the row at which its values start.
     file, thread : Words
         What is read of the file, and behind it of the thread.
     width : int
         Words of the row.
+    scratch_words : int
+        Room that it takes to pick them out of what was read.
     """
 
+    __slots__ = ("file", "places", "schema", "scratch_words", "thread", "width")
+
     def __init__(self, schema: Schema, own: int, found: Iterable[dict[str, Stat]] | None) -> None:
+        self.schema = schema
         self.width = schema.num_values
+        self.scratch_words = 0
         if found is None:
             self.places = schema.places
-            self.file, self.thread = Words(range(own)), Words(range(self.width - own))
+            self.file = Words(range(own))
+            self.thread = Words(range(self.width - own)) if self.width > own else _NO_WORDS
             return
         chosen: dict[str, Stat] = {}
         for stats in found:
@@ -100,6 +116,8 @@ class Row:
         self.file = Words([word for word in words if word < own])
         # A schedstat is one text, all of which is read.
         self.thread = Words([word - own for word in words if word >= own], schema.num_values - own)
+        gathered = [part.count for part in (self.file, self.thread) if part.gather is not None]
+        self.scratch_words = max(gathered, default=0)
 
 
 def choose_rows(
