@@ -4,8 +4,9 @@ import contextlib
 import subprocess
 
 import pytest
+from helpers import until
 from libvirtd import documented, domain, needs_libvirt, running_libvirt
-from qemu import Qmp, arguments, boot_disk, needs_qemu, until
+from qemu import Qmp, arguments, firmware, needs_qemu
 from table import add, compare_timers, per_call
 
 import kvmstats_fast as kf
@@ -39,7 +40,7 @@ def add_exits(title, sampler, ask, label, *, times=50):
 @pytest.mark.benchmark(group="rivals")
 def test_against_qemu_query_stats(benchmark, tmp_path):
     """query-stats over QMP on a live QEMU, one of whose 4 vCPUs is busy, beside a sweep of the same vCPUs."""
-    command, path = arguments(tmp_path, *boot_disk(tmp_path))
+    command, path = arguments(tmp_path, *firmware(tmp_path))
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     with kf.launch(command, vcpus=4, **pipes) as machine, contextlib.closing(Qmp(path, machine.process)) as monitor:
         try:

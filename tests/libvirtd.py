@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from qemu import QEMU, until
+from helpers import until
+from qemu import QEMU
 
 from kvmstats_fast.vmm.hold import hold_library
 
