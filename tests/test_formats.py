@@ -437,8 +437,8 @@ def test_dask_gives_what_numpy_gives_in_memory(fleet):
     environment = os.environ | {"PYTHONPATH": str(FLEET.parent)}
     command = [sys.executable, script, root]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=FLEET.parent, check=False)
-    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr[-2000:]
-    assert "there is no vcpu/date=" in result.stderr
+    assert result.returncode == 1, result.stderr[-2000:]
+    assert "there is no vcpu/date=" in result.stderr.splitlines()[-1]  # behind what a slow cluster may say
     summed, header, *table = result.stdout.splitlines()
     assert header.split() == ["host", "vCPU", "exits/s"]
     assert "99th percentile" in table[-1]
