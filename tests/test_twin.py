@@ -341,13 +341,46 @@ def test_a_pickled_schema_comes_back(built):
     assert (again.stats, again.header, again.num_values) == (schema.stats, schema.header, schema.num_values)
 
 
-@examples(60)
-@given(valid_files())
-def test_plain_numbers_are_scaled_exactly(built):
-    """A snapshot in base units has raw * base**exponent, an int if the power is below 2**64, else the nearest float.
+def scaled_exactly(stat, raw):
+    """Return raw * base**exponent, an int if the power is below 2**64, else the nearest float.
 
     Instant values are signed, and a power above 10**270 counts as that.
     """
+    number = raw - (2**64 if stat.type == kf.StatType.INSTANT and raw >> 63 else 0)
+    power = {kf.StatBase.POW10: 10, kf.StatBase.POW2: 2}[stat.base] ** abs(stat.exponent)
+    if stat.exponent < 0:
+        return float(Fraction(number, power))
+    return number * power if power < 2**64 else float(number * min(power, 10**270))
+
+
+exponents = st.one_of(
+    st.sampled_from([-32768, -400, -9, 0, 9, 300, 32767]), st.integers(-400, 400), st.integers(-32768, 32767)
+)
+numbers_of_one = st.builds(
+    kf.Stat,
+    name=st.just("n"),
+    type=st.sampled_from([kf.StatType.CUMULATIVE, kf.StatType.INSTANT, kf.StatType.PEAK]),
+    unit=st.sampled_from(kf.StatUnit),
+    base=st.sampled_from(kf.StatBase),
+    exponent=exponents,
+    size=st.just(1),
+    offset=st.just(0),
+    bucket_size=st.just(0),
+)
+
+
+@examples(300)
+@given(numbers_of_one, st.one_of(st.sampled_from([0, 1, 2**53 + 1, 2**63, 2**64 - 1]), st.integers(0, 2**64 - 1)))
+def test_a_number_is_scaled_exactly(stat, raw):
+    """In base units it is the int, or the float that is nearest to the exact product; up to the largest power."""
+    right = scaled_exactly(stat, raw)
+    assert (type(stat.to_base_units(raw)), stat.to_base_units(raw)) == (type(right), right)
+
+
+@examples(60)
+@given(valid_files())
+def test_plain_numbers_are_scaled_exactly(built):
+    """A snapshot in base units has each of them so."""
     image = kf.parse(built.data)
     scaled, _ = quiet_snapshot(image, si=True)
     raw, warned = quiet_snapshot(image, si=False)
@@ -357,12 +390,7 @@ def test_plain_numbers_are_scaled_exactly(built):
         known = isinstance(stat.base, kf.StatBase) and isinstance(stat.unit, kf.StatUnit)
         if stat.shape or isinstance(raw[name], bool) or not (known and isinstance(stat.type, kf.StatType)):
             continue
-        number = raw[name] - (2**64 if stat.type == kf.StatType.INSTANT and raw[name] >> 63 else 0)
-        power = {kf.StatBase.POW10: 10, kf.StatBase.POW2: 2}[stat.base] ** abs(stat.exponent)
-        if stat.exponent < 0:
-            right = float(Fraction(number, power))
-        else:
-            right = number * power if power < 2**64 else float(number * min(power, 10**270))
+        right = scaled_exactly(stat, raw[name])
         assert (type(scaled[name]), scaled[name]) == (type(right), right), stat
 
 
@@ -387,7 +415,7 @@ histograms = st.builds(
     type=st.sampled_from([kf.StatType.LINEAR_HIST, kf.StatType.LOG_HIST]),
     unit=st.sampled_from(kf.StatUnit),
     base=st.sampled_from(kf.StatBase),
-    exponent=st.one_of(st.sampled_from([-32768, -400, -9, 0, 9, 300, 32767]), st.integers(-32768, 32767)),
+    exponent=exponents,
     size=st.integers(1, 40),
     offset=st.just(0),
     bucket_size=st.integers(1, 2**32 - 1),
