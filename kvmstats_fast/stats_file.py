@@ -184,10 +184,14 @@ class StatsFile(Closing):
             If the bytes are not a stats file, or not one that can be read.
         """
         memory = Fd(os.memfd_create, "kvmstats-capture", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with open(memory.fileno(), "wb", closefd=False) as file:
-            file.write(data)
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-        return cls(memory)
+        try:
+            with open(memory.fileno(), "wb", closefd=False) as file:
+                file.write(data)
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+            return cls(memory)
+        except BaseException:
+            memory.close()  # the traceback, which may be kept, would keep it open
+            raise
 
     @property
     def header(self) -> Header:

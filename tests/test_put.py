@@ -280,10 +280,6 @@ class Failing(Block):
         """Raise."""
         raise self.error
 
-    def take_sweeps(self, _):
-        """Those of some sweeps cannot be had either."""
-        return self
-
 
 @pytest.mark.usefixtures("renames")
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), MemoryError(), KeyboardInterrupt()], ids=repr)

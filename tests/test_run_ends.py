@@ -49,10 +49,10 @@ def test_stop_ends_a_run_from_another_thread_with_its_samples(files, interval, a
     """Bounded or not, between two ticks or long before the next: run returns what was sampled, as interrupted."""
     sampler = kf.Sampler(files, "exits")
     assert sampler.stop() is False
-    stopped, before = [], len(kernel_threads())
+    stopped, before = [], kernel_threads()
 
     def stop():
-        until(lambda: len(kernel_threads()) == before + 2)  # this one, and that of the run
+        until(lambda: len(kernel_threads() - before) == 2)  # this one, and that of the run
         time.sleep(0.2)
         stopped.append(sampler.stop())
 

@@ -146,13 +146,13 @@ def test_a_constructor_that_fails_leaves_the_fd_to_its_owner():
 
 
 def test_from_bytes_that_fails_leaves_no_fd_behind():
-    """A refused capture costs no fd."""
-    before = open_fds()
-    for data in (b"", b"kvm-", REAL[:100], REAL[:-8]):
-        with pytest.raises(kf.FormatError):
+    """A refused capture costs no fd, also while the error is kept."""
+    before, kept = open_fds(), []
+    for data in (b"", b"kvm-", REAL[:100], REAL[:-8], "text"):
+        with pytest.raises((kf.FormatError, TypeError)) as caught:
             kf.StatsFile.from_bytes(data)
-    with pytest.raises(TypeError):
-        kf.StatsFile.from_bytes("text")
+        kept.append(caught.value)
+    assert [type(error) for error in kept] == [kf.FormatError] * 4 + [TypeError]
     assert open_fds() == before
 
 
