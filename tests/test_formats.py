@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import dask.dataframe as dd
-import duckdb
 import hypothesis
 import made
 import numpy as np
@@ -23,6 +22,7 @@ import pytest
 import xarray as xr
 from helpers import DATA, examples
 from hypothesis import strategies as st
+from sql import duckdb, needs_duckdb
 
 import kvmstats_fast as kf
 from kvmstats_fast.formats import parquet as tables
@@ -70,13 +70,19 @@ def exactly(value):
 
 @pytest.mark.parametrize("name", ["exits", "halt_wait_ns", "halt_wait_hist", "blocking"])
 def test_arrow_libraries_take_samples_as_they_are(x, name):
-    """pyarrow, polars, pandas and duckdb read a Samples object itself, to the last bit of uint64."""
+    """pyarrow, polars and pandas read a Samples object itself, to the last bit of uint64."""
     wanted = rows(x, name)
     assert pa.table(x)[name].to_pylist() == wanted
     assert pl.DataFrame(x)[name].to_list() == wanted
     frame = pd.DataFrame.from_arrow(x) if hasattr(pd.DataFrame, "from_arrow") else pa.table(x).to_pandas()  # pandas 3
     assert [exactly(one) for one in frame[name]] == wanted
-    assert [exactly(row[0]) for row in duckdb.sql(f"select {name} from x").fetchall()] == wanted
+
+
+@needs_duckdb
+@pytest.mark.parametrize("name", ["exits", "halt_wait_ns", "halt_wait_hist", "blocking"])
+def test_duckdb_takes_samples_as_they_are(x, name):
+    """It does so, too, and computes with all of the 64 bits."""
+    assert [exactly(row[0]) for row in duckdb.sql(f"select {name} from x").fetchall()] == rows(x, name)
     assert duckdb.sql("select max(exits) from x").fetchall()[0][0] == max(rows(x, "exits"))
 
 
@@ -201,7 +207,7 @@ def test_parquet_is_what_was_asked_for(x, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # of dask's, to pandas
-@pytest.mark.parametrize("reader", ["duckdb", "polars", "pandas", "dask"])
+@pytest.mark.parametrize("reader", [pytest.param("duckdb", marks=needs_duckdb), "polars", "pandas", "dask"])
 @pytest.mark.parametrize("name", ["exits", "halt_wait_hist"])
 def test_readers_of_parquet_agree(x, name, reader, tmp_path):
     """Every reader gives the same numbers, and host and date as columns."""
@@ -229,7 +235,7 @@ def test_readers_of_parquet_agree(x, name, reader, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # of dask's, to pandas
 @pytest.mark.parametrize("hosts", [("007", "7"), ("1e3", "1000"), ("true", "True"), ("2026-01-01", "a"), ("", "null")])
-@pytest.mark.parametrize("reader", ["duckdb", "polars", "pyarrow", "pandas", "dask"])
+@pytest.mark.parametrize("reader", [pytest.param("duckdb", marks=needs_duckdb), "polars", "pyarrow", "pandas", "dask"])
 def test_no_reader_takes_the_name_of_a_host_for_something_else(reader, hosts, tmp_path):
     """Numbers, booleans, dates: each host is a text in every reader, and no two become one."""
     for number, host in enumerate(hosts):
