@@ -373,17 +373,17 @@ print(peak() - before)
 
 
 def test_memory_does_not_grow_with_a_run(tmp_path):
-    """However long it is: 150 MiB of values are asked in a fraction of it."""
+    """However long it is: 85 MiB of values are asked in a fraction of it."""
     x = made.samples([("vcpu", VCPU, 64)], 60)
     x.groups[0].values[:] >>= np.uint64(30)  # they add up
-    for name, parts in (("short", 2), ("long", 36)):
+    for name, parts in (("short", 2), ("long", 20)):
         with kf.Recorder(tmp_path / name, compression="lz4") as recorder:
             for i in range(parts):
                 x.time[:] = x.tick[:] = np.arange(60) + 60 * i
                 recorder.write(x)
     call = [sys.executable, "-c", PEAK, tmp_path / "short", tmp_path / "long"]
     result = subprocess.run(call, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 60
+    assert int(result.stdout) < 45
 
 
 def test_a_data_set_gives_back_what_was_written(tmp_path_factory, monkeypatch):
@@ -395,6 +395,7 @@ def test_a_data_set_gives_back_what_was_written(tmp_path_factory, monkeypatch):
         clock=st.dictionaries(st.integers(1, 8), st.integers(-3, 3), max_size=2),
         size=st.sampled_from([1, 3000, 1 << 20]),
     )
+    @hypothesis.example(failures={0: 9}, cuts=set(), clock={}, size=1)  # behind the last sweep
     @hypothesis.settings(examples(25))
     def check(failures, cuts, clock, size):
         root = tmp_path_factory.mktemp("root")
