@@ -110,10 +110,13 @@ def exit_status(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+#: The id of a stats file has the host's number of a thread, which a pid namespace of its own does not show.
+IN_FIRST_PID_NAMESPACE = Path("/proc/self/ns/pid").readlink() == Path("pid:[4026531836]")  # linux/proc_ns.h
+
+
 def names_thread(stats_id, tid):
-    """Whether the id of a stats file names this thread; in a pid namespace, the host's number of it is not known."""
-    first = Path("/proc/self/ns/pid").readlink() == Path("pid:[4026531836]")  # PROC_PID_INIT_INO, linux/proc_ns.h
-    return re.fullmatch(rf"kvm-{tid if first else '[0-9]+'}(/vcpu-[0-9]+)?", stats_id)
+    """Whether the id of a stats file names this thread, as far as can be known here."""
+    return re.fullmatch(rf"kvm-{tid if IN_FIRST_PID_NAMESPACE else '[0-9]+'}(/vcpu-[0-9]+)?", stats_id)
 
 
 def until(condition, seconds=30):
