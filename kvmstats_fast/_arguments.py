@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import operator
 from numbers import Real
 from typing import TYPE_CHECKING, SupportsFloat, TypeVar, cast
@@ -80,7 +79,11 @@ def check_names(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
 
 def find_fitting(pattern: str, known: Collection[str]) -> list[str]:
     """Return what a name or glob fits: the name alone if it is known, for names may look like globs."""
-    return [pattern] if pattern in known else fnmatch.filter(known, pattern)  # on POSIX case matters there too
+    if pattern in known:
+        return [pattern]
+    from fnmatch import filter as matching  # noqa: PLC0415 - for patterns alone
+
+    return matching(known, pattern)  # on POSIX case matters there too
 
 
 def check_kind(kind: str | None) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
 
 from kvmstats_fast._resource import Fd, describe_fd
@@ -44,8 +43,7 @@ def null_fd() -> Fd:
     return Fd(os.open, os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """Whose file it is: the VMM that created the VM, as far as that is known.
 
     Attributes

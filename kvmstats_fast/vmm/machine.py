@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvmstats_fast._arguments import check_seconds
@@ -83,7 +82,7 @@ class VirtualMachine(Closing):
         self.vm = machines[0] if len(machines) == 1 else None
         self.vcpus = tuple(file for file in files if file.kind == "vcpu")
         for file in files:
-            file.handle.owner = replace(file.handle.owner, pid=self.pid, name=self.name, machine=self)
+            file.handle.owner = file.handle.owner._replace(pid=self.pid, name=self.name, machine=self)
 
     @property
     def alive(self) -> bool:
@@ -202,7 +201,7 @@ class VirtualMachine(Closing):
                     AttachError(errno.ENODEV, f"{printable(file.id)}: process {self.pid} has closed this stats file")
                 )
                 file.close()
-                file.handle.owner = replace(file.handle.owner, machine=None)
+                file.handle.owner = file.handle.owner._replace(machine=None)
             self._watched.watch(sorted([*kept, *fresh], key=by_vcpu), marks)
             self._set(self._watched.files)
             self.about = about
@@ -252,7 +251,7 @@ class VirtualMachine(Closing):
             self._watched.close()
             for file in self.files:
                 file.close()
-                file.handle.owner = replace(file.handle.owner, machine=None)
+                file.handle.owner = file.handle.owner._replace(machine=None)
 
     def _check_alive(self) -> None:
         if not self.alive:
