@@ -106,18 +106,21 @@ def resample_steps(steps: Iterable[Step], interval: float) -> Iterator[Step]:
     """Give the last sweep of each interval; the last of a step is held back until it is known to be that."""
     held: Samples | None = None
     since: int | None = None
+    follows = True  # whether what is given next follows what was given before
     for step in steps:
+        if not step.follows:
+            if held is not None:
+                yield Step(held, 0, follows)
+            held, follows = None, False
         if not len(step.samples):
             continue
         since = int(step.samples.time[0]) if since is None else since
         found = resample(step.samples, interval, since)
-        if held is not None and not step.follows:
-            yield Step(held, 0, follows=True)
-            held = None
         is_apart = held is not None and held.tick[0] < found.tick[0]
         whole = join_samples([held, found]) if held is not None and is_apart else found
         held = whole[-1:]
         if len(whole) > 1:
-            yield Step(whole[:-1], 0, step.follows)
+            yield Step(whole[:-1], 0, follows)
+            follows = True
     if held is not None:
-        yield Step(held, 0, follows=True)
+        yield Step(held, 0, follows)
