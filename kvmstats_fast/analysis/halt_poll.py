@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from kvmstats_fast.analysis.whole_run import Values
     from kvmstats_fast.samples import Samples
 
-_HISTOGRAMS = ("halt_poll_success_hist", "halt_poll_fail_hist", "halt_wait_hist")
+#: What the advice follows from.
+HISTOGRAMS = ("halt_poll_success_hist", "halt_poll_fail_hist", "halt_wait_hist")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +126,7 @@ _SETTINGS = (0, 10_000, 25_000, 50_000, 100_000, 200_000, 500_000, 1_000_000, 2_
 
 
 class Halts(NamedTuple):
-    """What the vCPUs of one kernel did in a run: the histograms of `_HISTOGRAMS`, over so many seconds of theirs."""
+    """What the vCPUs of one kernel did in a run: the histograms of `HISTOGRAMS`, over so many seconds of theirs."""
 
     histograms: tuple[Histogram, ...]
     seconds: float
@@ -151,10 +152,10 @@ def halt_poll_advice(
 
 def gather_halts(samples: Samples) -> list[Halts]:
     """Return the halts of each kernel's vCPUs that have the histograms."""
-    parts = [part for part in samples.vcpu.split() if set(part.names).issuperset(_HISTOGRAMS)]
+    parts = [part for part in samples.vcpu.split() if set(part.names).issuperset(HISTOGRAMS)]
     return [
         Halts(
-            tuple(part.histogram(name).sum() for name in _HISTOGRAMS),
+            tuple(part.histogram(name).sum() for name in HISTOGRAMS),
             float(np.nansum(read_seconds(part))),
         )
         for part in parts

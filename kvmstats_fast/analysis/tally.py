@@ -47,6 +47,29 @@ class Counted(NamedTuple):
     change: Change
 
 
+class KernelCounts(NamedTuple):
+    """What was counted of the files of one kind and kernel in a run.
+
+    Attributes
+    ----------
+    files : tuple of FileInfo
+    stats : dict
+        The Stat by name.
+    change : dict
+        By name, the shape and dtype of `Samples.total`.
+    end : dict
+        By name the last value that was read of each file, uint64; 0 of a file that was never read.
+    seconds : numpy.ndarray
+        How long each file was read, float64 (n,); NaN of no time.
+    """
+
+    files: tuple[FileInfo, ...]
+    stats: dict[str, Stat]
+    change: dict[str, Change]
+    end: dict[str, npt.NDArray[np.uint64]]
+    seconds: npt.NDArray[np.float64]
+
+
 @dataclass
 class _Kernel:
     """The files of one kind and kernel in a run, and what their statistics changed by and ended at."""
@@ -142,6 +165,14 @@ class _Run:
     def _zip(self, samples: Samples) -> Iterator[tuple[_Kernel, Group]]:
         return zip(self.kernels, samples.groups, strict=True)
 
+    def counts(self) -> Iterator[KernelCounts]:
+        """Yield what was counted of each kind and kernel, if there was a sweep."""
+        for kernel in self.kernels if self._last is not None else ():
+            columns = kernel.columns
+            seconds = np.where(self.read_ns[columns] > 0, self.read_ns[columns] / 1e9, np.nan)
+            files = tuple(self.files[index] for index in columns.tolist())
+            yield KernelCounts(files, kernel.stats, kernel.change, kernel.end, seconds)
+
     def ns_of(self, rows: Sequence[int]) -> list[tuple[int, int]]:
         """Return from when to when any of some files were read, by the wall clock of the start of each stretch."""
         marks = [*(ns for _, ns in self.stretches), self.read_ns]
@@ -166,6 +197,10 @@ class Tally:
             self._runs.append(_Run(samples))
             self._goes_on = True
         self._runs[-1].add(samples, follows=follows)
+
+    def last_run(self) -> list[KernelCounts]:
+        """Return what was counted in the last run, by kind and kernel."""
+        return [*self._runs[-1].counts()] if self._runs else []
 
     def count(self, name: str) -> Counted | None:
         """Return how much a statistic changed, None if no file has it.
