@@ -16,6 +16,7 @@ _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0
 _TIME = re.compile(rf"([0-9]+\.?[0-9]*|\.[0-9]+)({'|'.join(_SECONDS)})?")
 _RANGE = re.compile(r"([0-9]+)(?:-([0-9]+))?")
 _MOST_VCPUS = 1 << 16
+FILE_HELP = "a recording, Parquet data set or capture"
 
 
 class UsageError(KvmStatsError):
@@ -89,14 +90,23 @@ def add_targets(parser: argparse.ArgumentParser, *, recorded: bool = True, socke
     if socket:
         group.add_argument("--socket", metavar="PATH", help="take the files that a VMM hands over at a Unix socket")
     if recorded:
-        group.add_argument("file", nargs="*", metavar="FILE", help="a recording instead of a VM")
+        group.add_argument("file", nargs="*", metavar="FILE", help=f"{FILE_HELP}, instead of a VM")
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Add what chooses statistics and vCPUs."""
-    parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
-    add_sched(parser)
+    add_event(parser)
     parser.add_argument("--vcpu", type=vcpu_ranges, metavar="LIST", help="vCPUs, such as 0-3,7")
+
+
+def add_event(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses statistics."""
+    parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
+
+
+def add_guest(parser: argparse.ArgumentParser) -> None:
+    """Add what chooses VMs of recordings."""
+    parser.add_argument("-g", "--guest", action="append", metavar="GUEST", help="VM or glob (may be repeated)")
 
 
 def add_sched(parser: argparse.ArgumentParser) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from typing import TYPE_CHECKING, TextIO, TypeVar
+import textwrap
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeVar
 
 from kvmstats_fast._text import display_width, format_si, format_table, printable
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.analysis.formulas import ALL_EXITS, EXIT_KIND
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from kvmstats_fast.analysis.figures import Figures
     from kvmstats_fast.cli._rows import Row
-    from kvmstats_fast.samples import Samples
+    from kvmstats_fast.file_info import FileInfo
 
 _LEAST_BAR = 10
 
@@ -27,38 +30,77 @@ def terminal_width(output: TextIO) -> int:
     return 80
 
 
-def present(samples: Samples, rows: Sequence[Row], vmms: Mapping[int, str], output: TextIO) -> None:
+class Vm(NamedTuple):
+    """What a block says of its VM, beside its rows.
+
+    Attributes
+    ----------
+    vcpus : int
+    seconds : float or None
+        How long it was counted; None of a capture, which is one reading.
+    vmm : str
+        The program, if it is known.
+    figures : list of (str, float)
+        Those that are fractions.
+    """
+
+    vcpus: int
+    seconds: float | None
+    vmm: str
+    figures: list[tuple[str, float]]
+
+
+def vms_of(
+    infos: Iterable[FileInfo],
+    figures: Figures,
+    seconds: Callable[[tuple[str, str]], float | None],
+    vmms: Mapping[int, str] = MappingProxyType({}),
+) -> dict[tuple[str, str], Vm]:
+    """Return what is known of each VM, by its host and label."""
+    vms: dict[tuple[str, str], Vm] = {}
+    vcpus: dict[tuple[str, str], set[int | None]] = {}
+    for info in infos:
+        whose = (info.host, info.vm)
+        vcpus.setdefault(whose, set()).add(info.vcpu_id)
+        vmm = "" if info.pid is None else vmms.get(info.pid, "")
+        vms[whose] = Vm(len(vcpus[whose] - {None}), seconds(whose), vmm, [])
+    for figure in figures.values():
+        for host, vm, value in zip(figure.hosts, figure.vms, figure.values.tolist(), strict=True):
+            if not figure.units and not math.isnan(value):
+                vms[host, vm].figures.append((figure.name, value))
+    return vms
+
+
+def present(rows: Sequence[Row], vms: Mapping[tuple[str, str], Vm], output: TextIO) -> None:
     """Print a block for each VM."""
     width = terminal_width(output)
     blocks: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         blocks.setdefault((row.host, row.vm), []).append(row)
-    fractions = [figure for figure in samples.figures(by="vm").values() if not figure.units]
+    hosts = {host for host, _ in blocks}
     for number, (whose, block) in enumerate(blocks.items()):
-        vcpus = {info.vcpu_id for info in samples.files if (info.host, info.vm) == whose} - {None}
-        lines = ["", _title(block[0], len(vcpus), samples.elapsed, vmms)][not number :]
+        about = vms[whose]
+        lines = [""] if number else []
+        lines += textwrap.wrap(_title(block[0], about, several_hosts=len(hosts) > 1), width, subsequent_indent="  ")
         for vcpu in dict.fromkeys(row.vcpu for row in block):
             chosen = [row for row in block if row.vcpu == vcpu]
             lines += [] if vcpu is None else [f" vCPU {vcpu}"]
-            lines += _table(chosen, len(vcpus) or 1 if vcpu is None else 1, width)
+            lines += _table(chosen, about.vcpus or 1 if vcpu is None else 1, width)
             for row in chosen:
                 if row.stat.is_histogram:
                     lines += ["", *bars(row, width, output)]
-        derived = [
-            (f"  {figure.name}", f"{100 * value:.1f} %")
-            for figure in fractions
-            for host, vm, value in zip(figure.hosts, figure.vms, figure.values.tolist(), strict=True)
-            if (host, vm) == whose and not math.isnan(value)
-        ]
-        if derived:
-            lines += ["", *format_table(derived, "<>").splitlines()]
+        if about.figures:
+            cells = [(f"  {name}", f"{100 * value:.1f} %") for name, value in about.figures]
+            lines += ["", *fit_table(cells, "<>", width)]
         print("\n".join(lines), file=output)
 
 
-def _title(row: Row, vcpus: int, elapsed: float, vmms: Mapping[int, str]) -> str:
-    vmm = f"{printable(vmms[row.pid])}, " if row.pid is not None and row.pid in vmms else ""
+def _title(row: Row, about: Vm, *, several_hosts: bool) -> str:
+    vmm = f"{printable(about.vmm)}, " if about.vmm else ""
     pid = "" if row.pid is None else f" ({vmm}pid {row.pid})"
-    return f"VM {printable(row.vm)}{pid}, {vcpus} vCPU{'' if vcpus == 1 else 's'}, {elapsed:.3f} s"
+    host = f" on {printable(row.host)}" if several_hosts else ""
+    time = "one reading: counts since the VM was made" if about.seconds is None else f"{about.seconds:.3f} s"
+    return f"VM {printable(row.vm)}{pid}{host}, {about.vcpus} vCPU{'' if about.vcpus == 1 else 's'}, {time}"
 
 
 def fit_table(rows: Sequence[Sequence[str]], align: str, width: int, drop: Sequence[int] = ()) -> list[str]:
@@ -96,8 +138,10 @@ def _table(rows: Sequence[Row], vcpus: int, width: int) -> list[str]:
 
 def _cells(row: Row, indent: str, every: Row | None, vcpus: int) -> tuple[str, str, str, str]:
     name, value = indent + printable(row.stat.name), format_value(row, row.value)
+    if row.stat.type == StatType.PEAK or not row.stat.grows:
+        return name, value, "", "peak" if row.stat.type == StatType.PEAK else "now"
     if row.rate is None:
-        return name, value, "", "now" if row.stat.type == StatType.INSTANT else "peak"
+        return name, value, "", format_share(row, every)
     if row.unit == "s":
         return (
             name,

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmstats_fast._text import describe_error, plain_number
 from kvmstats_fast.analysis.several_runs import SeveralRuns
-from kvmstats_fast.cli._rows import Row, make_rows, rows_over_time
-from kvmstats_fast.errors import KvmStatsError
-from kvmstats_fast.formats.recording import Recording
-from kvmstats_fast.formats.steps import STEP_BYTES
+from kvmstats_fast.cli._files import EVERYTHING, check_no_capture, check_selection, open_runs
+from kvmstats_fast.cli._rows import Row, add_buckets, rates_over_time, rows_of
+from kvmstats_fast.errors import KvmStatsError, RecordingWarning, warn_caller
+from kvmstats_fast.formats.wanted import resample_steps
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
     from kvmstats_fast.analysis.figures import Figures
     from kvmstats_fast.analysis.halt_poll import HaltPollAdvice
+    from kvmstats_fast.cli._files import Run as Source
+    from kvmstats_fast.cli._rows import Key
+    from kvmstats_fast.file_info import FileInfo
+    from kvmstats_fast.formats.wanted import Step
+    from kvmstats_fast.selection import Selection
 
 _STEPS = 1000  # that the rates of a run are of, at most
 SPREAD = ("min", "median", "p99")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Run:
     """A run: sweeps of one set of files.
 
@@ -41,6 +45,8 @@ class Run:
         Seconds that a rate over time is of.
     sweep_ns : int
         What all sweeps took.
+    is_capture : bool
+        Whether it is one reading, of no time.
     """
 
     host: str
@@ -52,7 +58,8 @@ class Run:
     missed: int
     sweep_ns: int
     step: float
-    vms: list[str]
+    is_capture: bool = False
+    vms: dict[str, None] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -77,7 +84,7 @@ class Run:
             "missed": self.missed,
             "cost": plain_number(self.cost),
             "step": self.step,
-            "vms": self.vms,
+            "vms": [*self.vms],
         }
 
 
@@ -88,11 +95,24 @@ class Life:
     host: str
     vm: str
     pid: int | None
-    start: int
-    stop: int
-    seconds: float = 0.0
+    runs: list[Run] = field(default_factory=list)
     vcpus: set[int] = field(default_factory=set)
     ended: str = ""
+
+    @property
+    def start(self) -> int:
+        """CLOCK_REALTIME in ns of the first sweep."""
+        return min(run.start for run in self.runs)
+
+    @property
+    def stop(self) -> int:
+        """CLOCK_REALTIME in ns of the last sweep."""
+        return max(run.stop for run in self.runs)
+
+    @property
+    def seconds(self) -> float:
+        """How long it was recorded."""
+        return cover(self.runs)
 
     def fields(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -138,21 +158,18 @@ class Summary(Row):
         spread = zip(SPREAD, map(plain_number, self.spread), strict=True)
         return Row.fields(self, time) | (dict(spread) if self.buckets is None else {})
 
-    def add_run(self, row: Row, run: Run, edges: npt.NDArray[np.int64], steps: npt.NDArray[np.float64]) -> None:
+    def whole(self) -> Row:
+        """Return the row without what it was from step to step."""
+        return Row(*(getattr(self, name) for name in Row.__slots__))
+
+    def add_run(self, row: Row, run: Run) -> None:
         """Add what the row was in a further run."""
         if self.runs:
             self.value = row.value if row.rate is None and row.buckets is None else self.value + row.value
-            self.buckets = _add_buckets(self.buckets, row.buckets)
+            self.buckets = add_buckets(self.buckets, row.buckets)
             self.pid = self.pid if self.pid == row.pid else None
         self.runs.append((run, row.rate))
         self.rate = _mean_rate(self.runs)
-        if steps.size:
-            self.time.append(edges)
-            self.steps.append(steps)
-
-
-def _add_buckets(a: list[int] | None, b: list[int] | None) -> list[int] | None:
-    return None if a is None or b is None else [x + y for x, y in zip(a, b, strict=True)]
 
 
 def _mean_rate(runs: list[tuple[Run, float | None]]) -> float | None:
@@ -160,32 +177,48 @@ def _mean_rate(runs: list[tuple[Run, float | None]]) -> float | None:
     known = [(run, rate) for run, rate in runs if rate is not None and run.seconds]
     if len(known) < 2:
         return known[0][1] if known else None
+    return sum(rate * run.seconds for run, rate in known) / cover(run for run, _ in known)
+
+
+def cover(runs: Iterable[Run]) -> float:
+    """Return how many seconds any of some runs covers."""
     covered, until = 0, 0
-    for start, stop in sorted((run.start, run.stop) for run, _ in known):
+    for start, stop in sorted((run.start, run.stop) for run in runs):
         covered += max(stop - max(start, until), 0)
         until = max(until, stop)
-    return sum(rate * run.seconds for run, rate in known) / (covered / 1e9)
+    return covered / 1e9
 
 
 class Recorded:
     """What runs say together.
 
-    Attributes
+    Parameters
     ----------
     by : {"vm", "vcpu", "host"}
+    with_steps : bool
+        Whether it is asked what rates were over time.
+
+    Attributes
+    ----------
     runs : list of Run
+    files : list of FileInfo
     lives : list of Life
     rows : list of Summary
-    figures : Figures
     advice : HaltPollAdvice or None
     """
 
-    def __init__(self, by: str) -> None:
-        self.by = by
+    def __init__(self, by: str, *, with_steps: bool) -> None:
+        self.by, self._with_steps = by, with_steps
         self.runs: list[Run] = []
         self._lives: dict[tuple[str, str, int | None], Life] = {}
-        self._rows: dict[tuple[Any, ...], Summary] = {}
+        self._rows: dict[Key, Summary] = {}
+        self._files: dict[FileInfo, None] = {}
+        self._known: dict[object, Run] = {}
         self._together = SeveralRuns()
+
+    @property
+    def files(self) -> list[FileInfo]:
+        return list(self._files)
 
     @property
     def lives(self) -> list[Life]:
@@ -195,74 +228,117 @@ class Recorded:
     def rows(self) -> list[Summary]:
         return list(self._rows.values())
 
-    @property
-    def figures(self) -> Figures:
-        return self._together.figures(self.by)
+    def figures(self, by: str = "") -> Figures:
+        """Return figures; by default of what the rows are of."""
+        return self._together.figures(by or self.by)
 
     @property
     def advice(self) -> HaltPollAdvice | None:
         return self._together.halt_poll_advice()
 
-    def add(self, samples: Samples, step: float | None) -> None:
-        """Take a run of at least one sweep, later than those before; `step` is what its rates over time are of."""
-        run = _describe(samples, step)
-        self.runs.append(run)
-        self._together.add(samples)
-        for vm, part in samples.by_vm().items():
-            info = part.files[0]
-            key = (info.host, vm, info.pid)
-            life = self._lives.setdefault(key, Life(*key, run.start, run.stop))
-            life.start, life.stop = min(life.start, run.start), max(life.stop, run.stop)
-            life.seconds += run.seconds
-            life.vcpus |= {one.vcpu_id for one in part.files if one.vcpu_id is not None}
-            life.ended = next((describe_error(error.error) for error in part.errors), "")
-        resampled = samples.resample(run.step) if len(samples) > 1 else samples
-        over_time = _add_up(rows_over_time(resampled, self.by))
-        totals = _add_up((row, _NOTHING) for row in make_rows(samples, self.by))
-        for key_of_row, (row, _) in totals.items():
-            steps = over_time[key_of_row][1]
+    def add(self, source: Source, selection: Selection, step: float | None) -> None:
+        """Take a run, later than those before; `step` is what its rates over time are of."""
+        run = _describe(source, step)
+        if run is None:
+            warn_caller(f"{source.path}: there is no sweep in it", RecordingWarning)
+            return
+        known = self._known.setdefault(source.identity() or source, run)
+        if (known.start, known.stop, known.sweeps) == (run.start, run.stop, run.sweeps):
+            run = known  # another kind of its files
+        if run not in self.runs:
+            self.runs.append(run)
+        over_time = _OverTime(self.by)
+        steps = self._count(source.read(selection), run)
+        if self._with_steps and not run.is_capture:
+            for part in resample_steps(steps, run.step):
+                over_time.add(part.samples, follows=part.follows)
+        for _ in steps:  # if there is more than nothing of that
+            pass
+        for key, row in rows_of(self._together.end_run(), self.by).items():
+            if key not in self._rows:
+                self._rows[key] = Summary(*(getattr(row, name) for name in Row.__slots__))
+            self._rows[key].add_run(row, run)
+            for edges, values in over_time.find(key):
+                self._rows[key].time.append(edges)
+                self._rows[key].steps.append(values)
+
+    def _count(self, steps: Iterable[Step], run: Run) -> Iterator[Step]:
+        """Count what happened in steps, and give them."""
+        for step in steps:
+            self._together.add_step(step.samples, follows=step.follows)
+            for vm, part in step.samples.by_vm().items():
+                info = part.files[0]
+                key = (info.host, vm, info.pid)
+                life = self._lives.setdefault(key, Life(*key))
+                if run not in life.runs[-1:]:
+                    life.runs.append(run)
+                    life.ended = ""
+                life.vcpus |= {one.vcpu_id for one in part.files if one.vcpu_id is not None}
+                life.ended = next((describe_error(error.error) for error in part.errors), life.ended)
+            run.vms |= dict.fromkeys(step.samples.vms)
+            self._files |= dict.fromkeys(step.samples.files)
+            yield step
+
+
+class _OverTime:
+    """The rates of a run from step to step, stretch by stretch of sweeps that follow each other."""
+
+    def __init__(self, by: str) -> None:
+        self._by = by
+        self._last: Samples | None = None
+        self._times: list[list[npt.NDArray[np.int64]]] = []
+        self._values: list[dict[Key, list[npt.NDArray[np.float64]]]] = []
+
+    def add(self, samples: Samples, *, follows: bool) -> None:
+        """Take resampled sweeps."""
+        before, self._last = self._last, samples[-1:]
+        is_new = before is None or not follows
+        if is_new:
+            self._times.append([])
+            self._values.append({})
+        whole = samples if before is None or is_new else Samples.concatenate([before, samples])
+        self._times[-1].append(samples.wall_time)
+        here: dict[Key, npt.NDArray[np.float64]] = {}
+        for key, values in rates_over_time(whole, self._by):
             # Values have a time each, rates lie between two.
-            edges = resampled.wall_time[[*range(len(resampled)), -1][: len(steps) + 1]]
-            if key_of_row not in self._rows:
-                self._rows[key_of_row] = Summary(*(getattr(row, name) for name in Row.__slots__))
-            self._rows[key_of_row].add_run(row, run, edges, steps)
+            new = values[1:] if len(values) == len(whole) and not is_new else values
+            here[key] = here[key] + new if key in here else new
+        for key, new in here.items():
+            self._values[-1].setdefault(key, []).append(new)
+
+    def find(self, key: Key) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+        """Yield the edges of steps and what was in them, for each stretch that has any."""
+        for times, values in zip(self._times, self._values, strict=True):
+            steps = np.concatenate(values.get(key, [np.empty(0)]))
+            time = np.concatenate(times)
+            if steps.size:
+                yield time[[*range(len(time)), -1][: len(steps) + 1]], steps
 
 
-_NOTHING: npt.NDArray[np.float64] = np.empty(0)
-
-
-def _add_up(
-    rows: Iterable[tuple[Row, npt.NDArray[np.float64]]],
-) -> dict[tuple[Any, ...], tuple[Row, npt.NDArray[np.float64]]]:
-    """Return the rows of a run by what they are of; those of the same, as on a host with two kernels, are added."""
-    found: dict[tuple[Any, ...], tuple[Row, npt.NDArray[np.float64]]] = {}
-    for row, steps in rows:
-        key = (row.host, row.vm, row.vcpu, replace(row.stat, offset=0))
-        if key in found:
-            before, known = found[key]
-            before.value += row.value
-            before.rate = None if before.rate is None or row.rate is None else before.rate + row.rate
-            before.buckets = _add_buckets(before.buckets, row.buckets)
-            found[key] = before, known + steps
-        else:
-            found[key] = row, steps
-    return found
-
-
-def _describe(samples: Samples, step: float | None) -> Run:
-    start = int(samples.wall_time[0])
-    ns = int(samples.time[-1]) - int(samples.time[0])
+def _describe(source: Source, step: float | None) -> Run | None:
+    """Return how long a run was, and what it cost, for which one of its statistics is read; None if it has no sweep."""
+    first: Samples | None = None
+    sweeps = missed = sweep_ns = 0
+    for one in source.read(replace(EVERYTHING, names=tuple(source.names()[:1]))):
+        if len(one.samples):
+            last = one.samples
+            first = first or last
+            sweeps, missed = sweeps + len(last), missed + last.missed
+            sweep_ns += int(last.sweep_ns.sum())
+    if first is None:
+        return None
+    start, ns = int(first.wall_time[0]), int(last.time[-1]) - int(first.time[0])
     return Run(
-        samples.host,
-        samples.kernel,
+        first.host,
+        first.kernel,
         start,
         start + ns,
-        len(samples),
-        samples.interval,
-        samples.missed,
-        int(samples.sweep_ns.sum()),
-        max(step or _round_up(ns / 1e9 / _STEPS), samples.interval, 1e-9),
-        list(samples.vms),
+        1 if source.is_capture else sweeps,
+        first.interval,
+        missed,
+        sweep_ns,
+        max(step or _round_up(ns / 1e9 / _STEPS), first.interval, 1e-9),
+        is_capture=source.is_capture,
     )
 
 
@@ -272,67 +348,38 @@ def _round_up(seconds: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if seconds <= factor * power * (1 + 1e-9))
 
 
-def load_runs(path: str) -> Iterator[Samples]:
-    """Give the runs of a recording, or of an ``.npz``, one by one; KvmStatsError if there is no sweep in it."""
-    empty = True
-    for _, batches in groupby(_read(path), _what):
-        empty = False
-        yield Samples.concatenate(list(batches))
-    if empty:
-        raise KvmStatsError(f"{path}: there is no sweep in it")
-
-
-def _read(path: str) -> Iterator[Samples]:
-    if path.endswith(".npz"):
-        return filter(len, [Samples.load(path)])
-    return filter(len, Recording(path).read(STEP_BYTES))
-
-
-def _began(path: str) -> int:
-    """Return when a recording began; one without a sweep is refused when it is its turn."""
-    return next((int(samples.wall_time[0]) for samples in _read(path)), 0)
-
-
-def _what(samples: Samples) -> tuple[Any, ...]:
-    """Return what sweeps of one run have in common."""
-    return samples.files, samples.interval, samples.host, samples.names
-
-
 def summarize(
-    paths: Iterable[str], by: str, choose: Callable[[Samples], Samples], step: float | None = None
+    paths: Sequence[str], by: str, selection: Selection, step: float | None = None, *, with_steps: bool = True
 ) -> Recorded:
-    """Read recordings.
+    """Read what files say, a part of them at a time.
 
     Parameters
     ----------
-    paths : iterable of str
+    paths : sequence of str
     by : {"vm", "vcpu", "host"}
-    choose : callable
-        Returns what is wanted of a run; KeyError if nothing is.
+    selection : Selection
     step : float, optional
         Seconds that rates over time are of; default: a thousandth of each run, or its interval.
+    with_steps : bool
+        Whether it is asked what rates were over time.
 
     Raises
     ------
     KeyError
-        If nothing is wanted of any run: that of the last.
+        If there is something that no run has.
+    ValueError
+        If rates are asked for of a capture.
     KvmStatsError, OSError
-        If a file is not there, or is no recording.
+        If a file is not there, or is none that has runs, or there is no sweep in any.
     """
-    recorded = Recorded(by)
-    missing: list[KeyError] = []
-    for run in chain.from_iterable(map(load_runs, sorted(paths, key=_began))):
-        chosen = _choose(run, choose, missing)
-        if chosen is not None:
-            recorded.add(chosen, step)
+    recorded = Recorded(by, with_steps=with_steps)
+    sources = open_runs(paths)
+    if step is not None or not all(source.is_capture for source in sources):
+        check_no_capture(sources, "a recording" if step is None else "-I")
+    check_selection(sources, selection, "these files")
+    for source in sources:
+        if source.names(selection) and selection.find_stats(source.names(selection)):
+            recorded.add(source, selection, step)
     if not recorded.runs:
-        raise missing[-1]
+        raise KvmStatsError(f"{sources[0].path}: there is no sweep in it")
     return recorded
-
-
-def _choose(run: Samples, choose: Callable[[Samples], Samples], missing: list[KeyError]) -> Samples | None:
-    try:
-        return choose(run)
-    except KeyError as error:
-        missing.append(error)
-        return None

@@ -54,7 +54,7 @@ def find_blocks(recorded: Recorded, *, zero: bool) -> list[Block]:
         if row.moved or zero:
             block.rows.append(row)
     counted = {row.stat.name for row in recorded.rows}
-    for figure in recorded.figures.values():
+    for figure in recorded.figures().values():
         if figure.name.removesuffix("/s") in counted:
             continue  # it is the rate of a statistic, which has a row
         for index, value in enumerate(figure.values.tolist()):
@@ -75,13 +75,13 @@ SPREAD_HEAD = ("", "total", "rate", "min", "median", "p99", "")
 def spread_cells(row: Summary, indent: str, every: Summary | None, vcpus: int) -> tuple[str, ...]:
     """Return a row of a table of rates; of instant values it has the last, and the spread of values."""
     name, value = indent + printable(row.stat.name), format_value(row, row.value)
-    if row.rate is None:
-        how = "last" if row.stat.type == StatType.INSTANT else "peak"
+    if row.stat.type in (StatType.INSTANT, StatType.PEAK) or not row.stat.grows:
+        how = "peak" if row.stat.type == StatType.PEAK else "last"
         return name, value, "", *(_value(row, one) for one in row.spread), how
     remark = format_share(row, every)
     if row.unit == "s":
         remark = "of its time" if vcpus == 1 else f"of {vcpus} vCPUs' time"
-    rates = ("-" if math.isnan(one) else format_rate(row, one, vcpus) for one in (row.rate, *row.spread))
+    rates = ("-" if one is None or math.isnan(one) else format_rate(row, one, vcpus) for one in (row.rate, *row.spread))
     return name, value, *rates, remark
 
 
@@ -96,7 +96,7 @@ def runs_table(runs: list[Run]) -> Table:
         (
             str(number),
             _clock(run.start),
-            _seconds(run.seconds),
+            "one reading" if run.is_capture else _seconds(run.seconds),
             format_si(run.interval, "s") if run.interval else "none",
             f"{run.sweeps:,}",
             f"{run.missed:,} ({100 * run.missed / (run.sweeps + run.missed):.2g} %)" if run.missed else "0",
@@ -119,7 +119,7 @@ def lives_table(lives: list[Life]) -> Table:
             "" if life.pid is None else str(life.pid),
             str(len(life.vcpus)),
             _clock(life.start),
-            _seconds(life.seconds),
+            "one reading" if all(run.is_capture for run in life.runs) else _seconds(life.seconds),
             printable(life.ended),
         )
         for life in lives
@@ -157,7 +157,7 @@ def advice_table(advice: HaltPollAdvice) -> Table:
 
 
 def _clock(ns: int) -> str:
-    return str(np.datetime64(ns, "ns").astype("datetime64[s]")).replace("T", " ")
+    return "unknown" if not ns else str(np.datetime64(ns, "ns").astype("datetime64[s]")).replace("T", " ")
 
 
 def _seconds(seconds: float) -> str:

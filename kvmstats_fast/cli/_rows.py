@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvmstats_fast._text import plain_number
 from kvmstats_fast.abi import StatType
+from kvmstats_fast.analysis.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import TypeAlias
 
     import numpy.typing as npt
 
+    from kvmstats_fast.analysis.tally import KernelCounts
+    from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.samples import Samples
     from kvmstats_fast.stat import Stat
+
+    #: Host, VM, vCPU and statistic, wherever that lies in a file.
+    Key: TypeAlias = tuple[str, str, int | None, Stat]
 
 FIELDS = ("time", "host", "vm", "pid", "vcpu", "name", "value", "rate", "unit", "bucket")
 
@@ -76,29 +83,69 @@ class Row:
 
 
 def make_rows(samples: Samples, by: str = "vm") -> list[Row]:
-    """Return the rows of all VMs, vCPUs or hosts, in the order of the files and of their statistics."""
-    return [
-        row
-        for part, groups in _group(samples, by)
-        for name in part.names
-        for row in _rows_of(part, part.stat(name), groups, by)
-    ]
+    """Return the rows of all VMs, vCPUs or hosts of a run, in the order of the files and of their statistics."""
+    tally = Tally()
+    tally.add(samples, follows=False)
+    return [*rows_of(tally.last_run(), by).values()]
 
 
-def rows_over_time(samples: Samples, by: str) -> Iterator[tuple[Row, npt.NDArray[np.float64]]]:
-    """Yield each row that `make_rows` gives, with its rate from each sweep to the next, (T - 1,).
+def rows_of(counts: Iterable[KernelCounts], by: str) -> dict[Key, Row]:
+    """Return the rows of what was counted in a run; those of the same, as on a host with two kernels, are added up."""
+    parts: dict[tuple[str, str], dict[Key, Row]] = {}
+    for one in counts:
+        groups = group(one.files, by)
+        for stat in one.stats.values():
+            for columns in groups:
+                row = _make_row(one, stat, columns, by)
+                rows, key = parts.setdefault((row.host, row.vm), {}), key_of(row)
+                rows[key] = _add(rows[key], row) if key in rows else row
+    return {key: row for rows in parts.values() for key, row in rows.items()}
 
-    Of instant values it is the value at each sweep, (T,), and of peaks and histograms there is nothing, (0,).
+
+def rates_over_time(samples: Samples, by: str) -> Iterator[tuple[Key, npt.NDArray[np.float64]]]:
+    """Yield the keys of the rows of one value, each with its rate from each sweep to the next, (T - 1,).
+
+    Of instant values it is the value at each sweep, (T,). Of peaks, and statistics of several values, there is nothing.
     """
-    for part, groups in _group(samples, by):
-        for name in part.names:
-            stat = part.stat(name)
-            values = np.empty((0, len(part.files)))
-            if not (stat.shape or stat.type == StatType.PEAK):
-                values = part.rate(name) if stat.grows else _known(part, part.si(name))
-            for row, group in zip(_rows_of(part, stat, groups, by), groups, strict=True):
-                known = ~np.isnan(values[:, group]).all(axis=1)
-                yield row, np.where(known, np.nansum(values[:, group], axis=1), np.nan)
+    for part in samples.split():
+        groups = group(part.files, by)
+        stats = [stat for stat in map(part.stat, part.names) if not stat.shape and stat.type != StatType.PEAK]
+        rates = part.rates([stat.name for stat in stats if stat.grows])
+        for stat in stats:
+            values = rates[stat.name] if stat.grows else _known(part, part.si(stat.name))
+            known = ~np.isnan(values)
+            for columns in groups:
+                sums = np.where(known[:, columns], values[:, columns], 0).sum(axis=1)
+                yield _key(part.files[columns[0]], stat, by), np.where(known[:, columns].any(axis=1), sums, np.nan)
+
+
+def group(files: Sequence[FileInfo], by: str) -> list[list[int]]:
+    """Return which files of one kind a row is of, for each row of a statistic."""
+    rows: dict[tuple[object, ...], list[int]] = {}
+    for index, info in enumerate(files):
+        whose = (info.host,) if by == "host" else (info.host, info.vm)
+        rows.setdefault((*whose, index) if by == "vcpu" and info.kind == "vcpu" else whose, []).append(index)
+    return [*rows.values()]
+
+
+def key_of(row: Row) -> Key:
+    """Return what rows of the same in several runs have in common."""
+    return row.host, row.vm, row.vcpu, replace(row.stat, offset=0)
+
+
+def add_buckets(a: list[int] | None, b: list[int] | None) -> list[int] | None:
+    """Return the counts of two histograms of the same buckets together."""
+    return None if a is None or b is None else [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _key(info: FileInfo, stat: Stat, by: str) -> Key:
+    vm, vcpu = "" if by == "host" else info.vm, info.vcpu_id if by == "vcpu" else None
+    return info.host, vm, vcpu, replace(stat, offset=0)
+
+
+def _add(a: Row, b: Row) -> Row:
+    rate = None if a.rate is None or b.rate is None else a.rate + b.rate
+    return replace(a, value=a.value + b.value, rate=rate, buckets=add_buckets(a.buckets, b.buckets))
 
 
 def _known(part: Samples, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -109,38 +156,20 @@ def _known(part: Samples, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return known
 
 
-def _group(samples: Samples, by: str) -> Iterator[tuple[Samples, list[list[int]]]]:
-    """Yield the files of one kind and kernel, and which of them a row is of."""
-    for whole in [samples] if by == "host" else samples.by_vm().values():
-        for part in whole.split():
-            alone = by == "vcpu" and part.files[0].kind == "vcpu"
-            yield part, [[i] for i in range(len(part.files))] if alone else [list(range(len(part.files)))]
-
-
-def _rows_of(part: Samples, stat: Stat, groups: list[list[int]], by: str) -> Iterator[Row]:
-    name = stat.name
-    if stat.type == StatType.PEAK or not stat.grows:
-        values, rates = _last(part, name), None
-    else:
-        values, rates = part.total(name), part.mean_rate(name)
-    for group in groups:
-        info = part.files[group[0]]
-        vm, pid = ("", None) if by == "host" else (info.vm, info.pid)
-        chosen = stat.as_signed(values[group])
-        buckets = chosen.sum(axis=0).tolist() if stat.shape else None
-        total = sum(chosen.tolist()) if buckets is None else sum(buckets)
-        value = total if buckets is not None else total / stat.factor if stat.exponent < 0 else total * stat.factor
-        rate = None if rates is None else _sum_known(rates[group])
-        yield Row(info.host, vm, pid, info.vcpu_id if by == "vcpu" else None, stat, value, rate, buckets)
-
-
-def _last(part: Samples, name: str) -> npt.NDArray[Any]:
-    """Return the last value of each file that was read."""
-    last = np.full(len(part.files), len(part) - 1)
-    for error in part.errors:
-        last[error.file] = max(min(error.sweep, len(part)) - 1, 0)
-    values: npt.NDArray[Any] = part[name][last, np.arange(len(last))]
-    return values
+def _make_row(counts: KernelCounts, stat: Stat, columns: Sequence[int], by: str) -> Row:
+    counted = stat.grows and stat.type != StatType.PEAK
+    changes = counts.change[stat.name] if counted else counts.end[stat.name]
+    info = counts.files[columns[0]]
+    host, vm, vcpu, _ = _key(info, stat, by)
+    chosen = stat.as_signed(changes[columns])
+    buckets = chosen.sum(axis=0).tolist() if stat.shape else None
+    total = sum(chosen.tolist()) if buckets is None else sum(buckets)
+    value = total if buckets is not None else total / stat.factor if stat.exponent < 0 else total * stat.factor
+    rate = None
+    if counted:
+        scaled = chosen.astype(np.float64) if stat.is_histogram else stat.scale_array(chosen)
+        rate = _sum_known(scaled / counts.seconds[columns].reshape(-1, *[1] * (chosen.ndim - 1)))
+    return Row(host, vm, None if by == "host" else info.pid, vcpu, stat, value, rate, buckets)
 
 
 def _sum_known(rates: npt.NDArray[np.float64]) -> float | None:

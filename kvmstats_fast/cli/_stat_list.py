@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._text import format_si, format_table, plain_number, printable
-from kvmstats_fast.image import parse
-from kvmstats_fast.samples import Samples
+from kvmstats_fast.cli._captures import is_capture, read_images
+from kvmstats_fast.cli._files import open_runs
 from kvmstats_fast.vmm.machine import attach
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from kvmstats_fast.stat import Stat
-
-_MOST = 1 << 27  # bytes of a captured file
-_MAGIC = (b"ARROW1", b"PK", b"\xff\xff\xff\xff")  # of recordings: Arrow's file and stream formats, zip
 
 
 def print_stats(arguments: argparse.Namespace) -> None:
@@ -49,18 +47,23 @@ def _kinds(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterable[Stat]]
                     shown.add((file.kind, file.schema.fingerprint))
                     yield f"{file.kind} of {machine.name or 'process'} ({pid})", file.schema.stats
         for path in arguments.file:
-            if Path(path).is_dir() or _is_recording(path):
-                for part in Samples.load(path).split():
-                    yield f"{part.files[0].kind} in {path}", [part.stat(name) for name in part.names]
-            else:
-                with Path(path).open("rb") as capture:
-                    image = parse(capture.read(_MOST), repair=True)
-                yield f"{image.id} in {path}", image.schema.stats
+            yield from _kinds_of(path)
 
 
-def _is_recording(path: str) -> bool:
-    with Path(path).open("rb") as file:
-        return file.read(8).startswith(_MAGIC)
+def _kinds_of(path: str) -> Iterator[tuple[str, Iterable[Stat]]]:
+    """Yield the kinds of captured files by their ids, and those of recordings."""
+    if is_capture(Path(path)):
+        for file, image in read_images(Path(path)):
+            yield f"{image.id} in {file}", image.schema.stats
+        return
+    shown: set[tuple[str, tuple[Stat, ...]]] = set()
+    for run in open_runs([path]):
+        first = next(run.read(), None)
+        for part in first.samples.split() if first else ():
+            stats = tuple(replace(part.stat(name), offset=0) for name in part.names)
+            if (part.files[0].kind, stats) not in shown:
+                shown.add((part.files[0].kind, stats))
+                yield f"{part.files[0].kind} in {path}", stats
 
 
 def _type(stat: Stat) -> str:

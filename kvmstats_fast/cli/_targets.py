@@ -44,7 +44,6 @@ def check_targets(arguments: argparse.Namespace) -> None:
         option
         for option, given in (
             ("-p", arguments.pid),
-            ("-g", arguments.guest),
             ("--socket", arguments.socket),
             ("--inject", arguments.inject),
         )
@@ -52,6 +51,7 @@ def check_targets(arguments: argparse.Namespace) -> None:
     ]
     if live and arguments.file:
         raise UsageError(f"{live[0]} names VMs that run, and {arguments.file[0]} is a file: give one or the other")
+    live += ["-g"] if arguments.guest else []
     if arguments.socket and len(live) > 1:
         raise UsageError(f"--socket takes the files that are handed over; {live[0]} does not go with it")
 

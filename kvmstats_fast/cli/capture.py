@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmstats_fast import __version__
+from kvmstats_fast.cli._captures import ABOUT, TIME
 from kvmstats_fast.cli._grammar import add_targets
 from kvmstats_fast.cli._targets import open_targets
 from kvmstats_fast.formats._put import PRIVATE, open_new, put_directory
@@ -27,8 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
         "Write the whole stats files of VMs as they are, NUMBER-vm.bin and NUMBER-vcpuN.bin, into a new directory, "
-        "with about.json, which says of what kernel and VMM they are. `kvmstats check` and `list` read them. They hold "
-        "counters only: nothing of the guest's memory."
+        "with about.json, which says of what host, kernel, VMM and guest they are. `stat`, `report`, `check` and "
+        "`list` read them. They hold counters only: nothing of the guest's memory."
     )
     add_targets(parser, recorded=False)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new directory")
@@ -49,12 +50,18 @@ def run(arguments: argparse.Namespace) -> int:
                 pid = file.handle.owner.pid
                 vmm = targets.vmms.get(pid) if pid is not None else None
                 about.append(
-                    {"file": name, "id": file.id, "kind": file.kind, "vcpu": file.vcpu_id, "pid": pid, "vmm": vmm}
+                    {"file": name, "id": file.id, "kind": file.kind, "vcpu": file.vcpu_id}
+                    | {"pid": pid, "vmm": vmm, "guest": file.handle.owner.name}
                 )
             system = os.uname()
-            facts = {"kernel": system.release, "machine": system.machine, "kvmstats_fast": __version__}
-            facts["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            _write(folder / "about.json", (json.dumps(facts | {"files": about}, indent=1) + "\n").encode())
+            facts = {
+                "host": system.nodename,
+                "kernel": system.release,
+                "machine": system.machine,
+                "kvmstats_fast": __version__,
+            }
+            facts["time"] = time.strftime(TIME, time.gmtime())
+            _write(folder / ABOUT, (json.dumps(facts | {"files": about}, indent=1) + "\n").encode())
     print(path)
     return 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmstats_fast._text import describe_error, printable
+from kvmstats_fast.cli._captures import list_files, read_bytes
 from kvmstats_fast.cli._grammar import number
 from kvmstats_fast.conformance import FAIL, NOT_APPLICABLE, PASS, Finding, Live, check_file
 from kvmstats_fast.errors import KvmStatsError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHECK_EXTENSION, _CAP_BINARY_STATS_FD = 0xAE03, 203  # include/uapi/linux/kvm.h
-_MOST = 1 << 27  # bytes of a file that are looked at
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
     parser.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("file", nargs="*", metavar="FILE", help="a captured stats file")
+    parser.add_argument("file", nargs="*", metavar="FILE", help="a captured stats file, or a directory of them")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,10 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _subjects(arguments: argparse.Namespace, opened: ExitStack) -> Iterator[tuple[str, list[Finding]]]:
-    for path in arguments.file:
-        with Path(path).open("rb") as file:
-            data = file.read(_MOST)
-        yield path, check_file(partial(_slice, data))
+    for file in (file for path in arguments.file for file in list_files(Path(path))):
+        yield str(file), check_file(partial(_slice, read_bytes(file)))
     for pid in arguments.pid or []:
         machine = opened.enter_context(attach(pid))
         for stats in machine.files:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from kvmstats_fast._text import plain_number, printable
 from kvmstats_fast.analysis.compare import compare
 from kvmstats_fast.analysis.suites import compare_suites, is_suite, read_suite
-from kvmstats_fast.cli._grammar import UsageError, add_selection, usage_errors
-from kvmstats_fast.samples import Samples
+from kvmstats_fast.cli._files import HAS_NO_RATE, load_runs
+from kvmstats_fast.cli._grammar import UsageError, add_guest, add_selection, usage_errors
+from kvmstats_fast.selection import Selection
 
 if TYPE_CHECKING:
     import argparse
@@ -34,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="recordings or JSON, with commas between them or as a glob")
     parser.add_argument("b", metavar="B", help="those to compare with")
     add_selection(parser)
-    parser.add_argument("-g", "--guest", action="append", metavar="GUEST", help="VM or glob (may be repeated)")
+    add_guest(parser)
     per = parser.add_mutually_exclusive_group()
     per.add_argument("--per", metavar="STAT", help="divide by another statistic instead of seconds")
     per.add_argument("--work", metavar="N[,M]", type=_work, help="divide by N units of work of each run (A: N, B: M)")
@@ -73,7 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _compare_recordings(sides: list[list[str]], arguments: argparse.Namespace) -> Comparison:
-    a, b = ([Samples.load(path).select(vm=arguments.guest, vcpu=arguments.vcpu) for path in paths] for paths in sides)
+    chosen = Selection.of((), arguments.guest, arguments.vcpu, None, None)
+    a, b = ([run for path in paths for run in load_runs(path, chosen)] for paths in sides)
+    if arguments.per is None and arguments.work is None and not all(run.elapsed for run in (*a, *b)):
+        raise UsageError(f"{HAS_NO_RATE}: divide by a statistic (--per STAT), or by units of work (--work N)")
     return compare(a, b, per=arguments.per or arguments.work, confidence=arguments.confidence)
 
 

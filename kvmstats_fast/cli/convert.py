@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvmstats_fast.cli._captures import read_bytes
 from kvmstats_fast.cli._grammar import UsageError, usage_errors
 from kvmstats_fast.formats._put import PRIVATE, put_file
 from kvmstats_fast.image import to_merged
@@ -13,8 +14,6 @@ from kvmstats_fast.samples import Samples
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
-
-_MOST = 1 << 27  # bytes of a captured file
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +69,7 @@ def _save(arguments: argparse.Namespace) -> None:
 
 
 def _to_merged(arguments: argparse.Namespace) -> None:
-    with Path(arguments.file).open("rb") as file:
-        merged = to_merged(file.read(_MOST))
+    merged = to_merged(read_bytes(Path(arguments.file)))
     with put_file(Path(arguments.output), overwrite=arguments.force, mode=PRIVATE) as output:
         output.write(merged)
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from kvmstats_fast._text import describe_error, format_table, printable
-from kvmstats_fast.cli._grammar import number
+from kvmstats_fast.cli._grammar import FILE_HELP, number
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.vmm.find import scan
 
@@ -24,12 +24,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
         "List the processes that have VMs or vCPUs open, and whether their fds may be borrowed. With -p or FILE, a "
-        "captured stats file or a recording, list statistics: their type, unit and buckets."
+        "recording, Parquet data set or capture, list statistics: their type, unit and buckets."
     )
     parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
     parser.add_argument("-w", "--why", action="store_true", help="also say what would help where files are missing")
     parser.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
-    parser.add_argument("file", nargs="*", metavar="FILE", help="a captured stats file or a recording")
+    parser.add_argument("file", nargs="*", metavar="FILE", help=FILE_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:

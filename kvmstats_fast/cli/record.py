@@ -19,6 +19,7 @@ from kvmstats_fast._text import format_si, printable
 from kvmstats_fast.cli._command import call_at_end, ended_by_signals, on_signals, start, wait_for
 from kvmstats_fast.cli._grammar import (
     UsageError,
+    add_event,
     add_sched,
     add_targets,
     duration,
@@ -51,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "recording is a flight recorder: PATH/full has all sweeps around what was found, PATH/overview one a second."
     )
     add_targets(parser, recorded=False, socket=False)
-    parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
+    add_event(parser)
     add_sched(parser)
     parser.add_argument("-I", "--interval", type=interval, default=1.0, metavar="TIME", help="default: 1s")
     parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="record for so long (10m, 24h)")

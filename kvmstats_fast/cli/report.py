@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._text import plain_number
 from kvmstats_fast.cli import _report_html, _report_plot, _report_text
-from kvmstats_fast.cli._grammar import add_output, add_selection, interval, usage_errors
+from kvmstats_fast.cli._files import choose
+from kvmstats_fast.cli._grammar import FILE_HELP, add_guest, add_output, add_selection, interval, usage_errors
 from kvmstats_fast.cli._output import RowWriter, open_output
 from kvmstats_fast.cli._recorded import SPREAD, summarize
 from kvmstats_fast.formats._put import PRIVATE, put_file
@@ -28,11 +29,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "percentile over time; figures, histograms, what other halt_poll_ns would do; missed ticks, and what sampling "
         "itself cost. Several recordings are added up. What did not move is left out."
     )
-    parser.add_argument("file", nargs="+", metavar="FILE", help="a recording")
+    parser.add_argument("file", nargs="+", metavar="FILE", help=FILE_HELP)
     parser.add_argument(
         "--by", choices=("vm", "vcpu", "host"), default="vm", help="of what there is a value (default: %(default)s)"
     )
-    parser.add_argument("-g", "--guest", action="append", metavar="GUEST", help="VM or glob (may be repeated)")
+    add_guest(parser)
     add_selection(parser)
     parser.add_argument(
         "-I",
@@ -49,14 +50,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Read the recordings, and say it."""
-    chosen: dict[str, Any] = {"vm": arguments.guest, "vcpu": arguments.vcpu}
     with usage_errors():
-        recorded = summarize(
-            arguments.file,
-            arguments.by,
-            lambda samples: samples.select(*arguments.event or (), **chosen),
-            arguments.interval,
-        )
+        recorded = summarize(arguments.file, arguments.by, choose(arguments), arguments.interval)
     with open_output(arguments) as output:
         writer = RowWriter(arguments, output, SPREAD)
         if writer.text and arguments.output == "-" and (arguments.plot or arguments.html):
@@ -82,7 +77,7 @@ def _objects(recorded: Recorded, *, zero: bool) -> Iterator[dict[str, Any]]:
     yield from ({"what": "run"} | run.fields() for run in recorded.runs)
     yield from ({"what": "vm"} | life.fields() for life in recorded.lives)
     yield from ({"what": "statistic"} | row.fields() for row in recorded.rows if row.moved or zero)
-    for figure in recorded.figures.values():
+    for figure in recorded.figures().values():
         infos = figure.files or [None] * len(figure.values)
         vms = figure.vms or ("",) * len(figure.values)
         for host, vm, info, value in zip(figure.hosts, vms, infos, figure.values.tolist(), strict=True):

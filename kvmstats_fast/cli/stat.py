@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 import sys
 import warnings
+from collections import deque
 from contextlib import ExitStack
-from itertools import pairwise
+from dataclasses import replace
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvmstats_fast.analysis.several_runs import SeveralRuns
 from kvmstats_fast.cli._command import call_at_end, ended_by_signals, start, wait_for
+from kvmstats_fast.cli._files import check_no_capture, check_selection, choose, open_runs
 from kvmstats_fast.cli._grammar import (
     UsageError,
     add_output,
+    add_sched,
     add_selection,
     add_targets,
     duration,
@@ -21,20 +28,26 @@ from kvmstats_fast.cli._grammar import (
     usage_errors,
 )
 from kvmstats_fast.cli._output import RowWriter, open_output
-from kvmstats_fast.cli._present import present
-from kvmstats_fast.cli._rows import make_rows
+from kvmstats_fast.cli._present import present, vms_of
+from kvmstats_fast.cli._recorded import cover, summarize
+from kvmstats_fast.cli._rows import rows_of
 from kvmstats_fast.cli._targets import are_named, check_targets, open_targets
 from kvmstats_fast.cli.run import start_and_show
 from kvmstats_fast.errors import SamplingWarning
+from kvmstats_fast.formats.wanted import resample_steps
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.measure import measure
 from kvmstats_fast.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from kvmstats_fast.cli._present import Vm
+    from kvmstats_fast.cli._recorded import Run
+    from kvmstats_fast.cli._rows import Key, Row
     from kvmstats_fast.cli._targets import Targets
+    from kvmstats_fast.formats.wanted import Step
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_targets(parser)
     add_selection(parser)
+    add_sched(parser)
     parser.add_argument("-I", "--interval", type=interval, metavar="TIME", help="print each interval (1s, 100ms)")
     parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="count for so long (10s, 5m)")
     parser.add_argument("-n", "--count", type=number, metavar="N", help="number of intervals")
@@ -64,13 +78,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.file[0]} is a recording, and nothing is counted while a command runs: leave one")
     if arguments.command and arguments.duration:
         raise UsageError("a command says itself how long it runs: -d does not go with it")
+    if arguments.file and arguments.duration and not arguments.interval:
+        raise UsageError("a recording was counted for as long as it is: -d takes -I")
     if arguments.file and arguments.sched:
         raise UsageError("a recording has what was recorded: --sched does not go with it")
     if arguments.command and not are_named(arguments):
         return _run_vmm(arguments)
     with ExitStack() as opened:
         if arguments.file:
-            _show_recorded(arguments, opened)
+            (_show_recorded_intervals if arguments.interval else _show_recorded)(
+                arguments, _Shown(arguments, opened, {})
+            )
             return 0
         targets = open_targets(arguments, opened)
         show = _Shown(arguments, opened, targets.vmms)
@@ -97,19 +115,34 @@ def _run_vmm(arguments: argparse.Namespace) -> int:
 
 
 class _Shown:
-    """Shows samples as the command line asks for it."""
+    """Shows what was counted as the command line asks for it."""
 
     def __init__(self, arguments: argparse.Namespace, opened: ExitStack, vmms: Mapping[int, str]) -> None:
         self._arguments, self._vmms = arguments, vmms
         self._writer = RowWriter(arguments, opened.enter_context(open_output(arguments)))
         self._blocks = 0
 
-    def __call__(self, samples: Samples, time: float | None = None) -> None:
-        arguments = self._arguments
-        with usage_errors():
-            samples = samples.select(*arguments.event or (), vcpu=arguments.vcpu)
-        every = make_rows(samples, "vcpu" if arguments.per_vcpu else "vm")
-        rows = [row for row in every if row.moved or arguments.zero]
+    @property
+    def by(self) -> str:
+        """Return of what there is a row."""
+        return "vcpu" if self._arguments.per_vcpu else "vm"
+
+    def __call__(self, runs: Sequence[Samples], time: float | None = None) -> None:
+        """Show runs of the same time; with the time since the start, if they are some of many."""
+        together = SeveralRuns()
+        rows: dict[Key, Row] = {}
+        for samples in runs:
+            together.add_step(samples, follows=False)
+            rows |= rows_of(together.end_run(), self.by)
+        files = [info for samples in runs for info in samples.files]
+        elapsed = max(samples.elapsed for samples in runs)
+        self.write([*rows.values()], lambda: vms_of(files, together.figures("vm"), lambda _: elapsed, self._vmms), time)
+
+    def write(
+        self, every: Sequence[Row], vms: Callable[[], dict[tuple[str, str], Vm]], time: float | None = None
+    ) -> None:
+        """Show rows of these VMs."""
+        rows = [row for row in every if row.moved or self._arguments.zero]
         if not self._writer.text:
             self._writer.write(rows, time)
             return
@@ -119,14 +152,67 @@ class _Shown:
         self._blocks += 1
         if time is not None:
             print(f"{time:.3f} s", file=output)
-        present(samples, rows, self._vmms, output)
+        present(rows, vms(), output)
         output.flush()
 
 
-def _show_recorded(arguments: argparse.Namespace, opened: ExitStack) -> None:
-    show = _Shown(arguments, opened, {})
-    for path in arguments.file:
-        show(Samples.load(path))
+def _show_recorded(arguments: argparse.Namespace, show: _Shown) -> None:
+    with usage_errors():
+        recorded = summarize(arguments.file, show.by, choose(arguments), with_steps=False)
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for life in recorded.lives:
+        runs.setdefault((life.host, life.vm), []).extend(life.runs)
+
+    def seconds(whose: tuple[str, str]) -> float | None:
+        return None if all(run.is_capture for run in runs[whose]) else cover(runs[whose])
+
+    show.write([row.whole() for row in recorded.rows], lambda: vms_of(recorded.files, recorded.figures("vm"), seconds))
+
+
+def _show_recorded_intervals(arguments: argparse.Namespace, show: _Shown) -> None:
+    """Show what was recorded as it would have been shown then: runs of the same time together."""
+    with usage_errors():
+        runs = open_runs(arguments.file)
+        check_no_capture(runs, "-I")
+        selection = choose(arguments)
+        check_selection(runs, selection, "these files")
+        intervals = heapq.merge(*(_pairs(run.read(selection), arguments.interval) for run in runs), key=_end)
+        start: int | None = None
+        for number, (end, found) in enumerate(groupby(intervals, _end), 1):
+            together = list(found)
+            start = int(together[0].wall_time[0]) if start is None else start
+            time = (end - start) / 1e9
+            if time > (arguments.duration or math.inf) or number > (arguments.count or math.inf):
+                break
+            show(together, time)
+
+
+def _end(samples: Samples) -> int:
+    return int(samples.wall_time[-1])
+
+
+def _pairs(steps: Iterable[Step], interval: float) -> Iterator[Samples]:
+    """Give the first and last sweep of each interval; the last is the first of the next one."""
+    begins: deque[Samples] = deque()
+
+    def noted() -> Iterator[Step]:
+        follows = False
+        for step in steps:
+            follows &= step.follows
+            if len(step.samples) and not follows:
+                begins.append(step.samples[:1])
+                follows = True
+            yield step
+
+    before: Samples | None = None
+    for step in resample_steps(noted(), interval):
+        if before is None or not step.follows:
+            before = begins.popleft()
+        for sweep in range(len(step.samples)):
+            after = step.samples[sweep : sweep + 1]
+            if after.time[0] > before.time[0]:
+                yield Samples.concatenate([replace(before, interval=after.interval), after])
+            before = after
 
 
 def _count_once(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
@@ -136,7 +222,7 @@ def _count_once(arguments: argparse.Namespace, targets: Targets, show: _Shown) -
             status = wait_for(start(arguments.command))
         else:
             ended.wait(arguments.duration)
-    show(measured.samples)
+    show([_chosen(measured.samples, arguments)])
     _report_lost(measured.samples)
     return status
 
@@ -156,10 +242,15 @@ def _count_intervals(arguments: argparse.Namespace, targets: Targets, show: _Sho
             for before, after in pairwise(chunks):
                 first = before if first is None else first
                 both = Samples.concatenate([before, after])
-                show(both, (int(after.time[-1]) - int(first.time[0])) / 1e9)
+                show([_chosen(both, arguments)], (int(after.time[-1]) - int(first.time[0])) / 1e9)
         if stream.missed:
             print(f"kvmstats: intervals missed: {stream.missed}", file=sys.stderr)
     return 0 if process is None else wait_for(process)
+
+
+def _chosen(samples: Samples, arguments: argparse.Namespace) -> Samples:
+    with usage_errors():
+        return samples.select(*arguments.event or (), vcpu=arguments.vcpu)
 
 
 def _report_lost(samples: Samples) -> None:
