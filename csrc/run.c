@@ -285,7 +285,8 @@ static void *run_in_thread(void *argument)
 {
     struct kvmstats_run *run = argument;
 
-    if (run->cpus && syscall(SYS_sched_setaffinity, 0L, run->cpu_words * sizeof *run->cpus, run->cpus) != 0)
+    /* A word each: what is wider than a register of a 32-bit machine would be two of the arguments. */
+    if (run->cpus && syscall(SYS_sched_setaffinity, 0L, (size_t)run->cpu_words * sizeof *run->cpus, run->cpus) != 0)
         end(run, -errno);
     else
         kvmstats_run(run);
