@@ -104,25 +104,33 @@ static inline void note_others(struct pace *pace, int64_t now)
     pace->regain_at = now + pace->regain;
 }
 
-/* A sleep ended so late. No spinning would have helped against others' turns, and so they are not learned. */
-static inline void note_sleep(const struct kvmstats_run *run, struct pace *pace, int64_t late, int64_t now)
+/*
+ * A sleep ended so late. No spinning would have helped against others' turns, and so they are not learned. Returns
+ * whether they were such.
+ */
+static inline int note_sleep(const struct kvmstats_run *run, struct pace *pace, int64_t late, int64_t now)
 {
-    if (late > OTHERS_TURN)
+    int is_turn = late > OTHERS_TURN;
+    if (is_turn)
         note_others(pace, now);
     if (late > run->spin_ns || late < 0)
-        return;
+        return is_turn;
     pace->usual += (late - pace->usual) / 8;
     if (late > pace->late)
         pace->late = late;
     else
         pace->late -= (pace->late - late) / 64; /* forget the worst within some hundred sleeps */
+    return is_turn;
 }
 
-/* A tick is taken late, after a sweep or a wait: because the scheduler has taken the processor away? */
-static inline void note_late(struct pace *pace, int64_t now)
+/*
+ * A tick is taken late, after a sweep or a wait: because the scheduler has taken the processor away? What a sleep has
+ * noted already is not noted twice.
+ */
+static inline void note_late(struct pace *pace, int64_t now, int noted)
 {
     long switches = count_switches();
-    if (switches != pace->switches)
+    if (switches != pace->switches && !noted)
         note_others(pace, now);
     pace->switches = switches;
 }
@@ -131,14 +139,14 @@ static inline void note_late(struct pace *pace, int64_t now)
 static inline int64_t wait_until(const struct kvmstats_run *run, struct pace *pace, int64_t when, int64_t now)
 {
     int64_t spin = choose_spin(run, pace, now);
-    int slept = 0;
+    int slept = 0, noted = 0;
 
     while (now < when && !is_stopped(run)) {
         if (when - now > spin) {
             int64_t until = when - now - spin > LONGEST_SLEEP ? now + LONGEST_SLEEP : when - spin;
             sleep_until(until);
             now = now_ns();
-            note_sleep(run, pace, now - until, now);
+            noted |= note_sleep(run, pace, now - until, now);
             slept = 1;
         } else {
             relax();
@@ -149,7 +157,7 @@ static inline int64_t wait_until(const struct kvmstats_run *run, struct pace *pa
         if (!slept && pace->usual > 0)
             --pace->usual; /* by and by, a sleep is tried again */
         if (now - when > OTHERS_TURN)
-            note_late(pace, now);
+            note_late(pace, now, noted);
     }
     return now;
 }
