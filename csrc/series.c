@@ -1,5 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /* Changes, rates, resets and sums: pure functions over values. The contracts are in series.h. */
+#if defined(__i386__) && !defined(__SSE2_MATH__)
+/* The x87 rounds otherwise, and does not work on two doubles at once. Every x86 with KVM has SSE2. */
+#ifdef __clang__
+#error "compile with -msse2: the results are those of IEEE doubles"
+#endif
+#pragma GCC target("sse2,fpmath=sse")
+#endif
+
 #include "series.h"
 
 #include <errno.h>

@@ -5,6 +5,10 @@
  * Link with series.c. What is read and what is written lies right before a page that cannot be accessed, or right behind
  * one.
  */
+#if defined(__i386__) && !defined(__SSE2_MATH__)
+#pragma GCC target("sse2,fpmath=sse") /* as in series.c */
+#endif
+
 #include "series.h"
 
 #include <errno.h>
