@@ -124,11 +124,12 @@ class Conversions:
 
         csv.to_csv(self, path, kind=kind, values=values, overwrite=overwrite, mode=mode)
 
-    def to_parquet(
+    def to_parquet(  # noqa: PLR0913 - what a data set can be like
         self: Any,
         root: str | os.PathLike[str],
         *,
         host: str | None = None,
+        values: str = "raw",
         encoding: str = "BYTE_STREAM_SPLIT",
         overwrite: bool = False,
         mode: int = 0o600,
@@ -136,7 +137,9 @@ class Conversions:
         """Add the samples to a Parquet data set; see `kvmstats_fast.to_parquet`, which also takes a recording."""
         from kvmstats_fast.formats import parquet  # noqa: PLC0415 - only who uses it needs pyarrow
 
-        return parquet.to_parquet(self, root, host=host, encoding=encoding, overwrite=overwrite, mode=mode)
+        return parquet.to_parquet(
+            self, root, host=host, values=values, encoding=encoding, overwrite=overwrite, mode=mode
+        )
 
     def to_perfetto(self: Any, path: str | os.PathLike[str], *, overwrite: bool = False, mode: int = 0o600) -> None:
         """Write the samples as a Perfetto trace; see `kvmstats_fast.to_perfetto`, which also takes a recording."""

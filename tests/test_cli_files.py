@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from holder import Holder
 from made import group_of, run_of
@@ -24,7 +25,8 @@ LINES = int(os.environ.get("KVMSTATS_COMMAND_LINES", "150"))
 
 WORDS = """
 -p -g -e -I -d -n -j -x -o -z -w --vcpu --per --work --to --fail-if --socket --force --per-vcpu --kind --confidence
---synthetic --json --csv 0 -1 1 999999999 1e9 nan * exits ex* a1.npz a?.npz . 0-3 csv vm /dev/null /proc/self/mem
+--synthetic --json --csv --values delta 0 -1 1 999999999 1e9 nan * exits ex* a1.npz a?.npz . 0-3 csv vm /dev/null
+/proc/self/mem
 no/such/file exits>5% 10us
 """
 
@@ -100,6 +102,28 @@ def test_a_recording_is_converted(recordings, capsys):
         "does not end in the name of a format: say --to parquet, csv, perfetto, npz, arrows, merged"
         in capsys.readouterr().err
     )
+
+
+def test_changes_are_converted_too(recordings, capsys):
+    """To Parquet and CSV, with --values; where a format has no place for them the command line is wrong."""
+    x = kf.Samples.load(recordings / "a1.npz")
+    for values in ("delta", "rate"):
+        for name in ("csv", "parquet"):
+            out = recordings / f"{values}.{name}"
+            command = ["convert", f"{recordings}/a1.npz", "-o", str(out), "--values", values]
+            assert cli.main([*command, *(["--kind", "vcpu"] if name == "csv" else [])]) == 0
+        x.vcpu.to_csv(recordings / "x.csv", values=values, overwrite=True)
+        assert (recordings / f"{values}.csv").read_bytes() == (recordings / "x.csv").read_bytes()
+        (path,) = (recordings / f"{values}.parquet").glob("vcpu/*/*")
+        found = pq.read_table(path, partitioning=None)["exits"].to_pylist()
+        changes = x.vcpu.delta("exits") if values == "delta" else x.vcpu.rate("exits")
+        assert found == changes.T.ravel().tolist()
+    capsys.readouterr()
+    for name in ("npz", "arrows", "perfetto", "merged"):
+        out = recordings / f"new.{name}"
+        assert cli.main(["convert", f"{recordings}/a1.npz", "-o", str(out), "--values", "raw"]) == 2
+        assert f"--values is for parquet and csv; {name} has them as they were read" in capsys.readouterr().err
+        assert not out.exists()
 
 
 def test_an_old_stats_file_becomes_one_of_today(tmp_path, capsys):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvmstats_fast.cli._captures import read_bytes
 from kvmstats_fast.cli._grammar import UsageError, usage_errors
 from kvmstats_fast.formats._put import PRIVATE, put_file
+from kvmstats_fast.formats.values import VALUES
 from kvmstats_fast.image import to_merged
 from kvmstats_fast.samples import Samples
 
@@ -26,6 +27,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=list(_FORMATS), help="default: by the ending of OUT")
     parser.add_argument("-o", "--output", required=True, metavar="OUT")
     parser.add_argument("--kind", choices=("vm", "vcpu"), help="for CSV: of what, where a recording has both")
+    parser.add_argument(
+        "--values",
+        choices=VALUES,
+        help="for Parquet and CSV: values as they were read, or how much each changed since the sweep before, or that "
+        "per second (default: raw)",
+    )
     parser.add_argument("--force", action="store_true", help="replace what is there")
 
 
@@ -35,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     name = arguments.to or _ENDINGS.get(ending, ending)
     if name not in _FORMATS:
         raise UsageError(f"{arguments.output} does not end in the name of a format: say --to {', '.join(_FORMATS)}")
+    if arguments.values and name not in _HAVING_VALUES:
+        raise UsageError(f"--values is for {' and '.join(_HAVING_VALUES)}; {name} has them as they were read")
     with usage_errors():  # what the format cannot hold
         _FORMATS[name](arguments)
     print(arguments.output)
@@ -44,13 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _to_parquet(arguments: argparse.Namespace) -> None:
     from kvmstats_fast.formats.parquet import to_parquet  # noqa: PLC0415 - only who uses it needs pyarrow
 
-    to_parquet(_source(arguments), arguments.output, overwrite=arguments.force)
+    to_parquet(_source(arguments), arguments.output, values=arguments.values or "raw", overwrite=arguments.force)
 
 
 def _to_csv(arguments: argparse.Namespace) -> None:
     from kvmstats_fast.formats.csv import to_csv  # noqa: PLC0415 - only who uses it needs pyarrow
 
-    to_csv(_source(arguments), arguments.output, kind=arguments.kind, overwrite=arguments.force)
+    values = arguments.values or "raw"
+    to_csv(_source(arguments), arguments.output, kind=arguments.kind, values=values, overwrite=arguments.force)
 
 
 def _to_perfetto(arguments: argparse.Namespace) -> None:
@@ -82,5 +92,7 @@ _FORMATS: dict[str, Callable[[argparse.Namespace], None]] = {
     "arrows": _save,
     "merged": _to_merged,
 }
+#: Those whose columns may have changes or rates instead.
+_HAVING_VALUES = ("parquet", "csv")
 #: Endings that name a format other than by its own name.
 _ENDINGS = {"pftrace": "perfetto"}

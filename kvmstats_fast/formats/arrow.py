@@ -7,6 +7,7 @@ it was sampled. Rows of a file that had failed are left out, because their value
 
 from __future__ import annotations
 
+import json
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from kvmstats_fast.file_info import identify
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.errors import describe
 from kvmstats_fast.formats.origin import BATCH_FIELDS, FORMAT, Origin
-from kvmstats_fast.formats.values import check_values, find_values
+from kvmstats_fast.formats.values import Columns, check_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -93,7 +94,7 @@ def arrow_schema(origin: Origin, names: Sequence[str], values: str = "raw") -> A
     """Return the schema of the batches of a file."""
     places = {name: place for place, name in enumerate(origin.stats)}
     fields = [stat_field(origin.stats[name], places[name], values) for name in names]
-    metadata = origin.encode() | ({} if values == "raw" else {"kvmstats.values": values})
+    metadata = origin.encode() | ({} if values == "raw" else {"kvmstats.values": json.dumps(values)})
     return need("pyarrow", "arrow").schema(own_fields(origin.kind) + fields, metadata=metadata)
 
 
@@ -232,17 +233,14 @@ def as_numpy(column: Any) -> npt.NDArray[Any]:
     return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * dtype.itemsize)
 
 
-def table(samples: Samples, recording: str = "", *, values: str = "raw") -> Any:
-    """Return samples of one kind and kernel as a ``pyarrow.Table``, with the id of the recording they are from."""
+def table(samples: Samples, *, values: str = "raw", columns: Columns | None = None, follows: bool = False) -> Any:
+    """Return samples of one kind and kernel as a ``pyarrow.Table``; of those that `columns` had before, the next."""
     pa = need("pyarrow", "arrow")
     check_values(values)
     group = one_group(samples)
-    schema = arrow_schema(Origin.of(samples, group, recording=recording), list(group.places), values)
-    if values == "raw":
-        batch, _ = to_batch(samples, group, schema)
-    else:
-        rows, found = find_values(samples, values)
-        batch, _ = to_batch(rows, group, schema, list(found.values()))
+    schema = arrow_schema(Origin.of(samples, group), list(group.places), values)
+    rows, found = (columns or Columns(values)).find(samples, follows=follows)
+    batch, _ = to_batch(rows, one_group(rows), schema, found)
     return pa.Table.from_batches([batch])
 
 

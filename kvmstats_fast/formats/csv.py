@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from kvmstats_fast._arguments import check_kind
 from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.formats._put import PRIVATE, put_file
-from kvmstats_fast.formats.recording import read_batches
-from kvmstats_fast.formats.values import check_values, overlap
+from kvmstats_fast.formats.recording import read_runs
+from kvmstats_fast.formats.values import Columns, check_values
 
 if TYPE_CHECKING:
     import os
@@ -62,13 +62,16 @@ def to_csv(  # noqa: PLR0913 - what a file can be like
     check_values(values)
     writer = None
     with put_file(Path(path), overwrite=overwrite, mode=mode) as file, ExitStack() as stack:
-        batches = read_batches(source)
-        for samples in batches if values == "raw" else overlap(batches, getattr(source, "path", source)):
-            table = _flatten(arrow.table(samples if kind is None else _of_kind(samples, kind), values=values))
+        last = None
+        for run, step in read_runs(source):
+            samples = step.samples if kind is None else _of_kind(step.samples, kind)
+            if run != last:
+                last, columns = run, Columns(values)
+            table = _flatten(arrow.table(samples, values=values, columns=columns, follows=step.follows))
             if writer is None:
-                columns = table.schema
-                writer = stack.enter_context(csv.CSVWriter(file, columns))
-            elif not columns.equals(table.schema):
+                schema = table.schema
+                writer = stack.enter_context(csv.CSVWriter(file, schema))
+            elif not schema.equals(table.schema):
                 raise KeyError(
                     f"{path}: the runs of this recording have different statistics, which one CSV file has no columns "
                     "for: see kvmstats_fast.open_recordings(...).select"

@@ -178,7 +178,10 @@ class Origin:
         if b"kvmstats.format" not in metadata:
             raise KvmStatsError(f"{source}: not a recording of kvmstats_fast: its metadata has no kvmstats.format")
         if b"kvmstats.values" in metadata:
-            raise KvmStatsError(f"{source}: its columns have changes, not raw values; no samples can be made of them")
+            raise KvmStatsError(
+                f"{source}: its columns have changes, not raw values; no samples can be made of them: read it with "
+                "DuckDB, Polars or pandas, or open what it was made of"
+            )
         written = read_field(metadata, "format", whole(0, INT32[1]), source)
         check_format(written, source)
         checks = _CHECKS | {"files": check_files(written)}

@@ -19,16 +19,20 @@ from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories, pu
 from kvmstats_fast.formats.arrow import arrow_schema, decode_dictionaries, one_group, to_batch
 from kvmstats_fast.formats.limits import MOST_DATES
 from kvmstats_fast.formats.origin import Origin
+from kvmstats_fast.formats.parquet_file import check_same_values
 from kvmstats_fast.formats.pending import bytes_of, bytes_per_sweep, cut_sweeps
-from kvmstats_fast.formats.recording import Recording
-from kvmstats_fast.formats.steps import STEP_BYTES
+from kvmstats_fast.formats.recording import Recording, read_runs
+from kvmstats_fast.formats.values import Columns, check_values
 from kvmstats_fast.samples import Samples
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator
 
+    import numpy.typing as npt
     from typing_extensions import Self
+
+    from kvmstats_fast.formats.wanted import Step
 
 #: So much is a row group, which is worked on in memory; and so much goes into one file.
 _GROUP_BYTES = 32 << 20
@@ -42,6 +46,7 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
     root: str | os.PathLike[str],
     *,
     host: str | None = None,
+    values: str = "raw",
     encoding: str = "BYTE_STREAM_SPLIT",
     overwrite: bool = False,
     mode: int = PRIVATE,
@@ -56,8 +61,11 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
         because their columns differ. Dates are UTC.
     host : str, optional
         What the column ``host`` says. Default: the name of the host where the samples were taken.
+    values : {"raw", "delta", "rate"}
+        What the columns of statistics have, as in `Samples.to_arrow`. A data set has one of them.
     encoding : {"BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN"}
-        Of integers. The first is for readers since 2024 or so (DuckDB 2); all readers know the other two.
+        Of integers. The first is for readers since 2024 or so (DuckDB 2); all readers know the other two. Rates are
+        split unless this is ``"PLAIN"``: of floats, all readers know that.
     overwrite : bool
         Replace the files of the same samples or recording.
     mode : int
@@ -74,7 +82,7 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
     FileExistsError
         If these samples or this recording were converted to this place before, without `overwrite`.
     KvmStatsError
-        If a recording has no whole batch, or is on more than 3660 dates.
+        If a recording has no whole batch, or is on more than 3660 dates; or if the data set there has other `values`.
     ModuleNotFoundError
         Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
 
@@ -83,35 +91,47 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
     The columns are those of `Samples.to_arrow`. The host is one of them, and not in the names of directories, because
     readers guess types from these: ``host=007`` would be the number 7. Row groups follow each other in time,
     and in each the rows are sorted by file then time; statistics are compressed with zstd and encoded without a
-    dictionary: neighbours differ little. Histograms are lists. Values are raw, and what their descriptors say is in the
-    metadata of the fields. Each file is there as a whole or not at all. `open_recordings` reads a data set back.
+    dictionary: neighbours differ little. Histograms are lists. What the descriptors say is in the metadata of the
+    fields. Each file is there as a whole or not at all. `open_recordings` reads a data set of raw values back.
+
+    Changes are those of each run as a whole, whatever batches, files and dates it lies in; between two runs there are
+    none. Each is in the row, and so in the file, of the later of its two sweeps.
     """
-    if isinstance(source, Samples):
-        name, steps = _name(source), iter([(0, source)])
-    else:
-        recording = source if isinstance(source, Recording) else Recording(source)
-        name, steps = recording.recording, recording.read_runs(STEP_BYTES)
-    return write_parquet(steps, Path(root), name, host=host, encoding=encoding, overwrite=overwrite, mode=mode)
+    if not isinstance(source, (Samples, Recording)):
+        source = Recording(source)
+    name = _name(source) if isinstance(source, Samples) else source.recording
+    return write_parquet(
+        read_runs(source),
+        Path(root),
+        name,
+        host=host,
+        values=values,
+        encoding=encoding,
+        overwrite=overwrite,
+        mode=mode,
+    )
 
 
 def write_parquet(  # noqa: PLR0913 - what to_parquet is told
-    steps: Iterable[tuple[int, Samples]],
+    steps: Iterable[tuple[int, Step]],
     root: Path,
     name: str,
     *,
     host: str | None,
+    values: str,
     encoding: str,
     overwrite: bool,
     mode: int,
 ) -> list[Path]:
     """Write the samples of runs, each with the number of its run; `name` is that of the recording. See `to_parquet`."""
+    check_values(values)
     if encoding not in _ENCODINGS:
         raise ValueError(f"encoding is {encoding!r}; it must be one of {', '.join(map(repr, _ENCODINGS))}")
     check_mode(mode)
-    with _Parquet(root, host, name, encoding, overwrite=overwrite, mode=mode) as writer:
-        for run, samples in steps:
-            for part in samples.split():
-                writer.add(part, run)
+    with _Parquet(root, host, name, _Options(values, encoding, overwrite, mode)) as writer:
+        for run, step in steps:
+            for part in step.samples.split():
+                writer.add(part, run, follows=step.follows)
     return writer.written
 
 
@@ -121,6 +141,15 @@ def _name(samples: Samples) -> str:
     digest = blake2b(json.dumps(what).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(samples.time).data)
     return digest.hexdigest()
+
+
+class _Options(NamedTuple):
+    """How files are written: see `to_parquet`."""
+
+    values: str
+    encoding: str
+    overwrite: bool
+    mode: int
 
 
 class _Where(NamedTuple):
@@ -136,12 +165,12 @@ class _Where(NamedTuple):
 class _Parquet:
     """Writes sweeps to files by kind, date, host, schema and run, a new one after so many bytes."""
 
-    def __init__(  # noqa: PLR0913 - what to_parquet is told
-        self, root: Path, host: str | None, name: str, encoding: str, *, overwrite: bool, mode: int
-    ) -> None:
-        self._root, self._host, self._name = root, host, name
-        self._options = _Options(encoding, overwrite, mode)
+    def __init__(self, root: Path, host: str | None, name: str, options: _Options) -> None:
+        self._root, self._host, self._name, self._options = root, host, name, options
         self._open: dict[_Where, _File] = {}
+        #: Of the run that is being added, by kind, host and schema.
+        self._run, self._columns = -1, dict[tuple[str, ...], Columns]()
+        self._checked: set[str] = set()
         self._numbers: dict[tuple[str, ...], int] = {}
         self._dates: set[str] = set()
         self.written: list[Path] = []
@@ -161,8 +190,8 @@ class _Parquet:
                 self._end(next(iter(self._open)))
             stack.pop_all()
 
-    def add(self, samples: Samples, run: int) -> None:
-        """Take samples of one kind and kernel."""
+    def add(self, samples: Samples, run: int, *, follows: bool) -> None:
+        """Take samples of one kind and kernel, which `follows` those of the run before them."""
         host = self._host or samples.host or "unknown"
         samples = replace(samples, host=host, files=tuple(replace(info, host=host) for info in samples.files))
         kind, fingerprint = samples.files[0].kind, samples.groups[0].schema.fingerprint[:8]
@@ -171,18 +200,28 @@ class _Parquet:
         self._dates.update(date for date, _ in by_date)
         if len(self._dates) > MOST_DATES:
             raise KvmStatsError(f"recording {self._name}: column 'time' is on more than {MOST_DATES} dates")
+        if run != self._run:
+            self._run, self._columns = run, {}
+        columns = self._columns.setdefault((kind, host, fingerprint), Columns(self._options.values))
         for date, of_date in by_date:
             where = _Where(kind, date, host, fingerprint, run)
             for other in [other for other in self._open if other._replace(date=date) == where != other]:
                 self._end(other)
             for part in cut_sweeps(of_date, range(step, len(of_date), step)):
+                rows, values = columns.find(part, follows=follows)
+                follows = True
+                if not len(rows):
+                    continue
                 if where not in self._open:
-                    self._open[where] = self._begin(where, of_date)
-                self._open[where].add(part)
+                    self._open[where] = self._begin(where, rows)
+                self._open[where].add(rows, values)
                 if self._open[where].size >= _FILE_BYTES:
                     self._end(where)
 
     def _begin(self, where: _Where, samples: Samples) -> _File:
+        if where.kind not in self._checked:
+            self._checked.add(where.kind)
+            check_same_values(self._root / where.kind, self._options.values)
         number = self._numbers[where[:4]] = self._numbers.get(where[:4], -1) + 1
         name = f"{_quote(where.host)}-{self._name}-{where.fingerprint}-{number:05}.parquet"
         path = self._root / where.kind / f"date={where.date}" / name
@@ -195,14 +234,6 @@ class _Parquet:
         with _saying_what_is_there(file.path):
             file.end()
         del self._open[where]
-
-
-class _Options(NamedTuple):
-    """How files are written: see `to_parquet`."""
-
-    encoding: str
-    overwrite: bool
-    mode: int
 
 
 class _File:
@@ -218,13 +249,21 @@ class _File:
     def __init__(self, path: Path, root: Path, samples: Samples, options: _Options, **origin: Any) -> None:
         self._pa, pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
         self.path, self.size = path, 0
-        self._waiting: list[Samples] = []
+        self._waiting: list[tuple[Samples, list[npt.NDArray[Any]] | None]] = []
         self._happened: list[dict[str, Any]] = []
         group = one_group(samples)
-        self._coded = arrow_schema(Origin.of(samples, group, **origin), list(group.places))
+        self._coded = arrow_schema(Origin.of(samples, group, **origin), list(group.places), options.values)
         empty = decode_dictionaries(self._coded.empty_table())  # which are for a reader's memory, not for the file
         self._schema = empty.schema
-        split = [column.path for column in self._columns(pq, empty) if column.physical_type == "INT64"]
+        of_type = {
+            "INT64": options.encoding,
+            "DOUBLE": "PLAIN" if options.encoding == "PLAIN" else "BYTE_STREAM_SPLIT",
+        }
+        encodings = {
+            column.path: of_type[column.physical_type]
+            for column in self._columns(pq, empty)
+            if column.physical_type in of_type
+        }
         make_directories(path.parent, options.mode)
         with ExitStack() as stack:
             # Not beside it: were it left there by a kill, some readers would stumble over it.
@@ -235,7 +274,7 @@ class _File:
                     self._schema,
                     compression="zstd",
                     use_dictionary=False,
-                    column_encoding=dict.fromkeys(split, options.encoding),
+                    column_encoding=encodings,
                     sorting_columns=pq.SortingColumn.from_ordering(self._schema, _ORDER),
                 )
             )
@@ -248,17 +287,19 @@ class _File:
         schema = pq.ParquetFile(self._pa.BufferReader(sink.getvalue())).schema
         return [schema.column(index) for index in range(len(schema.names))]
 
-    def add(self, samples: Samples) -> None:
-        """Add samples, of which not many wait to be written."""
-        self._waiting.append(samples)
+    def add(self, samples: Samples, values: list[npt.NDArray[Any]] | None) -> None:
+        """Add samples, of which not many wait to be written, and what the columns of statistics hold of them."""
+        self._waiting.append((samples, values))
         self.size += bytes_of(samples)
-        if sum(map(bytes_of, self._waiting)) >= _GROUP_BYTES:
+        if sum(bytes_of(waiting) for waiting, _ in self._waiting) >= _GROUP_BYTES:
             self._write()
 
     def _write(self) -> None:
-        samples = Samples.concatenate(self._waiting)
+        parts, values = zip(*self._waiting, strict=True)
         self._waiting = []
-        batch, happened = to_batch(samples, one_group(samples), self._coded, by_file=True)
+        samples = Samples.concatenate(parts)
+        joined = None if values[0] is None else [np.concatenate(of_column) for of_column in zip(*values, strict=True)]
+        batch, happened = to_batch(samples, one_group(samples), self._coded, joined, by_file=True)
         table = decode_dictionaries(self._pa.Table.from_batches([batch]))
         self._writer.write_table(table, row_group_size=max(len(table), 1))
         self._happened.append(happened)

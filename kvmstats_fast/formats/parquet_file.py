@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from kvmstats_fast._text import printable
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.arrow import ROWS, as_numpy
@@ -162,6 +164,25 @@ class ParquetFile:
             "interrupted": False,
             "errors": describe(errors),
         }
+
+
+def check_same_values(directory: Path, values: str) -> None:
+    """Raise KvmStatsError if a data set has other values, in columns of the same names; one file of it says so."""
+    pa, pq = need("pyarrow", "arrow"), need("pyarrow.parquet", "arrow")
+    for path in directory.glob("date=*/*.parquet"):
+        try:
+            with open_regular(path) as fd:
+                metadata = pq.read_schema(f"/proc/self/fd/{fd.fileno()}").metadata or {}
+        except (pa.ArrowException, OSError, KvmStatsError):
+            continue  # gone, or not of ours
+        if b"kvmstats.format" in metadata:
+            there = metadata.get(b"kvmstats.values", b'"raw"').decode("ascii", "backslashreplace")
+            if there != json.dumps(values):
+                raise KvmStatsError(
+                    f"{directory}: {path.name} has {printable(there)} values, and these are {json.dumps(values)}: give "
+                    "them a data set of their own"
+                )
+            return
 
 
 def _bounds(group: Any, name: str) -> tuple[int, int] | None:

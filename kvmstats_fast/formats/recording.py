@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from kvmstats_fast.formats import need
 from kvmstats_fast.formats.recorded_run import RecordedRun
 from kvmstats_fast.formats.steps import STEP_BYTES
 from kvmstats_fast.formats.stream_file import StreamFile
-from kvmstats_fast.formats.wanted import ALWAYS, Wanted
+from kvmstats_fast.formats.wanted import ALWAYS, Step, Wanted, check_order
 from kvmstats_fast.formats.whole import Whole
 from kvmstats_fast.samples import Samples
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.file_info import FileInfo
     from kvmstats_fast.formats.origin import Origin
-    from kvmstats_fast.formats.wanted import Step
     from kvmstats_fast.selection import Selection
     from kvmstats_fast.spans import Span
 
@@ -148,12 +148,16 @@ class Recording:
         """Give the batches in turn, small ones put together until their values take `size` bytes."""
         return (step.samples for _, step in self._read_all(size, in_place=False))
 
-    def read_runs(self, size: int) -> Iterator[tuple[int, Samples]]:
-        """Give the number of the run and the batches, as `read` does; KvmStatsError if there is no whole batch."""
+    def read_runs(self, size: int) -> Iterator[tuple[int, Step]]:
+        """Give the batches, as `read` does, with the number of the run.
+
+        KvmStatsError if there is no whole batch, or if one cannot follow that before.
+        """
         empty = True
-        for run, step in self._read_all(size, in_place=False):
-            empty = False
-            yield run, step.samples
+        for run, pairs in groupby(self._read_all(size, in_place=False), key=itemgetter(0)):
+            for step in check_order((step for _, step in pairs), self.path):
+                empty = False
+                yield run, step
         if empty:
             raise KvmStatsError(f"{self.path}: there is no whole batch in this recording")
 
@@ -241,14 +245,20 @@ class Recording:
             raise KvmStatsError(f"{self.path}: this recording is damaged: {error}") from error
 
 
-def read_batches(source: Samples | Recording | str | os.PathLike[str], size: int = STEP_BYTES) -> Iterator[Samples]:
-    """Give Samples, or those of a recording in steps of about `size` bytes; KvmStatsError if it has none."""
+def read_runs(source: Samples | Recording | str | os.PathLike[str]) -> Iterator[tuple[int, Step]]:
+    """Give Samples, or those of a recording in steps of some megabytes, with the number of the run.
+
+    KvmStatsError as `Recording.read_runs`.
+    """
     if isinstance(source, Samples):
-        yield source
-        return
+        return iter([(0, Step(source, 0, follows=False))])
     recording = source if isinstance(source, Recording) else Recording(source)
-    for _, samples in recording.read_runs(size):
-        yield samples
+    return recording.read_runs(STEP_BYTES)
+
+
+def read_batches(source: Samples | Recording | str | os.PathLike[str]) -> Iterator[Samples]:
+    """Give the Samples of `read_runs`."""
+    return (step.samples for _, step in read_runs(source))
 
 
 def _name_gaps(seen: Sequence[int], before: int, last: int) -> list[str]:

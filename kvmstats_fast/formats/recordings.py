@@ -14,13 +14,13 @@ import numpy as np
 from kvmstats_fast._arguments import check_seconds
 from kvmstats_fast.analysis.histogram import Histogram, adder_of, adds_up
 from kvmstats_fast.analysis.tally import Counted, Tally, add_changes, group
-from kvmstats_fast.errors import KvmStatsError, unknown_stat
+from kvmstats_fast.errors import unknown_stat
 from kvmstats_fast.file_info import check_by
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats._put import PRIVATE
 from kvmstats_fast.formats.parquet import write_parquet
 from kvmstats_fast.formats.sources import Source, find_sources
-from kvmstats_fast.formats.wanted import ALWAYS, Step, Wanted, resample_steps
+from kvmstats_fast.formats.wanted import ALWAYS, Step, Wanted, check_order, resample_steps
 from kvmstats_fast.selection import Selection, take_files
 from kvmstats_fast.spans import Span
 
@@ -237,7 +237,7 @@ class Recordings:
         labels = dict(zip(run.source.files, run.files, strict=True))
         wanted_files = frozenset(run.source.files[index] for index in chosen)
         wanted = Wanted(names, frozenset(run.source.indices[index] for index in chosen), self._span)
-        steps = _check_order(run.source, run.source.read(wanted, _STEP_BYTES))
+        steps = check_order(run.source.read(wanted, _STEP_BYTES), run.source.path)
         files: tuple[FileInfo, ...] = ()
         try:
             for step in steps if self._interval is None else resample_steps(steps, self._interval):
@@ -392,19 +392,24 @@ class Recordings:
         self,
         root: str | os.PathLike[str],
         *,
+        values: str = "raw",
         encoding: str = "BYTE_STREAM_SPLIT",
         overwrite: bool = False,
         mode: int = PRIVATE,
     ) -> list[Path]:
-        """Add the runs, or what is selected of them, to a Parquet data set; see `kvmstats_fast.to_parquet`."""
+        """Add the runs, or what is selected of them, to a Parquet data set; see `kvmstats_fast.to_parquet`.
+
+        Changes are those within each run: what a counter did between two of them, or in time that was not selected, is
+        in no row.
+        """
         by_name: dict[str, list[_Run]] = {}
         for run in self._runs:
             by_name.setdefault(self._name(run.source), []).append(run)
         written = []
         for name, runs in by_name.items():
-            steps = ((run.source.origin.run, step.samples) for run in runs for step in self._read(run, relabel=False))
+            steps = ((run.source.origin.run, step) for run in runs for step in self._read(run, relabel=False))
             written += write_parquet(
-                steps, Path(root), name, host=None, encoding=encoding, overwrite=overwrite, mode=mode
+                steps, Path(root), name, host=None, values=values, encoding=encoding, overwrite=overwrite, mode=mode
             )
         return written
 
@@ -415,24 +420,6 @@ class Recordings:
             return source.origin.recording
         about = json.dumps([source.origin.recording, str(source.path), repr(what)])
         return blake2b(about.encode(), digest_size=16).hexdigest()
-
-
-def _check_order(source: Source, steps: Iterable[Step]) -> Iterator[Step]:
-    """Give the samples of a run; KvmStatsError where they cannot follow those before."""
-    last: int | None = None
-    failed: set[int] = set()
-    for step in steps:
-        samples = step.samples
-        if len(samples):
-            if last is not None and int(samples.time[0]) < last:
-                raise KvmStatsError(
-                    f"{source.path}: this recording is damaged: its sweeps are not in the order of time"
-                )
-            if not failed <= {error.file for error in samples.errors if not error.sweep}:
-                raise KvmStatsError(f"{source.path}: this recording is damaged: a file that had failed was read again")
-            last = int(samples.time[-1])
-            failed |= {error.file for error in samples.errors}
-        yield step
 
 
 def _add_up(counted: Counted, by: str | None) -> dict[str, Total]:

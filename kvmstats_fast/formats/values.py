@@ -5,15 +5,15 @@ A change is in the row of the later of its two sweeps; the first sweep has no ro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast import changes
-from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.formats.pending import cut_sweeps
+from kvmstats_fast.groups import join_groups
 from kvmstats_fast.joining import join_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     import numpy.typing as npt
 
     from kvmstats_fast.samples import Samples
@@ -50,23 +50,36 @@ def find_units(stat: Stat, values: str, *, si: bool = False) -> str:
     return "" if stat.is_histogram else stat.units(si)
 
 
-def overlap(batches: Iterable[Samples], source: object) -> Iterator[Samples]:
-    """Give samples that follow each other, and between two of them the last sweep of one with the first of the next.
+class Columns:
+    """What the columns of statistics hold, of samples that come one after the other.
 
-    So the changes within each are all there are. Samples of other files or statistics are another run, whose first
-    sweep has none before it. KvmStatsError, which names the `source`, for what no recorder writes one after the other.
+    The first change of each is that since the last sweep before it; where nothing is known of the time between, its
+    first sweep has no row.
     """
-    before: Samples | None = None
-    for samples in batches:
-        if before is not None and len(samples) and _is_same_run(before, samples):
-            try:
-                yield join_samples([before, samples[:1]])
-            except ValueError as error:
-                raise KvmStatsError(f"{source}: this recording is damaged: {error}") from error
-        yield samples
-        before = samples[-1:] if len(samples) else before
+
+    def __init__(self, values: str) -> None:
+        self._values = values
+        self._last: Samples | None = None
+
+    def find(self, samples: Samples, *, follows: bool) -> tuple[Samples, list[npt.NDArray[Any]] | None]:
+        """Return the sweeps that have a row, and what the columns hold; None: the sweeps' own values.
+
+        ValueError if these samples cannot follow those before.
+        """
+        if self._values == "raw":
+            return samples, None
+        before = self._last if follows else None
+        self._last = _copy(samples[-1:]) if len(samples) else before
+        if before is not None:
+            return samples, self._find(join_samples([before, samples]))
+        *_, rows = cut_sweeps(samples, [1])
+        rows.missed, rows.overruns = samples.missed, samples.overruns
+        return rows, self._find(samples)
+
+    def _find(self, samples: Samples) -> list[npt.NDArray[Any]]:
+        return [*find_values(samples, self._values)[1].values()]
 
 
-def _is_same_run(before: Samples, after: Samples) -> bool:
-    signatures = [[group.signature for group in samples.groups] for samples in (before, after)]
-    return before.files == after.files and signatures[0] == signatures[1]
+def _copy(samples: Samples) -> Samples:
+    """Return these sweeps alone, where they may be a view of many."""
+    return replace(samples, groups=tuple(join_groups([group]) for group in samples.groups))

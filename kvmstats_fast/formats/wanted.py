@@ -6,12 +6,14 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats.metadata import INT64
 from kvmstats_fast.joining import join_samples
 from kvmstats_fast.spans import Span, resample
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     import numpy as np
     import numpy.typing as npt
@@ -100,6 +102,22 @@ class Wanted:
             for one in self.span.moved(since).find(samples):
                 yield Step(samples[one], step.stored, one.start == end)
                 end, is_whole = one.stop, one.stop == len(samples)
+
+
+def check_order(steps: Iterable[Step], path: Path) -> Iterator[Step]:
+    """Give the steps of a run; KvmStatsError, which names its `path`, where they cannot follow those before."""
+    last: int | None = None
+    failed: set[int] = set()
+    for step in steps:
+        samples = step.samples
+        if len(samples):
+            if last is not None and int(samples.time[0]) < last:
+                raise KvmStatsError(f"{path}: this recording is damaged: its sweeps are not in the order of time")
+            if not failed <= {error.file for error in samples.errors if not error.sweep}:
+                raise KvmStatsError(f"{path}: this recording is damaged: a file that had failed was read again")
+            last = int(samples.time[-1])
+            failed |= {error.file for error in samples.errors}
+        yield step
 
 
 def resample_steps(steps: Iterable[Step], interval: float) -> Iterator[Step]:
