@@ -143,6 +143,25 @@ def test_refresh_adds_what_is_new_and_closes_what_the_vmm_closed(resources):
 
 
 @pytest.mark.real_vm
+def test_the_number_of_a_file_that_refresh_closed_is_not_reused_at_once(resources):
+    """A run may be about to read it: what is opened next must not be read in its place."""
+    holder = resources.enter_context(Holder(hold="vcpus"))
+    kf.attach(holder.pid).close()
+    fds = open_fds()
+    with kf.attach(holder.pid) as machine:
+        number = machine.vcpus[-1].fileno()
+        holder.do("files.pop().close()")
+        assert machine.refresh()
+        with Path(os.devnull).open() as another:
+            assert another.fileno() != number
+            assert os.readlink(f"/proc/self/fd/{number}") == os.devnull
+        assert not machine.refresh()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(number)
+    assert open_fds() == fds
+
+
+@pytest.mark.real_vm
 @pytest.mark.parametrize("has_kcmp", [True, False])
 def test_refresh_keeps_its_files_when_the_vmm_opens_them_once_more(holder, monkeypatch, has_kcmp):
     """Even at lower numbers, and where the kernel does not tell duplicates: a run goes on with what it has."""

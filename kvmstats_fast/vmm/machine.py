@@ -70,6 +70,7 @@ class VirtualMachine(Closing):
         self._trouble = trouble
         self._threads: dict[int, VcpuThread] | None = None  # None: nobody has asked
         self._closed = False
+        self._stale: list[StatsFile] = []  # of the last refresh; revoked, but their numbers are taken until the next
         self._watched = watched
         self.pid, self.vmm, self.name, self.how = about.pid, about.vmm, about.name, how
         self.process: subprocess.Popen[Any] | None = None
@@ -200,8 +201,11 @@ class VirtualMachine(Closing):
                 file.handle.revoke(
                     AttachError(errno.ENODEV, f"{printable(file.id)}: process {self.pid} has closed this stats file")
                 )
-                file.close()
                 file.handle.owner = file.handle.owner._replace(machine=None)
+            # Not those of now: a run may be about to read one, and would read what is opened next under its number.
+            for file in self._stale:
+                file.close()
+            self._stale = stale
             self._watched.watch(sorted([*kept, *fresh], key=by_vcpu), marks)
             self._set(self._watched.files)
             self.about = about
@@ -249,7 +253,7 @@ class VirtualMachine(Closing):
         with WATCHER.lock:
             self._closed = True
             self._watched.close()
-            for file in self.files:
+            for file in (*self.files, *self._stale):
                 file.close()
                 file.handle.owner = file.handle.owner._replace(machine=None)
 
