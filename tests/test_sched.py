@@ -412,6 +412,12 @@ def test_the_system_call_that_a_thread_is_in_comes_first():
     assert threads_of(of)[0] == (11, "KVM_RUN")
 
 
+def test_threads_are_in_the_order_of_their_vcpus():
+    """However each of them was found."""
+    found = threads_of({10: NO_CALL, 11: ("vcpu0", "running"), 12: ("pool", IN_RUN.format(21))})
+    assert [*found.items()] == [(0, (11, "name")), (1, (12, "KVM_RUN"))]
+
+
 @pytest.mark.skipif(not IN_FIRST_PID_NAMESPACE, reason="ids have other numbers than this pid namespace")
 def test_an_id_names_a_thread_where_each_thread_makes_its_own_vcpu():
     """Not the first thread, nor one that made several, nor one that is not of the process."""

@@ -41,7 +41,7 @@ class VcpuThread(NamedTuple):
 
 
 def find_threads(process: Process, files: Sequence[StatsFile]) -> dict[int, VcpuThread]:
-    """Return the threads that run the vCPUs of a process, by the vCPU's number; those that are not known are left out.
+    """Return the threads that run the vCPUs of a process, in the order of the vCPUs; without those that are not known.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def find_threads(process: Process, files: Sequence[StatsFile]) -> dict[int, Vcpu
         for vcpu_id, threads in candidates.items():
             if vcpu_id in wanted and vcpu_id not in found and len(threads) == 1:
                 found[vcpu_id] = VcpuThread(threads.pop(), known_by)
-    return found
+    return dict(sorted(found.items()))
 
 
 def _in_kvm_run(process: Process, tids: Sequence[int], _: Sequence[StatsFile]) -> Iterator[tuple[int, int]]:
