@@ -37,13 +37,19 @@ def arguments(folder, *more, vcpus=4):
     return [*command, "-qmp", f"unix:{path},server=on,wait=off"], path
 
 
-def firmware(folder):
-    """Arguments for a firmware that counts at 0x7000 as fast as it can, and the ticks of its clock at 0x46c."""
+def firmware(folder, *, spin=False):
+    """Arguments for a firmware that counts at 0x7000 as fast as it can, and the ticks of its clock at 0x46c.
+
+    Its other vCPUs halt, or `spin`: they have no exits and no halts.
+    """
     if shutil.which("gcc") is None:
         pytest.skip("there is no gcc to build a firmware")
     image = folder / "firmware"
     linker = "-Wl,--oformat=binary,-Ttext=0,--entry=0,--build-id=none"
-    subprocess.run(["gcc", "-nostdlib", "-static", "-no-pie", linker, FIRMWARE, "-o", image], check=True)
+    subprocess.run(
+        ["gcc", *(["-DSPIN"] if spin else []), "-nostdlib", "-static", "-no-pie", linker, FIRMWARE, "-o", image],
+        check=True,
+    )
     return "-bios", str(image)
 
 

@@ -2,6 +2,8 @@
 
 import os
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import hypothesis
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from helpers import examples
 from holder import Holder
 from hypothesis import strategies as st
-from qemu import needs_qemu, plain_qemu, until
+from qemu import firmware, needs_qemu, plain_qemu, until
 from test_sched import NAMES, REAL, SPIN, schedstat
 
 import kvmstats_fast as kf
@@ -145,14 +147,30 @@ def shares_of(samples):
     return np.array([figures[f"{name}_share"].values for name in SHARES])
 
 
-@REAL
-def test_two_vcpus_on_one_processor_share_it(resources):
-    """They run and wait as long as /proc says of the same time, and both together run no longer than it lasted."""
-    cpu = min(os.sched_getaffinity(0))
+def two_guests(resources, cpu):
+    """Two VMs of one vCPU each, which never sleeps."""
     pin = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\n"
     holders = [resources.enter_context(Holder(1, before=pin + SPIN)) for _ in range(2)]
-    machines = [resources.enter_context(kf.attach(holder.pid)) for holder in holders]
-    tids = [(machine.pid, machine.threads[0]) for machine in machines]
+    return [resources.enter_context(kf.attach(holder.pid)) for holder in holders]
+
+
+def two_of_qemu(resources, cpu):
+    """A QEMU of two vCPUs that never sleep."""
+    folder = Path(resources.enter_context(TemporaryDirectory()))
+    process, monitor = plain_qemu(folder, resources, *firmware(folder, spin=True), vcpus=2)
+    machine = resources.enter_context(kf.attach(process.pid, inject=True))
+    for tid in (one["thread-id"] for one in monitor("query-cpus-fast")):
+        os.sched_setaffinity(tid, {cpu})
+    return [machine]
+
+
+@REAL
+@pytest.mark.parametrize("start", [two_guests, pytest.param(two_of_qemu, marks=needs_qemu)])
+def test_two_vcpus_on_one_processor_share_it(start, resources):
+    """They run and wait as long as /proc says of the same time, and both together run no longer than it lasted."""
+    machines = start(resources, min(os.sched_getaffinity(0)))
+    tids = [(machine.pid, tid) for machine in machines for tid in machine.threads.values()]
+    assert len(tids) == 2
 
     def proc():
         return np.array([schedstat(*tid) for tid in tids])

@@ -1,6 +1,6 @@
 /*
  * A firmware for QEMU, of 64 KiB at 0xf0000: vCPU 0 counts at 0x7000 as fast as it can, and at 0x46c, as a PC's does, the
- * ticks of the PIT; the other vCPUs halt. It starts within milliseconds, where SeaBIOS takes seconds on hosts that
+ * ticks of the PIT; the other vCPUs halt, or go round in a loop if SPIN is defined. It starts within milliseconds, where SeaBIOS takes seconds on hosts that
  * emulate real mode.
  */
 .code16
@@ -25,7 +25,11 @@ start:
     mov $0xfee00000, %edi
     addr32 movl $0x1ff, %es:0xf0(%edi)  /* enable it; */
     addr32 movl $0x700, %es:0x350(%edi) /* the interrupt controller's interrupts come through it. */
+#ifdef SPIN
+    movl $0xfeeb, 0x1000                /* For the other vCPUs: again: jmp again */
+#else
     movl $0xfdebf4, 0x1000              /* For the other vCPUs: again: hlt; jmp again */
+#endif
     addr32 movl $0xc4500, %es:0x300(%edi) /* INIT, then start at 0x1000 */
     addr32 movl $0xc4601, %es:0x300(%edi)
 
