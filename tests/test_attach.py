@@ -154,7 +154,7 @@ def test_the_number_of_a_file_that_refresh_closed_is_not_reused_at_once(resource
         assert machine.refresh()
         with Path(os.devnull).open() as another:
             assert another.fileno() != number
-            assert os.readlink(f"/proc/self/fd/{number}") == os.devnull
+            assert Path(f"/proc/self/fd/{number}").readlink() == Path(os.devnull)
         assert not machine.refresh()
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(number)
