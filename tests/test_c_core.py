@@ -21,6 +21,7 @@ TEST_CORE = str(TESTS / "c" / "test_core.c")
 TEST_RUN = str(TESTS / "c" / "test_run.c")
 TEST_SERIES = str(TESTS / "c" / "test_series.c")
 FUZZ_CORE = str(TESTS / "c" / "fuzz_core.c")
+FUZZ_TARGETS = sorted((TESTS / "c").glob("fuzz_*.c"))
 CAPTURES = sorted((TESTS / "data" / "captures").glob("*/*.bin"))
 
 CC = shlex.split(os.environ.get("CC", "gcc"))
@@ -275,9 +276,10 @@ def test_the_core_compiles_without_a_warning(tmp_path, source):
     build(tmp_path / "nothing", *strict, "-D_GNU_SOURCE", "-fsyntax-only")  # it only declares more
 
 
-def test_the_fuzz_target_compiles_without_its_own_main(tmp_path):
-    """Without STANDALONE there is only the entry point that libFuzzer calls."""
-    build(tmp_path / "nothing", "-c", FUZZ_CORE, "-fsyntax-only")
+@pytest.mark.parametrize("target", FUZZ_TARGETS, ids=lambda path: path.stem)
+def test_the_fuzz_targets_compile_without_a_main(tmp_path, target):
+    """There is only the entry point that libFuzzer calls."""
+    build(tmp_path / "nothing", "-c", target, "-fsyntax-only")
 
 
 @pytest.mark.parametrize("source", IMPORTS)

@@ -2,32 +2,13 @@
 /*
  * fuzz_core.c - any bytes at all against the contract in csrc/kvmstats.h; a broken promise aborts. Link with layout.c.
  *
- * With libFuzzer:  clang -g -O1 -fsanitize=fuzzer,address,undefined -Icsrc tests/c/fuzz_core.c csrc/layout.c
- * Without:         gcc -g -O1 -fsanitize=address,undefined -DSTANDALONE -Icsrc ...; then  fuzz_core N SEED FILE...
+ * tests/fuzz.py runs it with libFuzzer. Without: gcc -g -O1 -fsanitize=address,undefined -DSTANDALONE -Icsrc ...; then
+ * fuzz_core N SEED FILE...
  */
+#include "fuzz.h"
 #include "kvmstats.h"
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
 static unsigned long accepted;
-
-#define PROMISE(expression) \
-    do { \
-        if (!(expression)) { \
-            fprintf(stderr, "%s:%d: broken: %s\n", __FILE__, __LINE__, #expression); \
-            abort(); \
-        } \
-    } while (0)
-
-static void *allocate(size_t size)
-{
-    void *memory = malloc(size ? size : 1);
-    if (!memory)
-        exit(2);
-    return memory;
-}
 
 static uint64_t larger(uint64_t a, uint64_t b)
 {
@@ -246,8 +227,6 @@ static int check_file(const uint8_t *data, size_t size, int repair, int *status)
     free(descs);
     return good == 0;
 }
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
