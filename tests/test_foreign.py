@@ -556,7 +556,34 @@ def test_errors_keep_their_type_through_a_file(error, kept, form, tmp_path):
         assert getattr(loaded.error, name, None) == getattr(error, name, None)
 
 
+@pytest.mark.parametrize("text", [b"tick", b"time"])
+def test_names_in_parquet_that_are_no_text_are_an_error_of_the_file(path, tmp_path, text):
+    """Wherever one stands: in the schema, or in the metadata of a row group."""
+    (file,) = [one for one in kf.to_parquet(path, tmp_path / "set") if "vcpu" in str(one)]
+    raw, at, refused = file.read_bytes(), -1, 0
+    while (at := raw.find(text, at + 1)) >= 0:
+        file.write_bytes(raw[:at] + b"\xfb" + raw[at + 1 :])
+        try:
+            for x in kf.open_recordings(tmp_path / "set"):
+                x.wall_time.sum()
+        except kf.KvmStatsError:
+            refused += 1
+    assert refused
+
+
 # ---- by the thousand
+
+
+def test_of_inputs_of_every_kind_none_is_a_riddle():
+    """Stats files, hand-over messages, command lines, times and conditions: only documented errors, and no fd stays."""
+    inputs = numbers(2000)
+    command = [sys.executable, Path(__file__).parent / "mutate_inputs.py", str(len(inputs)), str(inputs.start)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-300:]
+    came = json.loads(done.stdout.partition("on: ")[2].rpartition(", ")[0].replace("'", '"'))
+    assert done.stdout.startswith("2000 inputs from ")
+    assert min(came[name] for name in ("parsed", "FormatError", "received", "HandOverError", "text read")) > 10
+    assert sum(count for name, count in came.items() if name.startswith("command line")) > 200
 
 
 def test_of_thousands_of_lies_none_is_a_riddle():

@@ -61,7 +61,7 @@ class ParquetFile:
         self.origin = Origin.decode(self._schema.metadata, str(path))
         self.stats: list[Stat] = stats_of(self._schema, self.origin, str(path), plain=True)
         groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        self.first_tick = next((bounds[0] % (1 << 64) for one in groups if (bounds := _bounds(one, "tick"))), 0)
+        self.first_tick = next((bounds[0] % (1 << 64) for one in groups if (bounds := self._bounds(one, "tick"))), 0)
         #: What happened in each row group; what format 2 wrote is one batch, and does not say.
         self._batches: list[dict[str, Any]] | None = None
         if self.origin.format > 2:
@@ -114,9 +114,13 @@ class ParquetFile:
                 records = self._read(file, [number], stats, name)
                 yield to_samples(records, stats, happened, self.origin, name, by_file=True)
 
+    def _bounds(self, group: Any, name: str) -> tuple[int, int] | None:
+        """Return the lowest and highest value of a column of a row group, as its metadata has them, if it does."""
+        return self._call(lambda: _bounds(group, name))  # the names of its columns may be no text
+
     def _bounds_of_time(self, file: Any, number: int) -> npt.NDArray[np.int64]:
         """Return the first and last time of a row group, or all of them."""
-        bounds = _bounds(file.metadata.row_group(number), "time")
+        bounds = self._bounds(file.metadata.row_group(number), "time")
         if bounds is not None:
             return np.array(bounds, np.int64)
         column = self._call(lambda: file.read_row_group(number, columns=["time"], use_threads=False)).column(0)
@@ -186,7 +190,6 @@ def check_same_values(directory: Path, values: str) -> None:
 
 
 def _bounds(group: Any, name: str) -> tuple[int, int] | None:
-    """Return the lowest and highest value of a column of a row group, as its metadata has them, if it does."""
     for index in range(group.num_columns):
         column = group.column(index)
         if column.path_in_schema == name and column.is_stats_set and column.statistics.has_min_max:
