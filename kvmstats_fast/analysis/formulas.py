@@ -18,7 +18,7 @@ from kvmstats_fast.analysis.whole_run import Whole, WholeRun
 from kvmstats_fast.file_info import check_by, group_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -127,6 +127,19 @@ def figures_of(vcpus: Whole, vms: Whole, by: str) -> Figures:
     """Return the figures that follow from what files of vCPUs and of VMs did over a whole run."""
     vcpu, vm = _Deriver(vcpus, by), _Deriver(vms, by)
     found = [*_exits(vcpu), *_halts(vcpu), *_times(vcpu), *_page_faults(vcpu), *_pages(vm)]
+    return Figures(figure for figure in found if figure.values.size)
+
+
+def rates_of(run: Whole, names: Iterable[str], by: str) -> Figures:
+    """Return how often some statistics counted per second; of those that count time, the share of it."""
+    deriver = _Deriver(run, by)
+    found = []
+    for name in names:
+        if name in run.counts:
+            found.append(deriver.rate(name))
+        else:
+            kept = run.files_having([name])
+            found.append(deriver.figure(f"{name}/s", f"{name} / elapsed", kept, run.change(name), run.seconds))
     return Figures(figure for figure in found if figure.values.size)
 
 
