@@ -87,8 +87,8 @@ class Roster(Closing):
 
     @property
     def machines(self) -> dict[str, VirtualMachine]:
-        """What is attached to, by label."""
-        return {one.label: one.machine for one in self._followed.values()}
+        """What is attached to, by label; also for another thread than the one that looks at the host."""
+        return {one.label: one.machine for one in list(self._followed.values())}
 
     @property
     def has_ended(self) -> bool:
