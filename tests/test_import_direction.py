@@ -21,7 +21,7 @@ LAYERS = (
     ("sampling", "analysis", "formats"),
     ("plot",),
     ("testing",),
-    ("cli", "plugins"),
+    ("cli", "plugins", "top"),
     ("__main__",),
 )
 #: The rooms of Samples' methods, which import what is right of them when they are called.
@@ -126,5 +126,5 @@ def test_the_map_for_contributors_names_every_room():
                 shown[name.removesuffix("/").removesuffix(".py")] = set(re.findall(r"`([a-z_]+)`", holds))
     modules = {module for module in MODULES if module and not module.startswith("__")}
     assert set(shown) - {"__init__"} == {room(module) for module in modules}
-    for wing in ("sampling", "vmm", "analysis", "plugins"):
+    for wing in ("sampling", "vmm", "analysis", "plugins", "top"):
         assert shown[wing] == {module.partition(".")[2] for module in modules if module.startswith(f"{wing}.")}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _VERBS = {
     "demo": "run a tiny VM and show the statistics that moved",
     "stat": "count for a while, or while a command runs, and show it",
+    "top": "show what VMs do on a screen, or replay what was recorded",
     "list": "list the processes that have VMs",
     "run": "start a VMM and show its statistics at its end",
     "report": "say what was recorded, as text or as a page for a ticket",

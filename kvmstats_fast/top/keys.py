@@ -1,0 +1,48 @@
+"""The keys of ``kvmstats top``: in one table, of which the screen binds them and the help shows them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Key(NamedTuple):
+    """A key: those that do the same are separated by commas.
+
+    where: "" for everywhere, else the screen. short: what stands at the bottom of the screen; empty: nothing does.
+    """
+
+    keys: str
+    shown: str
+    action: str
+    short: str
+    text: str
+    where: str = ""
+
+
+KEYS = (
+    Key("q", "q", "app.quit", "quit", "quit; so does Ctrl-C"),
+    Key("question_mark,h", "?, h", "app.help", "help", "show these keys"),
+    Key("b", "b", "by", "by vCPU", "rows of VMs, or of vCPUs", "table"),
+    Key("enter", "Enter", "open", "open", "statistics and histograms of the VM or vCPU", "table"),
+    Key("less_than_sign,left", "<, ←", "sort(-1)", "", "sort by the column to the left", "table"),
+    Key("greater_than_sign,right", ">, →", "sort(1)", "", "sort by the column to the right; or click a title", "table"),
+    Key("R", "R", "reverse", "", "reverse the order", "table"),
+    Key("g,p", "g, p", "guests", "guests", "choose VMs: globs or parts of their names, or pids", "table"),
+    Key("f", "f", "app.events", "stats", "choose statistics: globs or parts of their names: halt, pf_*"),
+    Key("c", "c", "app.clear", "", "clear both choices"),
+    Key("o", "o", "total", "total", "what was counted since the reset, or in the last interval", "table"),
+    Key("r", "r", "app.reset", "reset", "reset: count from here on"),
+    Key("s", "s", "app.interval", "interval", "set the interval: 100ms, 2s; a bare number is seconds"),
+    Key("space", "Space", "app.pause", "", "stand still, or go on"),
+    Key("full_stop", ".", "app.step", "", "of a recording: the next step"),
+    Key("plus,equals_sign", "+", "app.speed(2)", "", "of a recording: twice as fast"),
+    Key("minus", "-", "app.speed(0.5)", "", "of a recording: half as fast"),
+    Key("e", "e", "app.errors", "", "which processes are left out, and why"),
+    Key("escape,enter,backspace", "Esc", "back", "back", "back to all VMs", "page"),
+    Key("left", "←", "vcpu(-1)", "", "the vCPU before; before the first, the whole VM", "page"),
+    Key("right", "→", "vcpu(1)", "vCPU", "the next vCPU", "page"),
+    Key("ctrl+z", "Ctrl-Z", "app.suspend_process", "", "stop the program; fg goes on"),
+)
+
+#: What kvm_stat has, and this has not.
+NOT_HERE = "x of kvm_stat has no meaning here: kinds of exits are statistics of their own."

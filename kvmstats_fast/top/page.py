@@ -1,0 +1,148 @@
+"""Page: what is known of one VM or vCPU, as lines: its statistics, where its time goes, and its histograms as bars."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvmstats_fast._text import display_width, format_si, printable
+from kvmstats_fast.abi import StatType
+from kvmstats_fast.analysis.histogram import Histogram, adder_of, adds_up
+from kvmstats_fast.cli._present import arrange, bars, fit_table, format_rate, format_share, format_value
+from kvmstats_fast.cli._rows import Row
+from kvmstats_fast.top.table import fits, make_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kvmstats_fast.stat import Stat
+    from kvmstats_fast.top.counted import Counted, Part
+    from kvmstats_fast.top.table import Who
+
+_WIDE = 120  # from here on histograms are beside the statistics
+_QUANTILES = (0.5, 0.99)
+
+
+def find(counted: Counted, who: Who) -> Counted:
+    """Return what one VM or vCPU counted."""
+    return tuple(chosen for part in counted if (chosen := _take(part, who)) is not None)
+
+
+def _take(part: Part, who: Who) -> Part | None:
+    rows = [
+        row
+        for row, info in enumerate(part.files)
+        if (info.host, info.vm) == (who.host, who.vm) and who.vcpu in (None, info.vcpu_id)
+    ]
+    return part.take(rows) if rows else None
+
+
+def vcpus_of(counted: Counted, who: Who) -> list[int]:
+    """Return the numbers of a VM's vCPUs."""
+    whole = find(counted, who.of(None))
+    return sorted(info.vcpu_id for part in whole for info in part.files if info.vcpu_id is not None)
+
+
+def make_page(last: Counted, total: Counted, who: Who, width: int, events: Sequence[str] = ()) -> list[str]:
+    """Return the lines about a VM or vCPU.
+
+    Parameters
+    ----------
+    last, total : Counted
+        What was counted in the last interval, and since the reset.
+    who : Who
+    width : int
+    events : sequence of str
+        Which statistics, by text in their names or globs; none: those that moved.
+    """
+    last, total = find(last, who), find(total, who)
+    rows = [row for row in _make_rows(last, total, who) if _is_wanted(row, events)]
+    vcpus = sum(len(part.files) for part in total if part.kind == "vcpu") or 1
+    is_wide = width >= _WIDE
+    left = [*_shares(last, who), "", *_numbers(rows, vcpus, width // 2 if is_wide else width)]
+    right = list(_histograms(rows, total, width - width // 2 - 2 if is_wide else width))
+    if not is_wide:
+        return [*left, "", *right]
+    lines = max(len(left), len(right))
+    left, right = left + [""] * (lines - len(left)), right + [""] * (lines - len(right))
+    return [one + " " * (width // 2 + 2 - display_width(one)) + other for one, other in zip(left, right, strict=True)]
+
+
+def _is_wanted(row: Row, events: Sequence[str]) -> bool:
+    return any(fits(one, row.stat.name) for one in events) if events else row.moved
+
+
+def _make_rows(last: Counted, total: Counted, who: Who) -> Iterator[Row]:
+    """Yield a row for each statistic: what it counted since the reset, and its rate in the last interval."""
+    now = {part.kind: part for part in last}
+    for part in total:
+        current = now.get(part.kind)
+        for name, stat in part.stats.items():
+            is_counter = stat.grows and stat.type != StatType.PEAK
+            values = part.change[name] if is_counter else part.end[name]
+            rate = None
+            if is_counter and not stat.shape and current is not None and name in current.change:
+                seconds = float(current.seconds.max(initial=0))
+                rate = _add_up(stat, current.change[name]) / seconds if seconds else None
+            buckets = values.sum(axis=0).tolist() if stat.shape else None
+            value = sum(buckets) if buckets is not None else _add_up(stat, values)
+            yield Row(who.host, who.vm, who.pid, who.vcpu, stat, value, rate, buckets)
+
+
+def _add_up(stat: Stat, values: np.ndarray[tuple[int, ...], np.dtype[np.uint64 | np.int64]]) -> float:
+    whole: int = sum(stat.as_signed(values).tolist())
+    return whole / stat.factor if stat.exponent < 0 else whole * stat.factor
+
+
+def _shares(last: Counted, who: Who) -> Iterator[str]:
+    """Yield where the time of the vCPUs goes."""
+    table = make_table(last, "vm" if who.vcpu is None else "vcpu")
+    for row in range(len(table.rows)):
+        cells = [
+            (column, table.values[row, place]) for place, column in enumerate(table.columns) if column.form == "share"
+        ]
+        for group in dict.fromkeys(column.group for column, _ in cells):
+            several = (f"{column.title} {column.format(v)}" for column, v in cells if column.group == group)
+            yield f"{group}: {'  '.join(several)}"
+
+
+def _numbers(rows: Sequence[Row], vcpus: int, width: int) -> list[str]:
+    cells = [("", "since reset", "now", "of exits")]
+    for indent, row, every in arrange(rows):
+        now = "" if row.rate is None else format_rate(row, row.rate, vcpus)
+        name = indent[2:] + printable(row.stat.name)
+        cells.append((name, format_value(row, row.value), now, format_share(row, every)))
+    return fit_table(cells, "<>>>", width, [3]) if len(cells) > 1 else ["nothing moved yet"]
+
+
+def _histograms(rows: Sequence[Row], total: Counted, width: int) -> Iterator[str]:
+    for row in rows:
+        if row.buckets is None:
+            continue
+        title, *lines = bars(row, width, sys.__stdout__ or sys.stderr)
+        yield title[2:]
+        if described := _describe(row, total):
+            yield f"  {described}"
+        yield from (line[4:] for line in lines)
+        yield ""
+
+
+def _describe(row: Row, total: Counted) -> str:
+    """Return mean and quantiles of a histogram since the reset, as text."""
+    stat = row.stat
+    if not stat.is_histogram or not row.value:
+        return ""
+    name = adder_of(stat.name)
+    sums = [part.change[name].sum() for part in total if stat.name in part.stats and name in part.stats]
+    adder = next((part.stats[name] for part in total if name in part.stats), None)
+    raw = sums[0] if len(sums) == 1 and adder is not None and adds_up(adder, stat) else None
+    histogram = Histogram(stat, np.array(row.buckets, np.uint64), raw)
+    unit = histogram.units
+    text = "" if histogram.mean is None else f"mean {format_si(histogram.mean, unit)}, "
+    bounds = zip(_QUANTILES, *histogram.quantile(_QUANTILES), strict=True)
+    return text + ", ".join(
+        f"{100 * q:g} % " + (f"< {format_si(high, unit)}" if np.isfinite(high) else f"≥ {format_si(low, unit)}")
+        for q, low, high in bounds
+    )
