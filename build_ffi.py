@@ -32,6 +32,7 @@ _TOPICS = ("schedstat", "sweep", "run", "series", "process", "inject", "rename")
 SOURCES = [f"csrc/{name}.c" for name in ("layout", *_TOPICS)]
 #: In the order of what they declare: run.h needs the structs of sweep.h, and those the structs of kvmstats.h.
 HEADERS = [f"csrc/{name}.h" for name in ("kvmstats", *_TOPICS)]
+INLINE = [f"csrc/{name}.h" for name in ("changes", "clock", "pace", "read")]
 
 
 def cdef() -> str:
@@ -59,7 +60,7 @@ ffibuilder.set_source(
     sources=SOURCES,
     include_dirs=["csrc"],
     # setuptools rebuilds when one of these changes, and puts them into the sdist.
-    depends=[*HEADERS, "csrc/clock.h", "csrc/pace.h", "csrc/read.h", "build_ffi.py", "build_pages.py"],
+    depends=[*HEADERS, *INLINE, "build_ffi.py", "build_pages.py"],
     # Files beyond 2 GiB on 32-bit hosts; pread without the compiler's own dialect.
     define_macros=[("_FILE_OFFSET_BITS", "64"), ("_DEFAULT_SOURCE", None)],
     libraries=["pthread"],  # a part of the C library itself since glibc 2.34

@@ -17,15 +17,10 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum {
-    LANES = 2,           /* 16 bytes, which every 64-bit machine works on at once; others take them apart */
     LINE = 8,            /* u64 in a cache line */
     LARGEST_TILE = 2048, /* 16 KiB of stack for the seconds */
     LEAST_SWEEPS = 8,    /* in a tile of some of the files: the sweep that it starts from is read for two tiles */
 };
-
-/* They need only be aligned as a u64 is. */
-typedef uint64_t words __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
-typedef double doubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
 
 enum what { GATHER, DELTAS, RATES, RESETS, TOTALS };
 
@@ -50,65 +45,11 @@ struct part {
     uintptr_t ahead;   /* bytes from a value to the same place of the next tile */
 };
 
-/* How changes become results. */
-struct recipe {
-    words goes_down; /* -1: what fell has fallen; 0: it was cleared and counts from 0 */
-    words high;
-    doubles offset, divide, multiply;
-};
-
-/* ---- two values */
-
-ALWAYS_INLINE words both(uint64_t value)
-{
-    return (words){value, value};
-}
-
-/* With a step of 0, the same value twice. */
-ALWAYS_INLINE words load(const uint64_t *from, uint64_t step)
-{
-    return step == 1 ? *(const words *)from : (words){from[0], from[step]};
-}
-
-/* Bit 63 is set where `after` is less: the borrow of the subtraction, for SSE2 does not compare u64. */
-ALWAYS_INLINE words borrow(words before, words after)
-{
-    return (~after & before) | (~(after ^ before) & (after - before));
-}
-
-/*
- * u64 to double, rounded once, for which SSE2 has no instruction. Each half becomes the end of the mantissa of a double
- * with an exponent that gives it its worth: 2^84 + upper * 2^32, and 2^52 + lower. Taking both powers off the first is
- * exact; adding the second rounds. Of a signed word 2^63 is added to the upper half, and taken off too.
- */
+/* For the conversion of u64 to double; see changes.h. */
 static const uint64_t LOW = 0x4330000000000000, HIGH = 0x4530000000000000, SIGNED_HIGH = 0x4530000080000000;
 static const double POWERS = 0x1.00000001p84, SIGNED_POWERS = 0x1.00000801p84;
 
-ALWAYS_INLINE doubles convert(words word, words high, doubles offset)
-{
-    words upper = (word >> 32) ^ high;
-    words lower = (word & 0xffffffff) | LOW;
-    return ((doubles)upper - offset) + (doubles)lower;
-}
-
-/* Adds to *fallen what fell; of values that are cleared together, its change is not yet known. */
-ALWAYS_INLINE words change_two(words before, words after, const struct recipe *recipe, int together, words *fallen)
-{
-    words fell = borrow(before, after);
-
-    if (!together)
-        return after - (before & (((fell >> 63) - 1) | recipe->goes_down));
-    *fallen |= fell;
-    return after - before;
-}
-
-/* Returns changes, or the bits of rates if there is something to divide by. */
-ALWAYS_INLINE words finish(words change, const struct recipe *recipe, const doubles *by)
-{
-    return by ? (words)(convert(change, recipe->high, recipe->offset) / *by * recipe->multiply) : change;
-}
-
-/* ---- one part */
+/* ---- where values lie */
 
 /* The next tile may lie where no processor expects it. Beyond the last there may be no memory, which is ignored. */
 ALWAYS_INLINE void prefetch(const uint64_t *value, uintptr_t ahead)
@@ -127,60 +68,28 @@ ALWAYS_INLINE const uint64_t *find_run(const struct part *part, uint64_t row, ui
     return part->values + row * part->series->sweep_step + run * part->series->file_step;
 }
 
-/*
- * Write the changes of a part, or rates. When it is compiled, these are known: as_rates; `together`, whether the values
- * of a run are cleared together; the step, if it is 1; `each`, whether a run has a value of each sweep.
- */
-ALWAYS_INLINE void change_part(const struct part *part, int as_rates, int together, uint64_t step, int each)
-{
-    const struct kvmstats_series *series = part->series;
-    const uint64_t apart = series->sweep_step, count = part->count;
-    const uintptr_t ahead = part->ahead;
-    const double offset = series->grows ? POWERS : SIGNED_POWERS;
-    const struct recipe recipe = {
-        .goes_down = both(series->grows ? 0 : UINT64_MAX),
-        .high = both(series->grows ? HIGH : SIGNED_HIGH),
-        .offset = {offset, offset},
-        .divide = {series->divide, series->divide},
-        .multiply = {series->multiply, series->multiply},
-    };
+/* ---- the loops, for each number of lanes */
 
-    for (uint64_t row = 0; row < part->rows; ++row) {
-        uint64_t *out = (uint64_t *)series->out + part->out + row * part->row_size;
-        const double *seconds = part->tile->seconds + row;
-        doubles by = recipe.divide;
-        if (as_rates)
-            by *= *seconds;
-        for (uint64_t run = 0; run < part->runs; ++run, out += count) {
-            const uint64_t *before = find_run(part, row, run);
-            words fallen = {0, 0};
-            if (step == 1)
-                prefetch_run(before + apart, count, ahead);
-            uint64_t i = 0;
-            for (; i + LANES <= count; i += LANES, before += LANES * step) {
-                if (step != 1) {
-                    prefetch(before + apart, ahead);
-                    prefetch(before + apart + step, ahead);
-                }
-                if (each)
-                    by = *(const doubles *)(seconds + i) * recipe.divide;
-                words change = change_two(load(before, step), load(before + apart, step), &recipe, together, &fallen);
-                *(words *)(out + i) = finish(change, &recipe, as_rates ? &by : NULL);
-            }
-            if (i < count) {
-                prefetch(before + apart, ahead);
-                if (each)
-                    by = seconds[i] * recipe.divide;
-                words change = change_two(load(before, 0), load(before + apart, 0), &recipe, together, &fallen);
-                out[i] = finish(change, &recipe, as_rates ? &by : NULL)[0];
-            }
-            /* That a histogram was cleared is known at its end. */
-            if (together && series->grows && (fallen[0] | fallen[1]) >> 63)
-                for (i = 0; i < count; ++i)
-                    out[i] = finish(both(find_run(part, row, run)[apart + i]), &recipe, as_rates ? &by : NULL)[0];
-        }
-    }
-}
+#define JOIN_BOTH(name, number) name##_##number
+#define JOIN(name, number) JOIN_BOTH(name, number)
+#define NAMED(name) JOIN(name, LANES)
+
+/* Twice as many at once are worth it for rates, which are the most work. */
+#if defined(__x86_64__) && !defined(KVMSTATS_TWO_LANES)
+#define HAS_FOUR_LANES 1
+#define LANES 4
+#define TARGET __attribute__((target("avx2")))
+#include "changes.h"
+#undef LANES
+#undef TARGET
+#endif
+
+/* 16 bytes, which every 64-bit machine works on at once; others take them apart. */
+#define LANES 2
+#define TARGET
+#include "changes.h"
+
+/* ---- one part */
 
 static void change_deltas(const struct part *part)
 {
@@ -194,14 +103,13 @@ static void change_deltas(const struct part *part)
 
 static void change_rates(const struct part *part)
 {
-    if (part->series->width > 1)
-        change_part(part, 1, 1, 1, 0);
-    else if (part->rows < part->tile->sweeps)
-        change_part(part, 1, 0, part->step, 1);
-    else if (part->step == 1)
-        change_part(part, 1, 0, 1, 0);
-    else
-        change_part(part, 1, 0, part->step, 0);
+#ifdef HAS_FOUR_LANES
+    if (part->count >= 4 && __builtin_cpu_supports("avx2")) {
+        write_rates_4(part);
+        return;
+    }
+#endif
+    write_rates(part);
 }
 
 static void gather_part(const struct part *part)
@@ -221,7 +129,7 @@ static void gather_part(const struct part *part)
 ALWAYS_INLINE int any_fell(const struct part *part, uint64_t step)
 {
     const uint64_t apart = part->series->sweep_step;
-    words fallen = {0, 0};
+    words fallen = {0};
 
     for (uint64_t row = 0; row < part->rows; ++row)
         for (uint64_t run = 0; run < part->runs; ++run) {
@@ -230,10 +138,8 @@ ALWAYS_INLINE int any_fell(const struct part *part, uint64_t step)
             if (step == 1)
                 prefetch_run(before + apart, part->count, part->ahead);
             for (; i + LANES <= part->count; i += LANES, before += LANES * step) {
-                if (step != 1) {
-                    prefetch(before + apart, part->ahead);
-                    prefetch(before + apart + step, part->ahead);
-                }
+                for (uint64_t j = 0; j < LANES && step != 1; ++j)
+                    prefetch(before + apart + j * step, part->ahead);
                 fallen |= borrow(load(before, step), load(before + apart, step));
             }
             if (i < part->count) {
@@ -241,7 +147,7 @@ ALWAYS_INLINE int any_fell(const struct part *part, uint64_t step)
                 fallen |= borrow(load(before, 0), load(before + apart, 0));
             }
         }
-    return (fallen[0] | fallen[1]) >> 63 != 0;
+    return has_fallen(fallen);
 }
 
 /* Whether anything in a part was cleared. */
