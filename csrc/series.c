@@ -170,13 +170,18 @@ static void mark_part(const struct part *part)
 {
     const struct kvmstats_series *series = part->series;
     const struct tile *tile = part->tile;
-    const int any = was_any_cleared(part);
+    const uint64_t files = tile->files, row = part->row_size / series->width;
+    uint8_t *out = (uint8_t *)series->out + part->out / series->width;
 
-    for (uint64_t i = 0; i < tile->sweeps; ++i) {
-        uint8_t *out = (uint8_t *)series->out + (part->out + i * part->row_size) / series->width;
-        for (uint64_t file = 0; file < tile->files; ++file)
-            out[file] = any && was_cleared(series, find_run(part, i, file));
-    }
+    if (was_any_cleared(part))
+        for (uint64_t i = 0; i < tile->sweeps; ++i)
+            for (uint64_t file = 0; file < files; ++file)
+                out[i * row + file] = was_cleared(series, find_run(part, i, file)) != 0;
+    else if (row == files)
+        memset(out, 0, (size_t)(tile->sweeps * files));
+    else
+        for (uint64_t i = 0; i < tile->sweeps; ++i)
+            memset(out + i * row, 0, (size_t)files);
 }
 
 static void add_part(const struct part *part)
