@@ -37,11 +37,36 @@ class _Followed(NamedTuple):
     listed: list[KvmFile] | None
 
 
+#: What refusals are counted by.
+REASONS = ("not_permitted", "no_stats_files", "no_vm", "shared_vm", "too_many_open_files", "other")
+_REASONS = {
+    errno.EPERM: "not_permitted",
+    errno.EACCES: "not_permitted",
+    errno.ENODATA: "no_stats_files",
+    errno.ENOENT: "no_vm",
+    errno.EMFILE: "too_many_open_files",
+    errno.ENFILE: "too_many_open_files",
+}
+
+
+class Refusal(NamedTuple):
+    """Why a VM cannot be attached to, or not anew: in words, and as one of `REASONS`."""
+
+    why: str
+    reason: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal:
+        """Return what an error of `attach` or `VirtualMachine.refresh` says."""
+        number = getattr(error, "errno", None) or 0
+        return cls(str(getattr(error, "strerror", None) or error), _REASONS.get(number, "other"))
+
+
 class _TurnedDown(NamedTuple):
     """A process that could not be attached to: how it was then, why, and by whose VM if that is the reason."""
 
     state: tuple[object, ...]
-    why: str
+    refusal: Refusal
     owner: int | None
 
 
@@ -60,7 +85,7 @@ class Roster(Closing):
 
     Attributes
     ----------
-    refused : dict of int to str
+    refusals : dict of int to Refusal
         Pids of the VMMs that cannot be attached to, or not anew, and why; as of the last `update`.
     """
 
@@ -75,7 +100,7 @@ class Roster(Closing):
         self._turned_down: dict[int, _TurnedDown] = {}
         #: Processes without a VM that is wanted, and how they were then. One without any VM has none until it runs.
         self._passed_over: dict[int, tuple[object, ...]] = {}
-        self.refused: dict[int, str] = {}
+        self.refusals: dict[int, Refusal] = {}
 
     def __enter__(self) -> Self:
         """Hold the processes that were given by their pid; the errors are those of `attach`."""
@@ -89,6 +114,11 @@ class Roster(Closing):
     def machines(self) -> dict[str, VirtualMachine]:
         """What is attached to, by label; also for another thread than the one that looks at the host."""
         return {one.label: one.machine for one in list(self._followed.values())}
+
+    @property
+    def refused(self) -> dict[int, str]:
+        """Why VMMs cannot be attached to, in words, by pid."""
+        return {pid: refusal.why for pid, refusal in self.refusals.items()}
 
     @property
     def has_ended(self) -> bool:
@@ -130,7 +160,7 @@ class Roster(Closing):
         """
         pids = list_pids() if self._wants_all or self._globs else list(self._held)
         own = is_own("/proc")  # of another pid namespace nothing is attachable
-        refused: dict[int, str] = {}
+        refused: dict[int, Refusal] = {}
         found: dict[int, VmProcess] = {}
         for pid in self._followed.keys() - set(pids):
             self._look_again(Process(pid, own=own), refused)
@@ -147,10 +177,11 @@ class Roster(Closing):
         for pid, process in self._held.items():
             if pid not in found and pid not in self._followed and not process.ended:
                 why = "it is this process" if pid == os.getpid() else may_attach(pid)
-                refused[pid] = why or "it has no VM; if it makes one, that is followed"
+                none = Refusal("it has no VM; if it makes one, that is followed", "no_vm")
+                refused[pid] = Refusal(why, "not_permitted") if why else none
         self._turned_down = {pid: one for pid, one in self._turned_down.items() if pid in found}
         self._passed_over = {pid: self._passed_over[pid] for pid in self._passed_over.keys() & set(pids)}
-        self.refused = refused
+        self.refusals = refused
 
     def _look_at(self, process: Process) -> VmProcess | None:
         """Describe a process that has a VM which is wanted."""
@@ -177,7 +208,7 @@ class Roster(Closing):
         process = self._held.get(about.pid)
         return process is not None and not process.ended
 
-    def _look_again(self, process: Process, refused: dict[int, str]) -> None:
+    def _look_again(self, process: Process, refused: dict[int, Refusal]) -> None:
         """Refresh what is attached to if it is not as it was; let go of it if it has no VM any more."""
         pid = process.pid
         one = self._followed[pid]
@@ -191,22 +222,22 @@ class Roster(Closing):
         except VmGoneError:
             self._let_go(pid)
         except (KvmStatsError, OSError) as error:
-            refused[pid] = _say(error)  # what is had can be read on
+            refused[pid] = Refusal.of(error)  # what is had can be read on
         else:
             self._followed[pid] = one._replace(listed=listed)
             if not one.machine.files or not has_vm(listed or []):
                 self._let_go(pid)
 
-    def _take_up(self, about: VmProcess, refused: dict[int, str]) -> None:
+    def _take_up(self, about: VmProcess, refused: dict[int, Refusal]) -> None:
         """Attach to a VMM, unless that was in vain when it was last like this."""
         pid = about.pid
         state: tuple[object, ...] = (about.start_time, about.attachable, about.vms, about.vcpus, about.held)
         before = self._turned_down.get(pid)
         if not about.attachable:
             if not _has_ended(pid):
-                refused[pid] = about.why_not
+                refused[pid] = Refusal(about.why_not, "not_permitted")
         elif before is not None and before.state == state and (before.owner is None or before.owner in self._followed):
-            refused[pid] = before.why
+            refused[pid] = before.refusal
         else:
             owner = listed = None
             with suppress(OSError):  # as attach will say
@@ -221,14 +252,15 @@ class Roster(Closing):
                         opened.pop_all()
                         return
                 why = f"its VM is that of process {owner}: it was forked from that, or takes its statistics"
+                refusal = Refusal(why, "shared_vm")
             except VmGoneError:
                 return
             except (KvmStatsError, OSError) as error:
-                why = _say(error)
+                refusal = Refusal.of(error)
                 if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
                     state = ()  # whoever closes files, the next attempt may do better
-            refused[pid] = why
-            self._turned_down[pid] = _TurnedDown(state, why, owner)
+            refused[pid] = refusal
+            self._turned_down[pid] = _TurnedDown(state, refusal, owner)
 
     def _find_owner(self, machine: VirtualMachine) -> int | None:
         """Return which other process made the VM, None if this one did; let go of one that is in its place."""
@@ -279,10 +311,6 @@ def _check_names(names: str | int | Iterable[str | int] | None) -> tuple[tuple[s
         if one == "":
             raise ValueError("names has an empty name; a VM without a name is followed by the pid of its VMM")
     return tuple(one for one in several if isinstance(one, str)), tuple(one for one in several if isinstance(one, int))
-
-
-def _say(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _has_ended(pid: int) -> bool:
