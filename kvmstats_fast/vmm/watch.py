@@ -134,16 +134,21 @@ class Watcher:
         if epoll is not None:
             epoll.close()
 
-    def add(self, watched: Watched) -> None:
-        """Have its `end` called when the process exits."""
-        null_fd()  # now, because a file is revoked even when there are too many open
+    def start(self) -> select.epoll:
+        """Start the thread, if there is none yet; it has the capabilities of the thread that calls this first."""
         with self.lock:
             if self._epoll is None:
                 epoll = unpatched("select", "epoll")()
                 start_thread = unpatched("_thread", "start_new_thread")
                 start_thread(self._work, (epoll,))  # in one step, for the sake of Ctrl-C
                 self._epoll = epoll
-            self._epoll.register(watched.process, select.EPOLLIN)
+            return self._epoll
+
+    def add(self, watched: Watched) -> None:
+        """Have its `end` called when the process exits."""
+        null_fd()  # now, because a file is revoked even when there are too many open
+        with self.lock:
+            self.start().register(watched.process, select.EPOLLIN)
             self._watched[watched.process.fileno()] = watched
 
     def remove(self, process: Process) -> None:
