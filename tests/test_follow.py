@@ -405,7 +405,7 @@ def choose(resources):
     """The choice of statistics, asked about files of these kinds in turn."""
 
     def choose(patterns, *kinds):
-        choice = follow_module._Choice(patterns)
+        choice = follow_module.Choice(patterns)
         made = {kind: resources.enter_context(SyntheticStats(kind=kind).open()) for kind in ("vm", "vcpu")}
         return [choice.of([made[kind] for kind in some]) for some in kinds]
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _LONGEST_WAIT = 1e6
 
 
-class _Choice:
+class Choice:
     """Which statistics are sampled, of files whose kinds are not known beforehand.
 
     Parameters
@@ -99,7 +99,7 @@ class Follow(Unique):
         the ticks of the schedule so far.
     """
 
-    def __init__(self, roster: Roster, relay: Relay, choice: _Choice, threads: int, rescan: float) -> None:
+    def __init__(self, roster: Roster, relay: Relay, choice: Choice, threads: int, rescan: float) -> None:
         self._roster, self._relay, self._choice = roster, relay, choice
         self._threads, self._rescan = threads, rescan
         self._opened: ExitStack | None = None
@@ -329,7 +329,7 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
     ...     for x in chunks:
     ...         send(x.columns("exits"), x.mean_rate("exits"))
     """
-    choice = _Choice(None if stats is None else check_names("stats", stats), sched=sched)
+    choice = Choice(None if stats is None else check_names("stats", stats), sched=sched)
     relay = Relay(
         Schedule(interval, count, duration, wait, cpu=cpu, priority=priority),
         None if chunk is None else check_integer("chunk", chunk, 1),

@@ -78,8 +78,10 @@ class Plan:
 
     Attributes
     ----------
+    files : list of StatsFile
+        Those that have one of the chosen statistics.
     num_files : int
-        How many have one of the chosen statistics.
+        How many these are.
     num_reads : int
         How many reads a sweep takes: one a file, and one more for each vCPU whose thread's schedstat is read.
     groups : tuple of Block
@@ -112,7 +114,7 @@ class Plan:
         schemas = {id(schema): (schema, file.schema.num_values) for file, _, schema in opened}
         rows = choose_rows(dict(schemas.values()), stats, [stat.name for stat in STATS] if sched else ())
         row_of = {key: rows[schema] for key, (schema, _) in schemas.items()}
-        self._files: list[StatsFile] = []
+        self.files: list[StatsFile] = []
         # Of all that were given, so that what is chosen of them does not change their labels.
         self._known: list[Known] = []
         self._chosen: list[int] = []
@@ -124,9 +126,9 @@ class Plan:
             known, row = _describe(file, vm), row_of[id(schema)]
             self._known.append(known)
             if row.places:
-                number = len(self._files)
+                number = len(self.files)
                 members.setdefault((row, known.kind), []).append(number)
-                self._files.append(file)
+                self.files.append(file)
                 self._chosen.append(place)
                 self.reads.append(_Read(number, file.handle, 0))
                 fields.append(row.file.read_from(file.handle.source))
@@ -135,7 +137,7 @@ class Plan:
                     fields.append(row.thread.read_from(schedstats[file].source))
         if not fields:
             raise NothingToSample("there is nothing to sample: no files, or none with statistics")
-        self.num_files, self.num_reads = len(self._files), len(fields)
+        self.num_files, self.num_reads = len(self.files), len(fields)
         groups, words = [], 0
         for (row, kind), columns in members.items():
             room = np.empty((0, len(columns), row.width), np.uint64)
@@ -155,7 +157,7 @@ class Plan:
             host, kernel = machine.nodename, f"{machine.release} {machine.machine}"
             files = tuple(
                 FileInfo(*self._known[place][:-1], vms[place], file.handle.owner.host or host)
-                for place, file in zip(self._chosen, self._files, strict=True)
+                for place, file in zip(self._chosen, self.files, strict=True)
             )
             self._origin = _Origin(files, host, kernel)
         return self._origin
@@ -178,7 +180,7 @@ class Plan:
 
     def why_failed(self, read: _Read, struct: Any) -> Exception:
         """Return what to raise for a read that failed, as its C struct says."""
-        file = self._files[read.file]
+        file = self.files[read.file]
         lost = file.handle.lost
         if lost is not None:
             return copy(lost)  # a run may attach its samples to it
