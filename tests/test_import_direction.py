@@ -19,7 +19,7 @@ LAYERS = (
     ("file_info", "groups", "handle", "schedstat", "stats_file"),
     ("changes", "joining", "selection", "spans", "answers", "conversions", "samples", "vmm"),
     ("sampling", "analysis", "formats"),
-    ("plot",),
+    ("plot", "export"),
     ("testing",),
     ("cli", "plugins", "top"),
     ("__main__",),
@@ -126,5 +126,5 @@ def test_the_map_for_contributors_names_every_room():
                 shown[name.removesuffix("/").removesuffix(".py")] = set(re.findall(r"`([a-z_]+)`", holds))
     modules = {module for module in MODULES if module and not module.startswith("__")}
     assert set(shown) - {"__init__"} == {room(module) for module in modules}
-    for wing in ("sampling", "vmm", "analysis", "plugins", "top"):
+    for wing in ("sampling", "vmm", "analysis", "export", "plugins", "top"):
         assert shown[wing] == {module.partition(".")[2] for module in modules if module.startswith(f"{wing}.")}

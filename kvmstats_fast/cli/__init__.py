@@ -25,6 +25,7 @@ _VERBS = {
     "list": "list the processes that have VMs",
     "run": "start a VMM and show its statistics at its end",
     "report": "say what was recorded, as text or as a page for a ticket",
+    "export": "serve the VMs of this host to Prometheus",
     "record": "record the VMs of this host while they come and go",
     "compare": "compare recordings: rates of A against B, with intervals",
     "convert": "convert a recording or a captured stats file",
