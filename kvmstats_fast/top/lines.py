@@ -31,7 +31,7 @@ STYLES = {
 _CURSOR = Style(reverse=True)
 
 
-class Lines(ScrollView, can_focus=True):
+class Lines(ScrollView):
     """Lines of text, with or without a cursor.
 
     Only the lines that are seen are asked for, and only those that differ from what is seen are drawn.
@@ -50,6 +50,7 @@ class Lines(ScrollView, can_focus=True):
 
     def __init__(self, *, has_cursor: bool = False, id: str | None = None) -> None:  # noqa: A002 - textual's word
         super().__init__(id=id)
+        self.can_focus = True
         self._has_cursor = has_cursor
         self._count = 0
         self._line: Callable[[int], Line] = lambda _: ()

@@ -50,12 +50,12 @@ class View(Screen[None]):
     @property
     def head(self) -> Lines:
         """What stands above."""
-        return self.query_one("#head", Lines)
+        return cast("Lines", self.query_one("#head"))
 
     @property
     def body(self) -> Lines:
         """What is scrolled."""
-        return self.query_one("#body", Lines)
+        return cast("Lines", self.query_one("#body"))
 
     def on_mount(self) -> None:
         """Begin in the body."""
