@@ -376,12 +376,17 @@ def test_what_cannot_be_had_is_counted_and_told():
             await pilot.pause()
             assert "1 process left out (e says why)" in seen(pilot)[1]
             await pilot.press("e")
-            assert "process 4711: it holds no stats files" in " ".join(seen(pilot))
+            assert "process 4711 is left out: it holds no stats files" in " ".join(seen(pilot))
             assert " ".join(" ".join(seen(pilot)).split()).count("What helps") == 30
             await pilot.press("escape")
-            pilot.app.note(UserWarning("one\x1b[2J"))
+            pilot.app.note(UserWarning("no statistics of vcpu-1\x1b[2J"))
             await pilot.pause()
-            assert "one\\x1b[2J" in seen(pilot)[1]
+            assert "no statistics of vcpu-1\\x1b[2J" in seen(pilot)[1]
+            pilot.app.note(UserWarning("no statistics of vcpu-2"))
+            await pilot.pause()
+            assert "vcpu-1" in seen(pilot)[1]
+            await pilot.press("e")
+            assert "no statistics of vcpu-2" in " ".join(seen(pilot))
 
     run(test)
 

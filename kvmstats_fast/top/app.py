@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import signal
 import textwrap
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 _FRAME = 0.25
 #: How long a message stands, and how often it is looked whether any VM is there, in s.
 _MESSAGE, _WATCH = 5.0, 1.0
+#: How many warnings are kept.
+_MESSAGES = 50
 
 
 class Prompt(ModalScreen[str | None]):
@@ -101,6 +105,7 @@ class TopApp(App[None]):
         self._is_awake = self._is_ready = self._is_paused = self._has_timer = False
         self._last_frame = 0.0
         self._message, self._until = "", 0.0
+        self._messages: deque[str] = deque(maxlen=_MESSAGES)
         self._vms: int | None = None
 
     # ---- what comes from the thread that reads samples
@@ -117,8 +122,18 @@ class TopApp(App[None]):
             self.post_message(self.Came())
 
     def note(self, message: Warning | str, *_: object, **__: object) -> None:
-        """Show a message for a while; from any thread. Takes what `warnings.showwarning` does."""
-        self._message, self._until = printable(str(message), 500), time.monotonic() + _MESSAGE
+        """Show a message for a while; from any thread. Takes what `warnings.showwarning` does.
+
+        A warning is kept, and shown by itself only if it is the first of its kind: with each VM that comes, there may
+        be another one.
+        """
+        text = printable(str(message), 500)
+        if isinstance(message, Warning):
+            is_known = any(_kind(text) == _kind(other) for other in self._messages)
+            self._messages.append(text)
+            if is_known:
+                return
+        self._message, self._until = text, time.monotonic() + _MESSAGE
         self.wake()
 
     # ---- its life
@@ -254,11 +269,12 @@ class TopApp(App[None]):
         self.push_screen(TextScreen(" Keys", [*format_table(rows, "<<<").splitlines(), "", *about]))
 
     def action_errors(self) -> None:
-        """Show which processes are left out, and why."""
+        """Show which processes are left out, and why; and what was said."""
+        left_out = [f"process {pid} is left out: {printable(why, 4000)}" for pid, why in self.feed.refused.items()]
         lines = []
-        for pid, why in self.feed.refused.items():
-            lines += textwrap.wrap(f"process {pid}: {printable(why, 4000)}", max(self.size.width - 3, 20))
-        self.push_screen(TextScreen("Left out", [f" {line}" for line in lines or ["Nothing is left out."]]))
+        for text in [*left_out, *self._messages] or ["No process is left out, and nothing was said."]:
+            lines += textwrap.wrap(text, max(self.size.width - 4, 20), initial_indent=" ", subsequent_indent="   ")
+        self.push_screen(TextScreen(" Left out, and messages", lines))
 
     def action_events(self) -> None:
         """Ask which statistics are shown."""
@@ -299,6 +315,11 @@ class TopApp(App[None]):
         if isinstance(self.feed, Replay):
             self.feed.change_speed(factor)
             self.update()
+
+
+def _kind(text: str) -> str:
+    """Return what messages about other things of the same kind have in common."""
+    return " ".join(word for word in text.split() if not re.search("[0-9]", word))
 
 
 def _count(number: int, noun: str) -> str:

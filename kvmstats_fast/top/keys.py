@@ -37,7 +37,7 @@ KEYS = (
     Key("full_stop", ".", "app.step", "", "of a recording: the next step"),
     Key("plus,equals_sign", "+", "app.speed(2)", "", "of a recording: twice as fast"),
     Key("minus", "-", "app.speed(0.5)", "", "of a recording: half as fast"),
-    Key("e", "e", "app.errors", "", "which processes are left out, and why"),
+    Key("e", "e", "app.errors", "", "which processes are left out, and why; messages"),
     Key("escape,enter,backspace", "Esc", "back", "back", "back to all VMs", "page"),
     Key("left", "←", "vcpu(-1)", "", "the vCPU before; before the first, the whole VM", "page"),
     Key("right", "→", "vcpu(1)", "vCPU", "the next vCPU", "page"),
