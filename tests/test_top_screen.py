@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from holder import Holder
@@ -21,6 +22,7 @@ from made_vms import moved, vm
 
 pytest.importorskip("textual", reason="needs textual: pip install 'kvmstats-fast[tui]'")
 
+import kvmstats_fast as kf
 from kvmstats_fast.testing import make_samples
 from kvmstats_fast.top import app as rooms
 from kvmstats_fast.top.app import Prompt, TopApp
@@ -288,6 +290,7 @@ def test_the_page_of_a_vm_goes_from_vcpu_to_vcpu_and_says_when_it_is_gone():
         async with running() as pilot:
             await give(pilot, moved(HOST, 3))
             await pilot.press("g", *"web", "enter", "enter")
+            assert "2 s since the reset" in seen(pilot)[0]
             titles = []
             for _ in range(6):
                 titles.append(seen(pilot)[0].split(" of ")[0].strip())
@@ -457,6 +460,13 @@ def test_the_help_has_every_key_and_every_key_does_something():
                 where = [screens[key.where]] if key.where else screens.values()
                 for screen in where:
                     assert {key.keys, key.action} <= {one for b in screen.BINDINGS for one in (b.key, b.action)}
+            guide = Path(kf.__file__).parents[1] / "docs" / "top.md"
+            documented = re.findall(
+                r"^\| ((?:`.`|[A-Z]\S+).*?) \|", guide.read_text().partition("## Keys")[2], re.MULTILINE
+            )
+            for key in KEYS:
+                shown = {one for one in key.shown.split(", ") if one not in "←→"}
+                assert all(re.search(rf"(^|\W){re.escape(one)}(\W|$)", " ".join(documented)) for one in shown), key
             for key in ("question_mark", "h"):
                 await pilot.press(key)
                 assert isinstance(pilot.app.screen, TextScreen)
@@ -554,10 +564,11 @@ class Terminal:
 @pytest.mark.real_vm
 @pytest.mark.parametrize("how", ["q", "\x03", signal.SIGTERM, signal.SIGHUP, "the VM's end"])
 def test_a_real_vm_on_a_real_terminal(how):
-    """Its name is read there, whatever ends it leaves the terminal as it was, and nothing is left running."""
+    """Its name is read there; whatever ends the program leaves the terminal as it was; and it is no VM itself."""
     with Holder(2, name="real-one") as holder:
         terminal = Terminal("-p", str(holder.pid), "-I", "100ms")
         assert terminal.reads("real-one")
+        assert [one.pid for one in kf.find_vms() if one.pid in (holder.pid, terminal.process.pid)] == [holder.pid]
         if how == "the VM's end":
             holder.end()
             assert terminal.reads("these VMs have ended")

@@ -45,6 +45,11 @@ def vcpus_of(counted: Counted, who: Who) -> list[int]:
     return sorted(info.vcpu_id for part in whole for info in part.files if info.vcpu_id is not None)
 
 
+def seconds_of(counted: Counted, who: Who) -> float:
+    """Return how long a VM or vCPU was read."""
+    return max((float(part.seconds.max()) for part in find(counted, who)), default=0.0)
+
+
 def make_page(last: Counted, total: Counted, who: Who, width: int, events: Sequence[str] = ()) -> list[str]:
     """Return the lines about a VM or vCPU.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvmstats_fast._text import printable
-from kvmstats_fast.top.page import make_page, vcpus_of
+from kvmstats_fast.top.page import make_page, seconds_of, vcpus_of
 from kvmstats_fast.top.view import View, bindings
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ class PageScreen(View):
         pid = "" if who.pid is None else f" (pid {who.pid})"
         whole = f"VM {printable(who.vm)}{pid}, {len(vcpus)} vCPU{'' if len(vcpus) == 1 else 's'}"
         title = whole if who.vcpu is None else f"vCPU {who.vcpu} of {whole}"
-        if not model.has(who):
-            title += ": it is gone"
+        title += f", {seconds_of(model.total, who):,.0f} s since the reset" if model.has(who) else ": it is gone"
         self.head.show_all([((title, "bold"),), (self.top.state(),)])
         lines = make_page(model.last, model.total, who, width, model.events)
         self.body.show_all([((line, ""),) for line in lines])
