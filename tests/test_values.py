@@ -18,6 +18,7 @@ from sql import duckdb, needs_duckdb
 
 import kvmstats_fast as kf
 from kvmstats_fast.formats import parquet
+from kvmstats_fast.formats import values as formats_values
 from kvmstats_fast.formats.origin import Origin
 
 VCPU = made.schema_of(made.ODD)
@@ -161,6 +162,23 @@ def test_batches_that_contradict_each_other_have_no_changes(x, convert, values, 
     with pytest.raises(kf.KvmStatsError, match=r"run7: this recording is damaged: .* not in the order of time"):
         convert(tmp_path / "run7", tmp_path / "out", values=values)
     assert not [one for one in tmp_path.rglob("*") if one.is_file() and "run7" not in one.parts]
+
+
+@pytest.mark.parametrize("errors", [(), ((1, 4), (3, 0), (0, 7))])
+@pytest.mark.parametrize(
+    "asked", [{"values": "delta"}, {"values": "rate"}, {"si": True}, {"values": "delta", "si": True}]
+)
+@pytest.mark.parametrize("sweeps", [0, 1, 2, 12])
+def test_a_frame_that_is_filled_part_by_part_is_the_same(monkeypatch, errors, asked, sweeps):
+    """Whatever the size of the parts: a change between two of them, files that fail within one, and no sweep at all."""
+    errors = [kf.SampleError(file, sweep, OSError(9, "gone")) for file, sweep in errors]
+    x = made.samples([("vcpu", VCPU, 4)], 12, errors=errors)[:sweeps]
+    whole = x.to_pandas(**asked)
+    for size in (1, 5 * x.groups[0].words * 4 * 8):
+        monkeypatch.setattr(formats_values, "PART_BYTES", size)
+        in_parts = x.to_pandas(**asked)
+        pd.testing.assert_frame_equal(in_parts, whole, check_exact=True)
+        assert in_parts.attrs == whole.attrs
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,17 @@ import numpy as np
 
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.arrow import NONE, column_name, find_live, one_group, whose
-from kvmstats_fast.formats.values import find_units, find_values
+from kvmstats_fast.formats.values import check_values, find_parts, find_units, find_values
 from kvmstats_fast.series import gather
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
     from kvmstats_fast.groups import Group
     from kvmstats_fast.samples import Samples
+    from kvmstats_fast.stat import Stat
 
 _NS = np.dtype("datetime64[ns]")
 
@@ -27,36 +28,53 @@ def to_pandas(samples: Samples, *, values: str, si: bool) -> Any:
     """See `Samples.to_pandas`."""
     pd = need("pandas", "pandas")
     group = one_group(samples)
-    samples, found = find_values(samples, values, si=si)
-    live = find_live(samples.errors, len(samples), group.columns)
-    columns: dict[str, npt.NDArray[Any]] = {}
-    units = {"pid": ""}
-    for name, array in found.items():
-        stat, column = group.places[name][0], column_name(name)
-        parts = {f"{column}[{i}]": array[:, :, i] for i in range(stat.size)} if stat.shape else {column: array}
-        columns |= parts
-        units |= dict.fromkeys(parts, find_units(stat, values, si=si))
-    index, pids = _index(samples, group, live)
-    # Columns of one type that are side by side are one array, which pandas takes as it is.
-    blocks = [
-        pd.DataFrame(_as_rows(list(side_by_side), live).T, index, [name for name, _ in side_by_side], copy=False)
-        for side_by_side in (list(some) for _, some in groupby(columns.items(), lambda one: one[1].dtype))
-    ]
-    frame = blocks[0] if len(blocks) == 1 else pd.concat([pd.DataFrame(index=index), *blocks], axis=1)
+    check_values(values)
+    rows = samples if values == "raw" else samples[1:]
+    live = find_live(rows.errors, len(rows), group.columns)
+    index, pids = _index(rows, group, live)
+    # Columns of one type that are side by side are one array, (columns, rows), which pandas takes as it is.
+    blocks: list[tuple[list[str], npt.NDArray[Any]]] = []
+    done = 0
+    for part, found in find_parts(samples, values, si=si):
+        together = [[*some] for _, some in groupby(_columns(group, found), lambda column: column[1].dtype)]
+        if not blocks:
+            room = [np.empty((len(some), len(pids)), some[0][1].dtype) for some in together]
+            blocks = [([name for name, _ in some], block) for some, block in zip(together, room, strict=True)]
+        alive = None if live is None else live[part]
+        start, done = done, done + int(together[0][0][1].size if alive is None else np.count_nonzero(alive))
+        for (_, block), some in zip(blocks, together, strict=True):
+            _fill(block[:, start:done], [array for _, array in some], alive)
+    parts = [pd.DataFrame(block.T, index, names, copy=False) for names, block in blocks]
+    frame = parts[0] if len(parts) == 1 else pd.concat([pd.DataFrame(index=index), *parts], axis=1)
     frame.insert(0, "pid", pids)
+    units = {"pid": ""}
+    for name, (stat, _) in group.places.items():
+        units |= dict.fromkeys(_names(name, stat), find_units(stat, values, si=si))
     frame.attrs["units"] = units
     return frame
 
 
-def _as_rows(columns: Sequence[tuple[str, npt.NDArray[Any]]], live: npt.NDArray[np.bool_] | None) -> npt.NDArray[Any]:
-    """Return columns, (T, n) each, as one array (columns, rows)."""
-    first = columns[0][1]
+def _names(name: str, stat: Stat) -> list[str]:
+    """Return the names of a statistic's columns."""
+    column = column_name(name)
+    return [f"{column}[{i}]" for i in range(stat.size)] if stat.shape else [column]
+
+
+def _columns(group: Group, found: Mapping[str, npt.NDArray[Any]]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Give the columns of statistics by name, (T, n) each."""
+    for name, array in found.items():
+        stat, _ = group.places[name]
+        yield from zip(_names(name, stat), np.moveaxis(array, 2, 0) if stat.shape else [array], strict=True)
+
+
+def _fill(block: npt.NDArray[Any], columns: Sequence[npt.NDArray[Any]], live: npt.NDArray[np.bool_] | None) -> None:
+    """Write columns, (T, n) each, into the rows of a block; of the files that are live."""
     if live is not None:
-        return np.stack([values[live] for _, values in columns])
-    rows = np.empty((len(columns), first.size), first.dtype)
-    words = [values.view(np.uint64) for _, values in columns]  # which all of them are as large as
-    gather(words, [row.view(np.uint64).reshape(first.shape) for row in rows])
-    return rows
+        for row, values in zip(block, columns, strict=True):
+            row[:] = values[live]
+        return
+    words = [values.view(np.uint64) for values in columns]  # which all of them are as large as
+    gather(words, [*block.view(np.uint64).reshape(len(columns), *columns[0].shape)])
 
 
 def _index(samples: Samples, group: Group, live: npt.NDArray[np.bool_] | None) -> tuple[Any, Any]:

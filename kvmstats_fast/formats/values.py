@@ -14,12 +14,18 @@ from kvmstats_fast.groups import join_groups
 from kvmstats_fast.joining import join_samples
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
 
     from kvmstats_fast.samples import Samples
     from kvmstats_fast.stat import Stat
 
 VALUES = ("raw", "delta", "rate")
+
+#: Bytes of values whose changes or rates are worked out at once where they are copied then: memory that is used again
+#: and again costs less than new memory, which the system has to find and to clear.
+PART_BYTES = 8 << 20
 
 
 def check_values(values: str) -> None:
@@ -41,6 +47,19 @@ def find_values(samples: Samples, values: str, *, si: bool = False) -> tuple[Sam
         return samples[1:], dict(changes.rates(samples, names))
     deltas = changes.deltas(samples, names)
     return samples[1:], {name: samples.stat(name).to_si(one) if si else one for name, one in deltas.items()}
+
+
+def find_parts(
+    samples: Samples, values: str, *, si: bool = False
+) -> Iterator[tuple[slice, dict[str, npt.NDArray[Any]]]]:
+    """Give what `find_values` has of all sweeps, some at a time, and which: what is worked out takes little memory."""
+    before = int(values != "raw")  # the sweep whose changes are those of the next
+    rows = max(len(samples) - before, 0)
+    per_sweep = sum(group.words * len(group.columns) * 8 for group in samples.groups)
+    step = max(PART_BYTES // max(per_sweep, 1), 1) if before or si else max(rows, 1)
+    for start in range(0, max(rows, 1), step):
+        part = samples[start : start + step + before]
+        yield slice(start, min(start + step, rows)), find_values(part, values, si=si)[1]
 
 
 def find_units(stat: Stat, values: str, *, si: bool = False) -> str:
