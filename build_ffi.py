@@ -9,6 +9,7 @@ that takes they are left out.
 Environment
 -----------
 KVMSTATS_SANITIZE : e.g. ``address,undefined``: build the extension with these sanitizers.
+KVMSTATS_COVERAGE : ``1``: have the extension count which of its lines are executed (tests/covered.py).
 KVMSTATS_WERROR : ``1``: warnings are errors, as in CI.
 """
 
@@ -47,9 +48,10 @@ def _compile_args() -> list[str]:
     return [*args, "-Werror"] if os.environ.get("KVMSTATS_WERROR") == "1" else args
 
 
-def _sanitize_args() -> list[str]:
+def _instrument_args() -> list[str]:
     sanitizers = os.environ.get("KVMSTATS_SANITIZE")
-    return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"] if sanitizers else []
+    args = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g"] if sanitizers else []
+    return [*args, "--coverage", "-O0"] if os.environ.get("KVMSTATS_COVERAGE") == "1" else args
 
 
 ffibuilder = FFI()
@@ -69,10 +71,10 @@ ffibuilder.set_source(
         *_compile_args(),
         "-Wno-unused-parameter",
         "-Wno-missing-field-initializers",
-        *_sanitize_args(),
+        *_instrument_args(),
     ],
     # inject.c forks in a process with threads: the child may not need the dynamic linker to find a function.
-    extra_link_args=["-Wl,-z,now", *_sanitize_args()],
+    extra_link_args=["-Wl,-z,now", *_instrument_args()],
 )
 
 # It must load into any VMM, of any C library: no code of the compiler's that needs a runtime library or start-up files,
