@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -341,6 +342,25 @@ def test_garbage_behind_the_last_batch_is_no_batch(path):
         parts, warned = batches(path)
         made.assert_same(parts[0], x)
         assert f"the {len(garbage)} bytes after that" in warned[0]
+
+
+@pytest.mark.parametrize("names", [["vm"], ["vm", "vcpu"]], ids=["one", "all"])
+def test_an_error_of_a_file_that_is_left_out_goes_at_once(path, names):
+    """In a cycle it would keep the frames of its traceback, and whatever they have open, until it is collected."""
+    record(path, [made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 3)])
+    for name in names:
+        raw = (path / f"{name}-00000.arrows").read_bytes()
+        (path / f"{name}-00000.arrows").write_bytes(raw.replace(b"kvmstats.descriptor", b"kvmstats.xescriptor"))
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        with suppress(kf.KvmStatsError):
+            kf.Recording(path)
+        gc.collect()
+        assert not any(isinstance(one, kf.KvmStatsError) for one in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
 
 
 def test_the_other_kind_without_its_last_batch(path):

@@ -101,9 +101,12 @@ class Recording:
             except FileNotFoundError:  # deleted since the directory was listed
                 if not self.path.is_dir():
                     raise
-        if not files:
-            raise refused[0] if refused else FileNotFoundError(errno.ENOENT, "there is no recording", str(path))
         self._refused = [str(error) for error in refused]
+        try:
+            if not files:
+                raise refused[0] if refused else FileNotFoundError(errno.ENOENT, "there is no recording", str(path))
+        finally:
+            refused.clear()  # their tracebacks have this frame, and what was opened, which would stay open
         first = min(files, key=lambda file: file.origin.part).origin
         self._check_origins(files, first)
         runs: dict[int, list[StreamFile]] = {}
