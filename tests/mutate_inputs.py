@@ -198,7 +198,8 @@ def run_command_line(rng, originals):
             about_files = bool(getattr(arguments, "file", None)) and not any(
                 getattr(arguments, name, None) for name in ("pid", "guest", "socket", "inject", "command")
             )
-            if verb not in ("stat", "report", "compare", "convert", "check") or not about_files or rng.random() < 0.8:
+            of_files = verb in ("stat", "report", "compare", "convert", "check") and "--" not in words  # runs a command
+            if not (of_files and about_files) or rng.random() < 0.8:
                 return "command line parsed"
             status = cli.main(words)
         except SystemExit as end:
