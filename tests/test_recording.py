@@ -207,14 +207,14 @@ def test_the_file_says_what_its_columns_are(path):
 
 
 def documented(heading):
-    """First column of the table under a heading of docs/recording.md, a row's names apart."""
-    text = (Path(__file__).parents[1] / "docs" / "recording.md").read_text()
+    """First column of the table under a heading of docs/recording-format.md, a row's names apart."""
+    text = (Path(__file__).parents[1] / "docs" / "recording-format.md").read_text()
     rows = [line.split("|")[1] for line in text.split(f"| {heading} |")[1].partition("\n\n")[0].splitlines()[2:]]
     return [name for row in rows for name in re.findall("`([^`]*)`", row) or [row.strip()]]
 
 
 def test_the_document_describes_the_file_that_is_written(path):
-    """Every key and column that a Recorder writes is in the tables of docs/recording.md, and nothing else."""
+    """Every key and column that a Recorder writes is in the tables of docs/recording-format.md, and nothing else."""
     errors = [kf.SampleError(file, 2, error) for file, error in enumerate(ERRORS)]
     x = replace(made.samples([("vm", VM, 1), ("vcpu", ODD, 2)], 4, errors=errors), wall_steps=((1, 5),))
     record(path, [x])
@@ -228,7 +228,7 @@ def test_the_document_describes_the_file_that_is_written(path):
         assert sorted(key.decode() for key in about) == sorted(documented("key of a field"))
     columns = documented("column")
     assert batch.schema.names == [*columns[:-1], *map(arrow.column_name, x.vcpu.names)]
-    text = " ".join((Path(__file__).parents[1] / "docs" / "recording.md").read_text().split())
+    text = " ".join((Path(__file__).parents[1] / "docs" / "recording-format.md").read_text().split())
     assert f"This is format {keys['kvmstats.format']}. " in text
     fields = re.search(
         r"each `\[([a-z_, ]*)\]`", next(line for line in text.split("| `kvmstats.") if line.startswith("files"))

@@ -205,7 +205,7 @@ def test_recipes_count_what_was_counted(cleared, recipe):
     assert counted(names["counts"]) == wanted
 
 
-PARQUET = recipes("recording.md", "## Parquet and CSV", "## The file format")
+PARQUET = recipes("recording.md", "## Parquet and CSV", "## Perfetto")
 
 
 def test_there_is_a_recipe_for_each_reader_of_parquet():
