@@ -23,5 +23,3 @@ autodoc_default_options = {
 autodoc_typehints = "none"  # the sections of the docstrings have types
 numpydoc_show_class_members = False  # autodoc has them
 numpydoc_xref_param_type = False
-
-

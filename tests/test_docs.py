@@ -1,4 +1,4 @@
-"""What the guides show: each block of Python runs, each command line is one that the program takes, names are all there."""
+"""What the guides show: each block of Python runs, kvmstats takes each command line, and all public names are there."""
 
 import asyncio
 import re

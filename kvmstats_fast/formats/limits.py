@@ -1,4 +1,4 @@
-"""How much a file may claim to hold, compared before any of it is allocated; docs/recording-format.md states the same."""
+"""How much a file may claim to hold, compared before any of it is allocated, as docs/recording-format.md says."""
 
 from __future__ import annotations
 

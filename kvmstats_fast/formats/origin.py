@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from kvmstats_fast.samples import Samples
     from kvmstats_fast.schema import Schema
 
-#: Version of the file format, which docs/recording-format.md describes. Format 2 lacked `run` and `tail`. Format 1 also lacked
-#: `vm` and `host` of files, and had one `wall_offset` for all batches.
+#: Version of the file format, which docs/recording-format.md describes. Format 2 lacked `run` and `tail`. Format 1 also
+#: lacked `vm` and `host` of files, and had one `wall_offset` for all batches.
 FORMAT = 3
 
 KIND = choice("vm", "vcpu")
