@@ -159,7 +159,7 @@ def test_guests_that_cannot_be_had_are_told_apart_by_the_exit_status(capsys):
     gone = subprocess.Popen(["true"])
     gone.wait()
     for arguments, status, text in (
-        (["-g", "no-such-guest"], 1, "no VM is called no-such-guest"),
+        (["-g", "no-such-guest"], 1, "no VM is called 'no-such-guest'"),
         (["-p", str(os.getpid())], 1, "has no VM"),
         (["-p", str(gone.pid)], 4, "has ended"),
         (["-p", "1", "file"], 2, "-p names VMs that run"),

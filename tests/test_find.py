@@ -489,12 +489,13 @@ def test_a_name_that_stdout_cannot_encode_hides_no_vm(monkeypatch, proc):
 
 
 def test_json_is_one_object_a_line(monkeypatch, capsys, proc):
-    """All that find_vms knows, by the same names."""
+    """All that find_vms knows, by the same names, and what the other verbs call the VM."""
     proc.add(7, ["qemu-system-x86_64", "-name", "web"], vm_links(2, "kvm-vcpu-stats:1"))
     status, out, err = listed(monkeypatch, capsys, proc.root, "--json")
     assert (status, err) == (0, "")
     (line,) = out.splitlines()
     assert json.loads(line) == {
+        "vm": "web",
         "pid": 7,
         "vmm": "qemu-system-x86_64",
         "name": "web",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from kvmstats_fast.analysis.figures import Figures
     from kvmstats_fast.stat import Stat
 
     Values: TypeAlias = npt.NDArray[np.float64]
@@ -166,21 +167,31 @@ class Comparison(Mapping[str, Change]):
         return frame.rename_axis("name")
 
     def __str__(self) -> str:
+        return "\n".join([self.heading, format_table(self.table(), "<>>>>><"), *self.remarks])
+
+    @property
+    def heading(self) -> str:
+        """How many runs there are, and what the intervals stand on."""
         unit = self.method.removeprefix("spread of ").removesuffix("s") if self.method != _OVER_TIME else "run"
         runs = [f"{n} {unit}{'' if n == 1 else 's'}" for n in self.runs]
-        lines = [f"A: {runs[0]}; B: {runs[1]}; {self.confidence:g} intervals from the {self.method}"]
+        return f"A: {runs[0]}; B: {runs[1]}; {self.confidence:g} intervals from the {self.method}"
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not in the table."""
+        still = len(self) + 1 - len(self.table())
+        remarks = [f"0 or not defined on both sides: {still}"] if still else []
+        return remarks + ([f"on one side only: {', '.join(self.missing)}"] if self.missing else [])
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the cells of the table that is printed, with a row of titles: of what changed on any side."""
         rows: list[tuple[str, ...]] = [("", "A", "B", "B / A", "from", "to", "")]
         for change in self.values():
             if any(value and not math.isnan(value) for value in (change.a, change.b)):
                 ratios = [format_number(value, ".4g") for value in (change.ratio, change.low, change.high)]
                 values = [format_number(value, ".5g") for value in (change.a, change.b)]
                 rows.append((change.name, *values, *ratios, change.units))
-        lines.append(format_table(rows, "<>>>>><"))
-        if still := len(self) + 1 - len(rows):
-            lines.append(f"0 or not defined on both sides: {still}")
-        if self.missing:
-            lines.append(f"on one side only: {', '.join(self.missing)}")
-        return "\n".join(lines)
+        return rows
 
 
 def compare(
@@ -284,9 +295,10 @@ def _measure(run: Samples, per: str | float | None, blocks: int) -> dict[str, _M
         if (before := result.get(stat.name)) is not None:  # of another kernel's files
             above = above + before.above
         result[stat.name] = _Measure(above, under, units, _divide(above.sum(), under.sum()))
+    of_pieces = [piece.figures() for piece in pieces] if blocks > 1 else []
     for name, figure in run.figures().items():
         if not figure.units:
-            means = [_mean_figure(piece, name) for piece in pieces] if blocks > 1 else [_mean(figure.values)]
+            means = [_mean_figure(figures, name) for figures in of_pieces] if blocks > 1 else [_mean(figure.values)]
             result[name] = _Measure(np.array(means), np.ones(blocks), "", _mean(figure.values))
     return result
 
@@ -324,8 +336,7 @@ def _add_levels(name: str, pieces: list[Samples]) -> Values:
     return np.array([float(np.sum(piece.si(name))) for piece in pieces])
 
 
-def _mean_figure(piece: Samples, name: str) -> float:
-    figures = piece.figures()
+def _mean_figure(figures: Figures, name: str) -> float:
     return _mean(figures[name].values) if name in figures else math.nan
 
 

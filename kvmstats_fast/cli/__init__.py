@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import warnings
@@ -77,6 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         127 if it is not found.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        make_parser(()).print_help(sys.stderr)
+        return 2
+    if sys.stdout is None:  # a shell's >&-
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - for as long as the process is
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that has no µ, a name that is no text
+            stream.reconfigure(errors="backslashreplace")
     command: list[str] = []
     if "--" in argv and argv[0] in _WITH_COMMAND:
         at = argv.index("--")
@@ -89,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("default")
             warnings.showwarning = _show_warning
             status: int = _module(arguments.verb).run(arguments)
-        if sys.stdout is not None:  # a shell's >&-
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output has gone. Keep the interpreter from flushing into the closed pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

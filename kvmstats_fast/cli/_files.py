@@ -13,7 +13,7 @@ from kvmstats_fast.cli._captures import is_capture, read_capture
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats.sources import find_sources
 from kvmstats_fast.formats.steps import STEP_BYTES
-from kvmstats_fast.formats.wanted import Step, Wanted
+from kvmstats_fast.formats.wanted import Step, Wanted, check_order
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.selection import Selection, take_files
 
@@ -75,7 +75,8 @@ class _Stored(Run):
         if not names:
             return
         wanted_files = frozenset(self.files[index] for index in selection.find_files(self.files))
-        for step in self._source.read(Wanted(names, self._choose(selection)), STEP_BYTES):
+        steps = self._source.read(Wanted(names, self._choose(selection)), STEP_BYTES)
+        for step in check_order(steps, self.path):
             files = step.samples.files
             kept = [index for index, info in enumerate(files) if info in wanted_files]
             yield step._replace(samples=take_files(step.samples, kept))

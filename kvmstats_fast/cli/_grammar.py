@@ -7,6 +7,7 @@ import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from kvmstats_fast.cli._screen import add_color
 from kvmstats_fast.errors import KvmStatsError
 
 if TYPE_CHECKING:
@@ -123,3 +124,4 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", metavar="FILE", default="-", help="write to a new file; - is stdout")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    add_color(parser)

@@ -11,54 +11,81 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kvmstats_fast.cli._grammar import UsageError
-from kvmstats_fast.cli._rows import FIELDS
 from kvmstats_fast.formats._put import PRIVATE, open_new
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from kvmstats_fast.cli._rows import Row
 
 _REPLACED = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class RowWriter:
-    """Writes rows as JSON or CSV, as the command line says; `text` is what is asked for by neither.
+#: Of a row of a statistic, in the order of columns.
+ROW_FIELDS = ("time", "host", "vm", "pid", "vcpu", "name", "value", "rate", "unit", "bucket")
 
-    In CSV there is a column for each of `more`, too: fields that only rows of this verb have.
+
+class ObjectWriter:
+    """Writes objects as JSON or CSV, as the command line says; `text` is what is asked for by neither.
+
+    Parameters
+    ----------
+    arguments : argparse.Namespace
+    output : text file
+    columns : sequence of str
+        Of CSV; what an object has beyond them is in JSON alone.
     """
 
-    def __init__(self, arguments: argparse.Namespace, output: TextIO, more: Sequence[str] = ()) -> None:
+    def __init__(self, arguments: argparse.Namespace, output: TextIO, columns: Sequence[str]) -> None:
         self.text = not arguments.json and arguments.csv is None
         self.output = output
         self._csv: Any = None
-        self._columns = (*FIELDS, *more)
         if arguments.csv is not None:
             if len(arguments.csv) != 1 or arguments.csv in '\n\r"':
                 raise UsageError(f"{arguments.csv!r} is not a separator: it must be one character, and no quote")
-            self._csv = csv.writer(output, delimiter=arguments.csv, lineterminator="\n")
-            self._csv.writerow(self._columns)
+            self._csv = csv.DictWriter(
+                output, columns, extrasaction="ignore", delimiter=arguments.csv, lineterminator="\n"
+            )
+            self._csv.writeheader()
 
-    def write(self, rows: Sequence[Row], time: float | None = None) -> None:
-        """Write rows; in CSV a histogram has a row for each bucket that counted, which its lower edge names."""
-        for row in rows:
-            fields = row.fields(time)
+    def write_objects(self, objects: Iterable[Mapping[str, Any]]) -> None:
+        """Write objects; what is None, or not there, is an empty cell, and a list is its values with blanks between."""
+        for one in objects:
             if self._csv is None:
-                print(json.dumps(fields, ensure_ascii=False), file=self.output)
-            elif row.buckets is None:
-                self._csv.writerow([_cell(fields.get(name)) for name in self._columns])
+                print(to_json(one), file=self.output)
             else:
-                lower = row.edges or list(range(len(row.buckets)))
-                for edge, count in zip(lower, row.buckets, strict=False):
-                    if count:
-                        one = fields | {"value": count, "rate": None, "bucket": edge}
-                        self._csv.writerow([_cell(one.get(name)) for name in self._columns])
+                self._csv.writerow({name: _cell(value) for name, value in one.items()})
         self.output.flush()
 
 
+def to_json(one: Mapping[str, Any]) -> str:
+    """Return an object as JSON, with what a terminal would act on escaped."""
+    text = json.dumps(one, ensure_ascii=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+class RowWriter(ObjectWriter):
+    """Writes rows of statistics; in CSV with a column for each of `more`, fields that only rows of this verb have."""
+
+    def __init__(self, arguments: argparse.Namespace, output: TextIO, more: Sequence[str] = ()) -> None:
+        super().__init__(arguments, output, (*ROW_FIELDS, *more))
+
+    def write(self, rows: Sequence[Row], time: float | None = None) -> None:
+        """Write rows; in CSV a histogram has a row for each bucket that counted, which its lower edge names."""
+        self.write_objects(one for row in rows for one in self._split(row, row.fields(time)))
+
+    def _split(self, row: Row, fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if self._csv is None or row.buckets is None:
+            yield fields
+            return
+        for edge, count in zip(row.edges or range(len(row.buckets)), row.buckets, strict=False):
+            if count:
+                yield fields | {"value": count, "rate": None, "bucket": edge}
+
+
 def _cell(value: object) -> object:
-    return "" if value is None else value
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 @contextmanager
@@ -69,7 +96,7 @@ def open_output(arguments: argparse.Namespace) -> Iterator[TextIO]:
         return
     path = Path(arguments.output)
     fd = os.open(path, _REPLACED, PRIVATE) if arguments.force else open_new(path, PRIVATE)
-    with open(fd, "w", encoding="utf-8", newline="") as file:  # noqa: PTH123 - of an fd
+    with open(fd, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:  # noqa: PTH123 - of an fd
         try:
             yield file
         finally:

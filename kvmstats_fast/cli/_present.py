@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import textwrap
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from kvmstats_fast._text import display_width, format_si, format_table, printable
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.analysis.formulas import ALL_EXITS, EXIT_KIND
+from kvmstats_fast.cli._screen import fit_table, wrap_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from kvmstats_fast.analysis.figures import Figures
     from kvmstats_fast.cli._rows import Row
+    from kvmstats_fast.cli._screen import Screen
     from kvmstats_fast.file_info import FileInfo
 
 _LEAST_BAR = 10
-
-
-def terminal_width(output: TextIO) -> int:
-    """Return how many columns there are; 80 where it is no terminal, but for what COLUMNS says."""
-    if output.isatty() or "COLUMNS" in os.environ:
-        return max(shutil.get_terminal_size().columns, 20)
-    return 80
 
 
 class Vm(NamedTuple):
@@ -71,9 +63,8 @@ def vms_of(
     return vms
 
 
-def present(rows: Sequence[Row], vms: Mapping[tuple[str, str], Vm], output: TextIO) -> None:
+def present(rows: Sequence[Row], vms: Mapping[tuple[str, str], Vm], screen: Screen) -> None:
     """Print a block for each VM."""
-    width = terminal_width(output)
     blocks: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         blocks.setdefault((row.host, row.vm), []).append(row)
@@ -81,18 +72,19 @@ def present(rows: Sequence[Row], vms: Mapping[tuple[str, str], Vm], output: Text
     for number, (whose, block) in enumerate(blocks.items()):
         about = vms[whose]
         lines = [""] if number else []
-        lines += textwrap.wrap(_title(block[0], about, several_hosts=len(hosts) > 1), width, subsequent_indent="  ")
+        title = _title(block[0], about, several_hosts=len(hosts) > 1)
+        lines += map(screen.title, wrap_text(title, screen.width))
         for vcpu in dict.fromkeys(row.vcpu for row in block):
             chosen = [row for row in block if row.vcpu == vcpu]
             lines += [] if vcpu is None else [f" vCPU {vcpu}"]
-            lines += _table(chosen, about.vcpus or 1 if vcpu is None else 1, width)
+            lines += _table(chosen, about.vcpus or 1 if vcpu is None else 1, screen.width)
             for row in chosen:
                 if row.stat.is_histogram:
-                    lines += ["", *bars(row, width, output)]
+                    lines += ["", *bars(row, screen)]
         if about.figures:
             cells = [(f"  {name}", f"{100 * value:.1f} %") for name, value in about.figures]
-            lines += ["", *fit_table(cells, "<>", width)]
-        print("\n".join(lines), file=output)
+            lines += ["", *fit_table(cells, "<>", screen.width)]
+        screen.print(*lines)
 
 
 def _title(row: Row, about: Vm, *, several_hosts: bool) -> str:
@@ -100,19 +92,8 @@ def _title(row: Row, about: Vm, *, several_hosts: bool) -> str:
     pid = "" if row.pid is None else f" ({vmm}pid {row.pid})"
     host = f" on {printable(row.host)}" if several_hosts else ""
     time = "one reading: counts since the VM was made" if about.seconds is None else f"{about.seconds:.3f} s"
-    return f"VM {printable(row.vm)}{pid}{host}, {about.vcpus} vCPU{'' if about.vcpus == 1 else 's'}, {time}"
-
-
-def fit_table(rows: Sequence[Sequence[str]], align: str, width: int, drop: Sequence[int] = ()) -> list[str]:
-    """Return the lines of a table; without the columns `drop`, one after the other, until it is no wider than that."""
-    kept = list(range(len(align)))
-    for column in [None, *drop]:
-        kept = [one for one in kept if one != column]
-        cells = [[row[one] for one in kept] for row in rows]
-        lines = format_table(cells, "".join(align[one] for one in kept)).splitlines()
-        if max(map(display_width, lines)) <= width:
-            break
-    return lines
+    label = row.vm.removesuffix(f" (pid {row.pid})")
+    return f"VM {printable(label)}{pid}{host}, {about.vcpus} vCPU{'' if about.vcpus == 1 else 's'}, {time}"
 
 
 _Row = TypeVar("_Row", bound="Row")
@@ -143,12 +124,7 @@ def _cells(row: Row, indent: str, every: Row | None, vcpus: int) -> tuple[str, s
     if row.rate is None:
         return name, value, "", format_share(row, every)
     if row.unit == "s":
-        return (
-            name,
-            value,
-            format_rate(row, row.rate, vcpus),
-            "of its time" if vcpus == 1 else f"of {vcpus} vCPUs' time",
-        )
+        return name, value, format_rate(row, row.rate, vcpus), of_time(row.rate, vcpus)
     return name, value, format_rate(row, row.rate, vcpus), format_share(row, every)
 
 
@@ -164,12 +140,20 @@ def format_rate(row: Row, rate: float, vcpus: int) -> str:
     return f"{format_si(rate, row.unit)}/s" if row.unit else f"{rate:,.1f}/s"
 
 
+def of_time(rate: float, vcpus: int) -> str:
+    """Return what a rate of time is a share of; a wait is counted when it ends, also what of it was earlier."""
+    whose = "of its time" if vcpus == 1 else f"of {vcpus} vCPUs' time"
+    return f"{whose}: in part earlier" if rate > vcpus * 1.001 else whose
+
+
 def format_share(row: Row, every: Row | None) -> str:
-    """Return what a kind of exits is of all, as text."""
-    return f"{100 * row.value / every.value:.1f} %" if every and every is not row and every.value else ""
+    """Return what a kind of exits is of all, as text; a kernel that emulates counts more of some kinds than exits."""
+    if not every or every is row or not row.value <= every.value > 0:
+        return ""
+    return f"{100 * row.value / every.value:.1f} %"
 
 
-def bars(row: Row, width: int, output: TextIO) -> list[str]:
+def bars(row: Row, screen: Screen) -> list[str]:
     """Return a histogram: a line for each bucket from the first to the last that counted anything."""
     counts, edges, unit = row.buckets or [], row.edges, row.stat.units(si=True)
     lines = [f"  {printable(row.stat.name)}: {row.value:,} value{'' if row.value == 1 else 's'}"]
@@ -182,15 +166,14 @@ def bars(row: Row, width: int, output: TextIO) -> list[str]:
         for i in range(first, last + 1)
     ]
     text = format_table(cells, "><>>").splitlines()
-    room = max(width - max(map(display_width, text)) - 2, _LEAST_BAR)
+    room = max(screen.width - max(map(display_width, text)) - 2, _LEAST_BAR)
     for line, count in zip(text, counts[first : last + 1], strict=True):
-        lines.append(f"{line}  {_bar(count / max(counts), room, output)}".rstrip())
+        lines.append(f"{line}  {screen.bar(_bar(count / max(counts) * room, screen))}".rstrip())
     return lines
 
 
-def _bar(fraction: float, room: int, output: TextIO) -> str:
-    encoding = (getattr(output, "encoding", None) or "ascii").lower().replace("-", "")
-    if encoding != "utf8":
-        return "#" * round(fraction * room)
-    eighths = round(fraction * room * 8)
+def _bar(cells: float, screen: Screen) -> str:
+    if not screen.has_blocks:
+        return "#" * round(cells)
+    eighths = round(cells * 8)
     return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]

@@ -10,7 +10,7 @@ import numpy as np
 
 from kvmstats_fast._text import format_number, format_si, printable
 from kvmstats_fast.abi import StatType
-from kvmstats_fast.cli._present import format_rate, format_share, format_value
+from kvmstats_fast.cli._present import format_rate, format_share, format_value, of_time
 
 if TYPE_CHECKING:
     from kvmstats_fast.analysis.halt_poll import HaltPollAdvice
@@ -80,7 +80,7 @@ def spread_cells(row: Summary, indent: str, every: Summary | None, vcpus: int) -
         return name, value, "", *(_value(row, one) for one in row.spread), how
     remark = format_share(row, every)
     if row.unit == "s":
-        remark = "of its time" if vcpus == 1 else f"of {vcpus} vCPUs' time"
+        remark = of_time(row.rate or 0.0, vcpus)
     rates = ("-" if one is None or math.isnan(one) else format_rate(row, one, vcpus) for one in (row.rate, *row.spread))
     return name, value, *rates, remark
 

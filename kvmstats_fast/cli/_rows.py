@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     #: Host, VM, vCPU and statistic, wherever that lies in a file.
     Key: TypeAlias = tuple[str, str, int | None, Stat]
 
-FIELDS = ("time", "host", "vm", "pid", "vcpu", "name", "value", "rate", "unit", "bucket")
-
 
 @dataclass(slots=True)
 class Row:
@@ -62,7 +60,7 @@ class Row:
         return bool(self.value) and not math.isnan(self.value)
 
     def fields(self, time: float | None = None) -> dict[str, Any]:
-        """Return the row as JSON has it: plain Python, under the names of `FIELDS`."""
+        """Return the row as JSON has it: plain Python, under the names of `ROW_FIELDS`."""
         row: dict[str, Any] = {} if time is None else {"time": time}
         row |= {"host": self.host, "vm": self.vm, "pid": self.pid, "vcpu": self.vcpu, "name": self.stat.name}
         row |= {"value": self.value, "rate": self.rate, "unit": self.unit}

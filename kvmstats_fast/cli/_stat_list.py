@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from kvmstats_fast._text import format_si, format_table, plain_number, printable
+from kvmstats_fast._text import format_si, plain_number, printable
 from kvmstats_fast.cli._captures import is_capture, read_images
 from kvmstats_fast.cli._files import open_runs
+from kvmstats_fast.cli._output import ObjectWriter
+from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.vmm.machine import attach
 
 if TYPE_CHECKING:
@@ -20,20 +21,20 @@ if TYPE_CHECKING:
     from kvmstats_fast.stat import Stat
 
 
-def print_stats(arguments: argparse.Namespace) -> None:
+_FIELDS = ("of", "name", "type", "unit", "size", "edges")
+
+
+def print_stats(arguments: argparse.Namespace, output: TextIO) -> None:
     """Print a row for each statistic of each kind of file."""
+    writer, screen = ObjectWriter(arguments, output, _FIELDS), Screen.of(output, arguments.color)
     for number, (whose, stats) in enumerate(_kinds(arguments)):
-        if arguments.json:
-            for stat in stats:
-                print(json.dumps({"of": whose} | _fields(stat)))
+        if not writer.text:
+            writer.write_objects({"of": whose} | _fields(stat) for stat in stats)
             continue
         rows = [("NAME", "TYPE", "UNIT", "BUCKETS")]
         rows += [(printable(stat.name), _type(stat), stat.units() or "-", _buckets(stat)) for stat in stats]
-        print(
-            ("\n" if number else "")
-            + f"{printable(whose, 4096)}: {len(rows) - 1} statistics\n"
-            + format_table(rows, "<<<<")
-        )
+        title = screen.wrap(f"{printable(whose, 4096)}: {len(rows) - 1} statistics")
+        screen.print(*([""] if number else []), *map(screen.title, title), *screen.table(rows, "<<<<", (3,)))
 
 
 def _kinds(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterable[Stat]]]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fnmatch
 import socket
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvmstats_fast._text import describe_error, printable
-from kvmstats_fast.cli._grammar import UsageError
+from kvmstats_fast._text import describe_error
+from kvmstats_fast.cli._grammar import UsageError, usage_errors
 from kvmstats_fast.errors import AttachError, KvmStatsError
-from kvmstats_fast.vmm.find import find_vms
+from kvmstats_fast.vmm.find import find_guests, find_vms
 from kvmstats_fast.vmm.handover import receive_files
 from kvmstats_fast.vmm.machine import attach
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from kvmstats_fast.stats_file import StatsFile
-    from kvmstats_fast.vmm.find import VmProcess
     from kvmstats_fast.vmm.machine import VirtualMachine
 
 
@@ -38,12 +36,13 @@ def are_named(arguments: argparse.Namespace) -> bool:
     return bool(arguments.pid or arguments.guest or arguments.socket or arguments.file)
 
 
-def check_targets(arguments: argparse.Namespace) -> None:
-    """Raise KvmStatsError if live VMs and files are named together."""
+def check_targets(arguments: argparse.Namespace, *, guests_of_files: bool = False) -> None:
+    """Raise UsageError if live VMs and files are named together; a guest may be one of a file's, if that is so said."""
     live = [
         option
         for option, given in (
             ("-p", arguments.pid),
+            ("-g", arguments.guest and not (guests_of_files and arguments.file)),
             ("--socket", arguments.socket),
             ("--inject", arguments.inject),
         )
@@ -51,7 +50,6 @@ def check_targets(arguments: argparse.Namespace) -> None:
     ]
     if live and arguments.file:
         raise UsageError(f"{live[0]} names VMs that run, and {arguments.file[0]} is a file: give one or the other")
-    live += ["-g"] if arguments.guest else []
     if arguments.socket and len(live) > 1:
         raise UsageError(f"--socket takes the files that are handed over; {live[0]} does not go with it")
 
@@ -109,18 +107,11 @@ def _choose(arguments: argparse.Namespace) -> list[int]:
     pids = list(arguments.pid or [])
     if pids and not arguments.guest:
         return list(dict.fromkeys(pids))
-    found = find_vms()
-    for guest in arguments.guest or []:
-        chosen = [process.pid for process in found if _is_called(process, guest)]
-        if not chosen:
-            raise AttachError(errno.ENOENT, f"no VM is called {printable(guest)}; `kvmstats list` shows their names")
-        pids += chosen
     if not arguments.guest:
-        pids = [process.pid for process in found]
+        pids = [process.pid for process in find_vms()]
         if not pids:
             raise AttachError(errno.ENOENT, "no process has a VM open")
+    for guest in arguments.guest or []:
+        with usage_errors():
+            pids += [process.pid for process in find_guests(guest)]
     return list(dict.fromkeys(pids))
-
-
-def _is_called(process: VmProcess, guest: str) -> bool:
-    return guest in (process.name, str(process.pid)) or fnmatch.fnmatchcase(process.name, guest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import time
 from contextlib import ExitStack, suppress
@@ -13,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from kvmstats_fast._text import describe_error, printable
 from kvmstats_fast.cli._captures import list_files, read_bytes
-from kvmstats_fast.cli._grammar import number
+from kvmstats_fast.cli._grammar import add_output, number
+from kvmstats_fast.cli._output import ObjectWriter, open_output
+from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.conformance import FAIL, NOT_APPLICABLE, PASS, Finding, Live, check_file
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.stats_file import StatsFile
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _CHECK_EXTENSION, _CAP_BINARY_STATS_FD = 0xAE03, 203  # include/uapi/linux/kvm.h
+_FIELDS = ("file", *Finding._fields)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "for it. Of a process also say which ways there are to its files. The exit status is 1 if a rule is broken."
     )
     parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
-    parser.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
+    add_output(parser)
     parser.add_argument("file", nargs="*", metavar="FILE", help="a captured stats file, or a directory of them")
 
 
@@ -47,17 +49,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, and say what is broken."""
     broken = False
     with ExitStack() as opened:
+        output = opened.enter_context(open_output(arguments))
+        writer, screen = ObjectWriter(arguments, output, _FIELDS), Screen.of(output, arguments.color)
         for name, findings in _subjects(arguments, opened):
             broken = broken or any(one.verdict == FAIL for one in findings)
-            if arguments.json:
-                for one in findings:
-                    print(json.dumps({"file": name} | one._asdict()))
+            if writer.text:
+                _print(name, findings, screen)
             else:
-                _print(name, findings)
-    for pid in arguments.pid or [] if not arguments.json else []:
-        print()
-        for line in ways_to(pid):
-            print(line)
+                writer.write_objects({"file": name} | one._asdict() for one in findings)
+        for pid in arguments.pid or [] if writer.text else []:
+            screen.print("", *(line for way in ways_to(pid) for line in screen.wrap(way, " " * 13)))
     return 1 if broken else 0
 
 
@@ -116,12 +117,15 @@ def _capability() -> int | None:
     return None
 
 
-def _print(name: str, findings: list[Finding]) -> None:
+def _print(name: str, findings: list[Finding], screen: Screen) -> None:
     counts = {verdict: sum(one.verdict == verdict for one in findings) for verdict in (PASS, FAIL, NOT_APPLICABLE)}
-    print(f"{printable(name, 4096)}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}")
+    title = f"{printable(name, 4096)}: {', '.join(f'{count} {verdict}' for verdict, count in counts.items())}"
+    screen.print(*map(screen.title, screen.wrap(title)))
+    paint = {PASS: screen.good, FAIL: screen.bad, NOT_APPLICABLE: screen.head}
     for one in findings:
-        line = f"  {one.verdict:4}  {one.rule:3}  {one.title}"
-        print(f"{line}: {one.evidence}" if one.evidence else line)
+        text = f"  {one.verdict:4}  {one.rule:3}  {one.title}" + (f": {one.evidence}" if one.evidence else "")
+        first, *rest = screen.wrap(text, " " * 13)
+        screen.print(first.replace(one.verdict, paint[one.verdict](one.verdict), 1), *rest)
 
 
 def ways_to(pid: int) -> Iterator[str]:

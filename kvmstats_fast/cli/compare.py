@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._text import plain_number, printable
 from kvmstats_fast.analysis.compare import compare
 from kvmstats_fast.analysis.suites import compare_suites, is_suite, read_suite
 from kvmstats_fast.cli._files import HAS_NO_RATE, load_runs
-from kvmstats_fast.cli._grammar import UsageError, add_guest, add_selection, usage_errors
+from kvmstats_fast.cli._grammar import UsageError, add_guest, add_output, add_selection, usage_errors
+from kvmstats_fast.cli._output import ObjectWriter, open_output
+from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.selection import Selection
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
     from kvmstats_fast.analysis.compare import Comparison
 
 _LIMIT = re.compile(r"(?P<name>.+?)\s*(?P<side>[<>])\s*(?P<percent>[+-]?[0-9]+\.?[0-9]*)\s*%")
 _EXCEEDED = 1
+_FIELDS = ("benchmark", "name", "a", "b", "ratio", "low", "high", "unit")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail-if", action="append", metavar="LIMIT", help="such as 'exits>5%%' or 'exits<-5%%' (may be repeated)"
     )
-    parser.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
+    add_output(parser)
 
 
 def _work(text: str) -> tuple[float, float]:
@@ -66,8 +69,14 @@ def run(arguments: argparse.Namespace) -> int:
         for benchmark, comparison in compared.items():
             where = f"{benchmark}: " if benchmark else ""
             exceeded += [f"{where}{text}" for text, name, fraction in limits if comparison.exceeds(name, fraction)]
-        for benchmark, comparison in compared.items():
-            _print(benchmark, comparison, arguments)
+        with open_output(arguments) as output:
+            writer = ObjectWriter(arguments, output, _FIELDS)
+            for benchmark, comparison in compared.items():
+                chosen = comparison.select(*arguments.event) if arguments.event else comparison
+                if writer.text:
+                    _print(benchmark, chosen, Screen.of(output, arguments.color))
+                else:
+                    writer.write_objects(_objects(benchmark, chosen))
     for text in exceeded:
         print(f"kvmstats: exceeded: {text}", file=sys.stderr)
     return _EXCEEDED if exceeded else 0
@@ -113,13 +122,15 @@ def _parse_limit(text: str) -> tuple[str, str, float]:
     return text, found["name"], fraction
 
 
-def _print(benchmark: str, compared: Comparison, arguments: argparse.Namespace) -> None:
-    if arguments.event:
-        compared = compared.select(*arguments.event)
-    if not arguments.json:
-        print(f"{printable(benchmark, 1 << 10)}\n{compared}\n" if benchmark else compared)
-        return
+def _print(benchmark: str, compared: Comparison, screen: Screen) -> None:
+    cells = [tuple(map(printable, row)) for row in compared.table()]
+    lines = [*screen.wrap(compared.heading), *screen.table(cells, "<>>>>><", (6, 1, 2))]
+    lines += [line for remark in compared.remarks for line in screen.wrap(remark)]
+    screen.print(*([screen.title(printable(benchmark, 1 << 10)), *lines, ""] if benchmark else lines))
+
+
+def _objects(benchmark: str, compared: Comparison) -> Iterator[dict[str, Any]]:
     head = {"benchmark": benchmark} if benchmark else {}
     for name, change in compared.to_dict().items():
         numbers = {key: plain_number(value) for key, value in change.items() if not isinstance(value, str)}
-        print(json.dumps(head | {"name": name} | numbers | {"unit": change["units"]}))
+        yield head | {"name": name} | numbers | {"unit": change["units"]}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from kvmstats_fast.cli._captures import read_bytes
@@ -25,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--to", choices=list(_FORMATS), help="default: by the ending of OUT")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="- is stdout, for formats of one file")
     parser.add_argument("--kind", choices=("vm", "vcpu"), help="for CSV: of what, where a recording has both")
     parser.add_argument(
         "--values",
@@ -44,9 +47,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.output} does not end in the name of a format: say --to {', '.join(_FORMATS)}")
     if arguments.values and name not in _HAVING_VALUES:
         raise UsageError(f"--values is for {' and '.join(_HAVING_VALUES)}; {name} has them as they were read")
+    if arguments.output == "-":
+        return _to_stdout(arguments, name)
     with usage_errors():  # what the format cannot hold
         _FORMATS[name](arguments)
     print(arguments.output)
+    return 0
+
+
+def _to_stdout(arguments: argparse.Namespace, name: str) -> int:
+    """Convert to a file that is then copied: the formats seek, and are whole or nothing."""
+    if name in ("parquet", "arrows"):
+        raise UsageError(f"{name} is a directory of files, which stdout cannot be: name one with -o")
+    if sys.stdout.isatty() and name != "csv":
+        raise UsageError(f"{name} is not for a terminal: redirect stdout, or name a file with -o")
+    with TemporaryDirectory(prefix="kvmstats-") as folder:
+        arguments.output = str(Path(folder) / f"out.{name}")
+        with usage_errors():
+            _FORMATS[name](arguments)
+        with Path(arguments.output).open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+    sys.stdout.buffer.flush()
     return 0
 
 

@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.cli._stats_table import print_stats
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.testing import SyntheticStats, TinyGuest, counts_right, exit_counter
@@ -72,12 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print_stats(subject.files, changes)
             print()
+            screen = Screen.of(sys.stdout)
             for vcpu, (count, good) in enumerate(zip(exits, right, strict=True)):
                 counted = changes[1 + vcpu].get(subject.counter, 0)
                 verdict = "right" if good else "WRONG"
                 if good and counted != count:
                     verdict += ", the host interrupted an exit"
-                print(f"vcpu {vcpu} left the guest {count} times, {subject.counter} moved by {counted}: {verdict}")
+                text = f"vcpu {vcpu} left the guest {count} times, {subject.counter} moved by {counted}: {verdict}"
+                screen.print(*screen.wrap(text))
     return 0 if all(right) else 1
 
 
@@ -107,7 +110,8 @@ def _start(resources: ExitStack, arguments: argparse.Namespace) -> _Subject:
 
 def _print_title(arguments: argparse.Namespace, text: str) -> None:
     if not arguments.json:
-        print(text, end=":\n\n")
+        screen = Screen.of(sys.stdout)
+        screen.print(*screen.wrap(f"{text}:"), "")
 
 
 def _changes(file: StatsFile, delta: npt.NDArray[np.uint64]) -> dict[str, Any]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kvmstats_fast._text import describe_error, format_table, printable
-from kvmstats_fast.cli._grammar import FILE_HELP, number
+from kvmstats_fast._text import describe_error, printable
+from kvmstats_fast.cli._grammar import FILE_HELP, add_output, number
+from kvmstats_fast.cli._output import ObjectWriter, open_output
+from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.file_info import Known, label_vms
 from kvmstats_fast.vmm.find import scan
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from kvmstats_fast.vmm.find import VmProcess
+
+_FIELDS = ("vm", "pid", "vmm", "name", "uid", "vms", "vcpus", "attachable", "why_not", "start_time")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,26 +32,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
     parser.add_argument("-w", "--why", action="store_true", help="also say what would help where files are missing")
-    parser.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
+    add_output(parser)
     parser.add_argument("file", nargs="*", metavar="FILE", help=FILE_HELP)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """List them; exit status 0 also if there are none."""
-    if arguments.pid or arguments.file:
-        from kvmstats_fast.cli import _stat_list  # noqa: PLC0415 - numpy, which a list of VMs does without
+    with open_output(arguments) as output:
+        if arguments.pid or arguments.file:
+            from kvmstats_fast.cli import _stat_list  # noqa: PLC0415 - numpy, which a list of VMs does without
 
-        _stat_list.print_stats(arguments)
-        return 0
-    found, unseen = scan("/proc")
-    if arguments.json:
-        for process in found:
-            held = None if process.held is None else [file._asdict() for file in process.held]
-            print(json.dumps(asdict(process) | {"held": held}))
-    elif found:
-        _print_table(found)
-        if arguments.why:
-            _print_reasons(found)
+            _stat_list.print_stats(arguments, output)
+            return 0
+        found, unseen = scan("/proc")
+        writer = ObjectWriter(arguments, output, _FIELDS)
+        if not writer.text:
+            writer.write_objects(_objects(found))
+        elif found:
+            screen = Screen.of(output, arguments.color)
+            _print_table(found, screen)
+            if arguments.why:
+                _print_reasons(found, screen)
     if not found:
         print("kvmstats: no process has a VM open", file=sys.stderr)
     if unseen:
@@ -58,23 +63,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(found: list[VmProcess]) -> None:
+def _objects(found: list[VmProcess]) -> Iterator[dict[str, Any]]:
+    """Yield what `find_vms` knows of each, and the label that the other verbs call its VM by."""
+    labels = label_vms([Known(f"kvm-{one.pid}", "vm", None, one.pid, one.name, "") for one in found])
+    for process, vm in zip(found, labels, strict=True):
+        held = None if process.held is None else [file._asdict() for file in process.held]
+        yield {"vm": vm} | asdict(process) | {"held": held}
+
+
+def _print_table(found: list[VmProcess], screen: Screen) -> None:
     rows = [("PID", "VMM", "NAME", "VCPUS", "STATS FILES", "ATTACH")]
     rows += [
         (
             str(process.pid),
-            _shown(process.vmm),
-            _shown(process.name) or "-",
+            printable(process.vmm),
+            printable(process.name) or "-",
             _vcpus(process),
             _held(process),
             "yes" if process.attachable else f"no: {process.why_not}",
         )
         for process in found
     ]
-    print(format_table(rows, "><<<<<"))
+    screen.print(*screen.table(rows, "><<<<<", (4, 1)))
 
 
-def _print_reasons(found: list[VmProcess]) -> None:
+def _print_reasons(found: list[VmProcess], screen: Screen) -> None:
     """Say of each VM what is missing and what helps."""
     from kvmstats_fast.vmm.machine import attach  # noqa: PLC0415 - numpy, as above
 
@@ -85,12 +98,7 @@ def _print_reasons(found: list[VmProcess]) -> None:
         except (KvmStatsError, OSError) as error:
             lacking = describe_error(error)
         if lacking:
-            print(f"\n{process.pid}: {lacking}")
-
-
-def _shown(name: str) -> str:
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return printable(name).encode(encoding, "backslashreplace").decode(encoding)
+            screen.print("", *screen.wrap(f"{process.pid}: {lacking}"))
 
 
 def _vcpus(process: VmProcess) -> str:

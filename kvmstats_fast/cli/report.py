@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from kvmstats_fast.cli._files import choose
 from kvmstats_fast.cli._grammar import FILE_HELP, add_guest, add_output, add_selection, interval, usage_errors
 from kvmstats_fast.cli._output import RowWriter, open_output
 from kvmstats_fast.cli._recorded import SPREAD, summarize
+from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.formats._put import PRIVATE, put_file
 
 if TYPE_CHECKING:
@@ -57,10 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         if writer.text and arguments.output == "-" and (arguments.plot or arguments.html):
             pass  # the files are what was asked for
         elif writer.text:
-            _report_text.write(recorded, output, zero=arguments.zero)
+            _report_text.write(recorded, Screen.of(output, arguments.color), zero=arguments.zero)
         elif arguments.json:
-            for one in _objects(recorded, zero=arguments.zero):
-                print(json.dumps(one, ensure_ascii=False), file=output)
+            writer.write_objects(_objects(recorded, zero=arguments.zero))
         else:
             writer.write([row for row in recorded.rows if row.moved or arguments.zero])
     if arguments.html:

@@ -31,6 +31,7 @@ from kvmstats_fast.cli._output import RowWriter, open_output
 from kvmstats_fast.cli._present import present, vms_of
 from kvmstats_fast.cli._recorded import cover, summarize
 from kvmstats_fast.cli._rows import rows_of
+from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.cli._targets import are_named, check_targets, open_targets
 from kvmstats_fast.cli.run import start_and_show
 from kvmstats_fast.errors import SamplingWarning
@@ -71,7 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Count, and show it."""
-    check_targets(arguments)
+    check_targets(arguments, guests_of_files=True)
     if arguments.count and not arguments.interval:
         raise UsageError("-n is the number of intervals: it takes -I")
     if arguments.command and arguments.file:
@@ -152,7 +153,7 @@ class _Shown:
         self._blocks += 1
         if time is not None:
             print(f"{time:.3f} s", file=output)
-        present(rows, vms(), output)
+        present(rows, vms(), Screen.of(output, self._arguments.color))
         output.flush()
 
 

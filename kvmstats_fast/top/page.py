@@ -10,8 +10,9 @@ import numpy as np
 from kvmstats_fast._text import display_width, format_si, printable
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.analysis.histogram import Histogram, adder_of, adds_up
-from kvmstats_fast.cli._present import arrange, bars, fit_table, format_rate, format_share, format_value
+from kvmstats_fast.cli._present import arrange, bars, format_rate, format_share, format_value
 from kvmstats_fast.cli._rows import Row
+from kvmstats_fast.cli._screen import Screen, fit_table
 from kvmstats_fast.top.table import fits, make_table
 
 if TYPE_CHECKING:
@@ -123,10 +124,11 @@ def _numbers(rows: Sequence[Row], vcpus: int, width: int) -> list[str]:
 
 
 def _histograms(rows: Sequence[Row], total: Counted, width: int) -> Iterator[str]:
+    encoding = (sys.__stdout__ or sys.stderr).encoding
     for row in rows:
         if row.buckets is None:
             continue
-        title, *lines = bars(row, width, sys.__stdout__ or sys.stderr)
+        title, *lines = bars(row, Screen(sys.stdout, width, encoding=encoding))
         yield title[2:]
         if described := _describe(row, total):
             yield f"  {described}"

@@ -7,13 +7,17 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError
 from kvmstats_fast.vmm.proc import KvmFile, Process, is_own
 from kvmstats_fast.vmm.refusal import reason_of_refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class HeldFile(NamedTuple):
@@ -149,6 +153,16 @@ def look_at(process: Process) -> Look:
     return Look(None, False)
 
 
+def is_called(process: VmProcess, guest: str) -> bool:
+    """Return whether the guest of a VMM has this name, or one that this glob fits."""
+    return process.name == guest or fnmatchcase(process.name, guest)
+
+
+def find_guests(guest: str) -> list[VmProcess]:
+    """Return the VMMs whose guests have this name, or names that this glob fits; errors are those of `find_guest`."""
+    return _find_called(guest, lambda process: is_called(process, guest))
+
+
 def find_guest(name: str) -> int:
     """Return the pid of the VMM whose guest has this name.
 
@@ -159,19 +173,25 @@ def find_guest(name: str) -> int:
     AttachError
         If there is none, or more than one; the message says which there are.
     """
-    if not name:
-        raise ValueError("the name of the guest is empty; a VM without a name is attached to by the pid of its VMM")
-    found, hidden = scan("/proc")
-    pids = [str(one.pid) for one in found if one.name == name]
+    pids = [str(one.pid) for one in _find_called(name, lambda process: process.name == name)]
     if len(pids) == 1:
         return int(pids[0])
-    called = f"called '{printable(name)}'"
-    if pids:
-        raise AttachError(errno.ENOTUNIQ, f"{len(pids)} VMs are {called}: pass the pid of one, {' or '.join(pids)}")
+    raise AttachError(
+        errno.ENOTUNIQ, f"{len(pids)} VMs are called '{printable(name)}': pass the pid of one, {' or '.join(pids)}"
+    )
+
+
+def _find_called(guest: str, fits: Callable[[VmProcess], bool]) -> list[VmProcess]:
+    if not guest:
+        raise ValueError("the name of the guest is empty; a VM without a name is attached to by the pid of its VMM")
+    found, hidden = scan("/proc")
+    if chosen := [one for one in found if fits(one)]:
+        return chosen
     from difflib import get_close_matches  # noqa: PLC0415 - for this message alone
 
-    near = get_close_matches(name, {one.name for one in found if one.name})
-    text = f"no VM is {called}" + (f"; did you mean {' or '.join(map(printable, near))}?" if near else ".")
+    near = get_close_matches(guest, {one.name for one in found if one.name})
+    text = f"no VM is called '{printable(guest)}'"
+    text += f"; did you mean {' or '.join(map(printable, near))}?" if near else "."
     if hidden:
         text += f" {hidden} processes do not show this user whether they have one."
     text += " `kvmstats list` shows all VMs; one without a name is attached to by the pid of its VMM"

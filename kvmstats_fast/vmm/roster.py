@@ -7,14 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmstats_fast._arguments import article, check_seconds
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
 from kvmstats_fast.vmm.borrow import hold_process
-from kvmstats_fast.vmm.find import has_vm, list_pids, look_at, may_attach
+from kvmstats_fast.vmm.find import has_vm, is_called, list_pids, look_at, may_attach
 from kvmstats_fast.vmm.machine import LONGEST, attach
 from kvmstats_fast.vmm.proc import Process, is_own
 
@@ -203,7 +202,7 @@ class Roster(Closing):
         return None
 
     def _wants(self, about: VmProcess) -> bool:
-        if self._wants_all or (about.name and any(fnmatchcase(about.name, glob) for glob in self._globs)):
+        if self._wants_all or any(is_called(about, glob) for glob in self._globs):
             return True
         process = self._held.get(about.pid)
         return process is not None and not process.ended
