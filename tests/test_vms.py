@@ -2,7 +2,9 @@
 
 import csv
 import itertools
+import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,8 +322,8 @@ def test_a_mapping_takes_virtual_machines(resources):
 
 @needs_qemu
 @pytest.mark.real_vm
-def test_guests_of_the_same_name_are_told_apart_by_the_pids_of_their_vmms(resources, tmp_path):
-    """Two QEMUs, whose ids name a thread for each vCPU: all files of one have one label."""
+def test_guests_of_the_same_name_are_told_apart_by_the_pids_of_their_vmms(resources, tmp_path, plots):
+    """Two QEMUs, whose ids name a thread for each vCPU: all files of one have one label, in every table, too."""
     machines = []
     for _ in range(2):
         command, _ = arguments(tmp_path, "-name", "guest=web,,1", vcpus=2)
@@ -332,6 +334,16 @@ def test_guests_of_the_same_name_are_told_apart_by_the_pids_of_their_vmms(resour
     x = kf.Sampler(machines).run(0, count=2)
     assert x.vms == tuple(f"web,1 (pid {machine.pid})" for machine in machines)
     assert [info.vcpu_id for info in x.files] == [None, 0, 1] * 2
+    for kind in ("vm", "vcpu"):
+        part = x.select(kind=kind)
+        for name, read in READERS.items():
+            if name != "duckdb" or duckdb:
+                (tmp_path / kind / name).mkdir(parents=True)
+                assert read(part, tmp_path / kind / name) == rows(part)
+    assert x.to_xarray()["vcpu_vm"].values.tolist() == [vm for vm in x.vms for _ in range(2)]
+    names = [f"{vm}/{vcpu}" for vm in x.vms for vcpu in range(2)]
+    assert [text.get_text() for text in plots.heatmap(x.vcpu, "exits").get_yticklabels()] == names
+    assert x.figures(by="vm")["exits/s"].labels == x.figures()["exits_imbalance"].vms == x.vms
     alone = kf.Sampler(machines[0])
     assert {(info.vm, info.name, info.pid) for info in alone.files} == {("web,1", "web,1", machines[0].pid)}
 
@@ -344,3 +356,60 @@ def test_two_vms_of_one_process_are_not_taken_for_one(resources):
     x = kf.Sampler(machine).run(0, count=2)
     assert len({(one.vm, one.vcpu_id) for one in x.vcpu.files}) == 4
     assert all(one.vm == f"pid {holder.pid} (file {i})" for i, one in enumerate(x.files))
+
+
+@pytest.mark.real_vm
+def test_totals_are_what_guests_did_whatever_happened_to_them(resources, tmp_path):
+    """A vCPU is plugged in, the VM dies and is made anew in its process, then again in another one; a neighbour dies.
+
+    A rotated recording of all that, a data set of it, and the sum of its changes have each exit once.
+    """
+    # What PVM counts in `exits` may count an exit twice; this is once for each KVM_RUN.
+    name = exit_counter() if exit_counter() == "io_exits" else "fpu_reload"
+    web, db = f"web-{os.getpid()}", f"db-{os.getpid()}"
+    vmms = {label: resources.enter_context(Holder(1, name=label)) for label in (web, db)}
+    did = dict.fromkeys((f"{web}/0", f"{web}/1", f"{db}/0"), 0)
+    recorder = resources.enter_context(kf.Recorder(tmp_path / "rec", rotate_bytes=1, flush_seconds=0))
+    chunks = resources.enter_context(kf.follow([web, db], interval=0.001, stats=name, rescan=0.05))
+
+    def read_until(condition):
+        for x in chunks:
+            recorder.write(x)
+            if condition(x):
+                return
+
+    def do(exits, *vcpus):
+        """Have these vCPUs, and no others, sampled; let them run in between."""
+        read_until(lambda x: {str(info) for info in x.files} == {*vcpus} and not x.errors)
+        for vcpu in vcpus:
+            vmms[vcpu[:-2]].do(f"guest.run({exits}, {vcpu[-1]})")
+            did[vcpu] += exits
+            exits += 1
+        now = time.monotonic_ns()
+        read_until(lambda x: x.time[-1] > now)
+
+    do(100, f"{web}/0", f"{db}/0")
+    vmms[web].do("import fcntl, kvmstats_fast as kf, mmap; guest._runs.append(None)")
+    vmms[web].do("guest.vcpu_fds += (guest._keep(fcntl.ioctl(guest.vm_fd, 0xAE41, 1)),)")  # KVM_CREATE_VCPU
+    vmms[web].do("files.append(kf.StatsFile.open(guest.vcpu_fds[1]))")
+    do(200, f"{web}/0", f"{web}/1", f"{db}/0")
+    vmms[web].do("[file.close() for file in files]; guest.close(); guest = TinyGuest(1); files = guest.open_stats()")
+    do(300, f"{web}/0", f"{db}/0")
+    vmms[db].end()
+    do(400, f"{web}/0")
+    vmms[web].end()
+    vmms[web] = resources.enter_context(Holder(2, name=web))
+    do(500, f"{web}/0", f"{web}/1")
+    chunks.stop()
+    for x in chunks:
+        recorder.write(x)
+    recorder.close()
+    r = kf.open_recordings(tmp_path / "rec").select(kind="vcpu")
+    assert len(r) >= 5
+    assert len(list((tmp_path / "rec").iterdir())) > len(r)  # it was rotated
+    assert r.total(name, by="vcpu") == did
+    r.to_parquet(tmp_path / "set")
+    assert kf.open_recordings(tmp_path / "set").total(name, by="vcpu") == did
+    r.to_parquet(tmp_path / "changes", values="delta")
+    v = pl.read_parquet(f"{tmp_path}/changes/vcpu/*/*.parquet").group_by("vm", "vcpu").agg(pl.col(name).sum())
+    assert {f"{vm}/{vcpu}": total for vm, vcpu, total in v.rows()} == did
