@@ -13,7 +13,7 @@ PACKAGE = Path(kvmstats_fast.__file__).parent
 #: The rooms and wings, from left to right. One imports from those further left, from its own wing, and from its
 #: neighbours of the same line, but not in a circle.
 LAYERS = (
-    ("_kvmstats", "_resource", "_arguments", "_text", "_unpatched"),
+    ("_kvmstats", "_resource", "_arguments", "_cgroups", "_text", "_unpatched"),
     ("abi", "errors"),
     ("stat", "series", "encoding", "schema", "image", "conformance"),
     ("file_info", "groups", "handle", "schedstat", "stats_file"),

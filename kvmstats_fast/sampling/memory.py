@@ -14,6 +14,8 @@ import time
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvmstats_fast._cgroups import find_cgroups
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -65,31 +67,11 @@ class Memory:
 
     def _find_cgroups(self) -> Iterator[tuple[Path, _Files]]:
         """Yield the folders of this process' memory cgroups and of all above them, as far as they are mounted."""
-        paths: dict[_Files, PurePosixPath] = {}
-        for line in _read(self._root / "proc/self/cgroup").splitlines():
-            number, _, rest = line.partition(":")
-            controllers, _, path = rest.partition(":")
-            if "memory" in controllers.split(","):
-                paths[_V1] = PurePosixPath(path)
-            elif number == "0" and not controllers:
-                paths[_V2] = PurePosixPath(path)
-        for line in _read(self._root / "proc/self/mountinfo").splitlines():
-            mount, _, kind = line.partition(" - ")
-            fields, kinds = mount.split(" "), kind.split(" ")
-            if len(fields) < 5 or len(kinds) < 3:
-                continue
-            files = {"cgroup2": _V2, "cgroup": _V1 if "memory" in kinds[2].split(",") else None}.get(kinds[0])
-            if files is None or files not in paths:
-                continue
-            top = self._root / _unescape(fields[4]).lstrip("/")
-            try:
-                below = paths[files].relative_to(_unescape(fields[3]))
-            except ValueError:  # a container that sees the paths of its host: its own cgroup is what is mounted
-                below = PurePosixPath()
-            if ".." in below.parts:
-                below = PurePosixPath()
+        about = (_read(self._root / "proc/self" / name) for name in ("cgroup", "mountinfo"))
+        for version, top, shown in find_cgroups("memory", *about):
+            below = shown or PurePosixPath()  # if it is not shown, the process' own cgroup is what is mounted
             for folder in (below, *below.parents):
-                yield top / folder, files
+                yield self._root / str(top).lstrip("/") / folder, _V1 if version == 1 else _V2
 
 
 class MemoryWatch:
@@ -165,8 +147,3 @@ def _number(text: str) -> int | None:
     """Return what a file says, or None where it says ``max``, or nothing that makes sense."""
     text = text.strip()
     return int(text) if re.fullmatch(r"[0-9]{1,20}", text) else None
-
-
-def _unescape(path: str) -> str:
-    """Return a path of mountinfo, in which spaces and the like are octal (fs/proc_namespace.c)."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

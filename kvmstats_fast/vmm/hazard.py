@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvmstats_fast._cgroups import find_cgroups
 from kvmstats_fast.errors import AttachError
 from kvmstats_fast.vmm.ways import advise
 
@@ -19,11 +20,8 @@ if TYPE_CHECKING:
     from kvmstats_fast.vmm.proc import Process
 
 _MOUNTS = Path("/proc/self/mountinfo")
-#: By the type of the file system: which file says that a cgroup is frozen, and how.
-_FREEZERS = {
-    "cgroup2": ("cgroup.events", re.compile("^frozen 1$", re.MULTILINE)),
-    "cgroup": ("freezer.state", re.compile("FR")),
-}
+#: By version: which file says that a cgroup is frozen, and how.
+_FREEZERS = {1: ("freezer.state", re.compile("FR")), 2: ("cgroup.events", re.compile("^frozen 1$", re.MULTILINE))}
 
 _EHDR = struct.Struct("<16s2HI3QI6H")  # Elf64_Ehdr; inject.c is for x86-64
 _PHDR = struct.Struct("<2I6Q")
@@ -115,20 +113,10 @@ def _section_names(program: int) -> bytes:
 
 def _frozen_cgroup(process: Process) -> Path | None:
     """Return the folder of the process' cgroup if that is frozen, and can be seen."""
-    paths = {}
-    for line in process.read("cgroup").decode(errors="surrogateescape").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers or "freezer" in controllers.split(","):
-            paths["cgroup" if controllers else "cgroup2"] = path
-    for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
-        mount, _, system = line.partition(" - ")
-        kind, _, options = system.split(" ", 2)
-        if kind not in paths or (kind == "cgroup" and "freezer" not in options.split(",")):
-            continue
-        root, point = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), word) for word in mount.split(" ")[3:5])
-        name, frozen = _FREEZERS[kind]
+    cgroup = process.read("cgroup").decode(errors="surrogateescape")
+    for version, top, below in find_cgroups("freezer", cgroup, _MOUNTS.read_text(errors="surrogateescape")):
+        name, frozen = _FREEZERS[version]
         with suppress(OSError, ValueError):
-            folder = Path(point) / Path(paths[kind]).relative_to(root)
-            if frozen.search((folder / name).read_text()):
-                return folder
+            if below is not None and frozen.search((top / below / name).read_text()):
+                return top / below
     return None
