@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import exit_status, forked, open_fds
+from helpers import exit_status, forked, open_fds, watchdog
 from holder import Holder
 from nursery import Nursery
 from qemu import HOLDS_VCPUS, needs_qemu, plain_qemu, until
@@ -454,10 +454,9 @@ def test_without_a_vm_it_waits_until_its_end():
     with kf.follow("no-such-guest", 0, duration=0.05) as chunks:
         assert list(chunks) == []
     with kf.follow("no-such-guest", 600, rescan=600) as chunks:
-        begin = time.monotonic()
         threading.Timer(0.1, chunks.stop).start()
-        assert list(chunks) == []
-        assert time.monotonic() - begin < 300
+        with watchdog(60):
+            assert list(chunks) == []
     chunks.stop()  # too late to matter
 
 
@@ -465,6 +464,7 @@ def test_without_a_vm_it_waits_until_its_end():
 @pytest.mark.parametrize("interval", [0.001, 60])
 def test_stop_ends_it_from_another_thread_and_what_it_has_can_be_read(living, interval):
     """In the middle of a wait for the next chunk or the next look; the ticks add up."""
+    threads = threading.active_count()
     with kf.follow(living.pid, interval, "exits", rescan=60) as chunks:
         read = [next(chunks)]
         threading.Timer(0.05, chunks.stop).start()
@@ -472,7 +472,7 @@ def test_stop_ends_it_from_another_thread_and_what_it_has_can_be_read(living, in
         with pytest.raises(StopIteration):
             next(chunks)
         check_accounts(chunks, read, interval)
-    assert threading.active_count() <= 2
+    assert threading.active_count() <= threads + 1  # the watch of VMMs, if it had not been started
 
 
 def test_it_runs_once_in_its_block():
