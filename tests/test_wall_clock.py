@@ -13,7 +13,8 @@ from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.sampling.wall_clock import WallClock
 from kvmstats_fast.testing import SyntheticStats
 
-#: Adds the seconds of a file to CLOCK_REALTIME, and to nothing else.
+#: Adds seconds to CLOCK_REALTIME, and to nothing else: a file has how many, how many from a later time on, when that
+#: is, counted from when another thread than the first asks next, and the number of this change.
 STEP = r"""
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -22,17 +23,29 @@ STEP = r"""
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-static volatile double *shift;
+static volatile double *file;
+static double since, number;
 __attribute__((constructor)) static void init(void)
 {
     int fd = open(getenv("STEP_FILE"), O_RDONLY);
-    shift = mmap(0, 8, PROT_READ, MAP_SHARED, fd, 0);
+    file = mmap(0, 32, PROT_READ, MAP_SHARED, fd, 0);
+}
+static double shift(void)
+{
+    struct timespec now;
+    syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
+    double seconds = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+    if (number != file[3] && syscall(SYS_gettid) != getpid()) {
+        since = seconds;
+        number = file[3];
+    }
+    return number == file[3] && seconds >= since + file[2] ? file[1] : file[0];
 }
 int clock_gettime(clockid_t clock, struct timespec *now)
 {
     int status = (int)syscall(SYS_clock_gettime, clock, now);
     if (clock == CLOCK_REALTIME) {
-        long long ns = now->tv_nsec + (long long)(*shift * 1e9);
+        long long ns = now->tv_nsec + (long long)(shift() * 1e9);
         now->tv_sec += ns / 1000000000 - (ns % 1000000000 < 0);
         now->tv_nsec = ns % 1000000000 + (ns % 1000000000 < 0 ? 1000000000 : 0);
     }
@@ -46,9 +59,14 @@ import numpy as np
 import kvmstats_fast as kf
 from kvmstats_fast.testing import SyntheticStats
 
-def step(seconds):
-    with open(os.environ["STEP_FILE"], "r+b") as file:
-        file.write(struct.pack("d", seconds))
+steps = [0.0]
+
+def step(seconds, after=None):
+    # At once; or so many seconds after the run that comes has asked for the time.
+    numbers = (steps[-1] if after else seconds, seconds, after or 0, len(steps) if after else 0)
+    with open(os.environ["STEP_FILE"], "r+b", buffering=0) as file:
+        file.write(struct.pack("4d", *numbers))
+    steps.append(seconds)
 
 made = SyntheticStats(); file = made.open(); sampler = kf.Sampler([file])
 kind, seconds = sys.argv[1], float(sys.argv[2])
@@ -56,17 +74,15 @@ offset = time.time_ns() - time.monotonic_ns()
 """
 
 KINDS = {
-    "run": "threading.Timer(0.3, step, (seconds,)).start(); x = sampler.run(0.01, duration=1.3)",
-    "run without end": (
-        "threading.Timer(0.2, step, (seconds,)).start()\n"
-        "threading.Timer(0.6, sampler.stop).start(); x = sampler.run(0.01)"
-    ),
+    "run": "step(seconds, after=0.2); x = sampler.run(0.1, duration=1.6)",
+    "run without end": ("step(seconds, after=0.2)\nthreading.Timer(0.6, sampler.stop).start(); x = sampler.run(0.01)"),
     "stream": (
         "parts = []\n"
-        "with sampler.stream(0.005, chunk=10, count=100) as stream:\n"
+        "with sampler.stream(0.002, chunk=10) as stream:\n"
         "    for part in stream:\n"
         "        parts.append(part)\n"
         "        if len(parts) == 4: step(seconds)\n"
+        "        if len(parts) == 20: break\n"  # more than a stream is ahead
         "x = kf.Samples.concatenate(parts)"
     ),
     "measure": "with kf.measure([file]) as m: step(seconds)\nx = m.samples",
@@ -85,7 +101,7 @@ def stepped(tmp_path_factory):
         pytest.skip("there is no gcc to build a clock that can be set")
 
     def run(code, *arguments):
-        (folder / "by").write_bytes(bytes(8))
+        (folder / "by").write_bytes(bytes(32))
         environment = {"LD_PRELOAD": str(folder / "step.so"), "STEP_FILE": str(folder / "by"), "PATH": "/usr/bin:/bin"}
         command = [sys.executable, "-c", PROGRAM + code, *map(str, arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -168,7 +184,7 @@ def test_the_offset_is_read_exactly():
 ERRORS = """
 warnings.simplefilter("error")
 numbers, refused = [], 0
-with sampler.stream(0.005, chunk=10, count=100) as stream:
+with sampler.stream(0.005, chunk=10, count=200) as stream:
     while True:
         try:
             part = next(stream)
@@ -180,9 +196,9 @@ with sampler.stream(0.005, chunk=10, count=100) as stream:
         numbers.append(len(part) + part.missed)
         if len(numbers) == 4: step(seconds)
 print(sum(numbers), refused)
-threading.Timer(0.3, step, (0,)).start()
+step(0, after=0.2)
 try:
-    sampler.run(0.01, duration=1.3)
+    sampler.run(0.1, duration=1.6)
 except kf.SamplingWarning as error:
     print(len(error.samples) + error.samples.missed, len(error.samples.wall_steps))
 """
@@ -190,4 +206,4 @@ except kf.SamplingWarning as error:
 
 def test_where_warnings_are_errors_no_chunk_is_lost(stepped):
     """The chunk of which a stream warned comes with the next call; a run's samples are in the exception."""
-    assert stepped(ERRORS, "stream", 3600) == ["100 1", "130 1"]
+    assert stepped(ERRORS, "stream", 3600) == ["200 1", "16 1"]
