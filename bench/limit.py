@@ -3,6 +3,7 @@
 `sweeps` calls the C library's pread, as a good C programmer does; `sweeps_in_place` makes the system call where it
 stands, as this package does (csrc/read.h), and nothing else. `lost_ticks` and `overslept_ticks` are the limits of a
 schedule: the ticks that a loop misses on this machine which only reads the clock, or only sleeps from tick to tick.
+`sum_words` and `copy_words` are those of what is worked out over values in memory: they read them, and write as many.
 """
 
 import importlib.util
@@ -52,6 +53,18 @@ static long overslept_ticks(long interval, long long duration)
     return missed;
 }
 
+/* Returns the nanoseconds of one reading of short texts that the kernel writes anew each time, as in /proc. */
+static double text_reads(const int *fds, long n, long repeat)
+{
+    char text[64];
+    long long start = now_ns();
+    for (long r = 0; r < repeat; ++r)
+        for (long i = 0; i < n; ++i)
+            if (pread_once(fds[i], text, sizeof text, 0) <= 0)
+                return -1;
+    return (double)(now_ns() - start) / repeat;
+}
+
 /* Returns how many ns of so many another thread had the processor: gaps of more than 5 us between clock readings. */
 static long long lost_ns(long long duration)
 {
@@ -63,6 +76,25 @@ static long long lost_ns(long long duration)
         before = now;
     }
     return lost;
+}
+"""
+
+#: Bare loops over values that are in memory.
+_SERIES = """
+/* Adds up words that are so far apart. */
+static unsigned long long sum_words(const unsigned long long *words, long n, long step)
+{
+    unsigned long long sum = 0;
+    for (long i = 0; i < n; ++i)
+        sum += words[i * step];
+    return sum;
+}
+
+/* Writes them side by side. */
+static void copy_words(const unsigned long long *words, long n, long step, unsigned long long *out)
+{
+    for (long i = 0; i < n; ++i)
+        out[i] = words[i * step];
 }
 """
 
@@ -87,10 +119,14 @@ def compile_limit():
     for name in _READS:
         builder.cdef(f"double {name}(const int *, const long *, long, long, char *, long);")
     builder.cdef("long lost_ticks(long, long long); long overslept_ticks(long, long long);")
-    builder.cdef("long long lost_ns(long long);")
+    builder.cdef("long long lost_ns(long long); double text_reads(const int *, long, long);")
+    builder.cdef("unsigned long long sum_words(const unsigned long long *, long, long);")
+    builder.cdef("void copy_words(const unsigned long long *, long, long, unsigned long long *);")
     builder.set_source(
         "_kvmstats_limit",
-        _SOURCE + "".join(_SWEEPS.replace("NAME", name).replace("READ", read) for name, read in _READS.items()),
+        _SOURCE
+        + _SERIES
+        + "".join(_SWEEPS.replace("NAME", name).replace("READ", read) for name, read in _READS.items()),
         include_dirs=[str(_CSRC)],
         extra_compile_args=["-O2"],
     )

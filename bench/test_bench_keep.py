@@ -1,4 +1,4 @@
-"""Recording, loading, and rates over long runs."""
+"""Recording and loading."""
 
 import os
 import subprocess
@@ -10,16 +10,15 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 import table
+from long_run import FIVE, long_run
 
 import kvmstats_fast as kf
-from kvmstats_fast.groups import Block
-from kvmstats_fast.testing import KvmUnavailableError, SyntheticStats, TinyGuest
+from kvmstats_fast.testing import KvmUnavailableError, TinyGuest
 
 PARTS, SECONDS = 3, 2
 BARE_SECONDS = 0.5  # of each bare loop, before each part
 MARGIN = 0.001
 DROPPED = "samples dropped, not recorded"  # what this machine misses without a recorder
-FIVE = ["exits", "fpu_reload", "halt_wakeup", "halt_wait_ns", "blocking"]
 
 
 @contextmanager
@@ -113,58 +112,6 @@ def bare_loss(limit, rate, wait):
     return min(loop(10**9 // rate, round(BARE_SECONDS * 1e9)) for loop in chosen) / (rate * BARE_SECONDS)
 
 
-def long_run(sweeps, files, stats=None):
-    """Samples of counters that grow as real ones do, and gauges that stay."""
-    with SyntheticStats() as one:
-        schema = kf.parse(one.to_bytes()).schema
-    chosen = schema.stats if stats is None else schema.select(*stats)
-    rng = np.random.default_rng(1)
-    width, places = 0, {}
-    for stat in chosen:
-        places[stat.name] = (stat, width)
-        width += stat.size
-    values = np.zeros((sweeps, files, width), np.uint64)
-    for stat, word in places.values():
-        for i in range(word, word + stat.size, 4):  # every fourth bucket is in use
-            np.cumsum(rng.integers(0, 50, (sweeps, files), np.uint64), axis=0, out=values[:, :, i])
-    time_ = np.arange(sweeps, dtype=np.int64) * 10**6
-    infos = tuple(kf.FileInfo(f"kvm-1/vcpu-{i}", "vcpu", i) for i in range(files))
-    clock = (time_, np.full(sweeps, 1000, np.int64), np.arange(sweeps, dtype=np.uint64))
-    return kf.Samples((Block(schema, "vcpu", places, np.arange(files), values),), infos, *clock, interval=0.001)
-
-
-def test_rates(benchmark):
-    """Rates of 5 statistics of 8 vCPUs over a million sweeps, against numpy's diff, and a copy."""
-    x = long_run(1_000_000, 8, FIVE)
-    values = x.groups[0].values
-    room = np.empty_like(values)
-
-    def timed(call):
-        def timer():
-            start = time.perf_counter_ns()
-            call()
-            return time.perf_counter_ns() - start
-
-        return timer
-
-    table.compare_timers(
-        benchmark,
-        "rates over 1e6 sweeps x 8 vCPUs x 5 statistics",
-        {
-            "Samples.rate, float64 per second": (timed(lambda: [x.rate(name) for name in FIVE]), None),
-            "Samples.delta": (timed(lambda: [x.delta(name) for name in FIVE]), None),
-            "np.diff of each, no reset, no rate": (timed(lambda: [np.diff(x[name], axis=0) for name in FIVE]), None),
-            "np.diff(...) / seconds in plain numpy": (
-                timed(lambda: [np.diff(x[name], axis=0) / (np.diff(x.time) / 1e9)[:, None] for name in FIVE]),
-                None,
-            ),
-            "memcpy of the values": (timed(lambda: np.copyto(room, values)), None),
-        },
-        rounds=7,
-    )
-    benchmark.pedantic(lambda: x.rate("exits"), rounds=1)
-
-
 LOAD = """
 import sys, time
 import numpy as np, pyarrow
@@ -223,6 +170,16 @@ def test_loading(benchmark, tmp_path):
     benchmark.pedantic(lambda: load(cases["1 batch, not compressed"][0]), rounds=1)
 
 
+#: As much memory, in pages as large; nothing is read.
+TOUCH = """
+import os, sys, time
+import numpy, pyarrow
+size = os.path.getsize(sys.argv[1])
+start = time.perf_counter_ns()
+numpy.empty(size, numpy.uint8)[::4096] = 1
+print(time.perf_counter_ns() - start)
+"""
+
 READ = """
 import sys, time
 import numpy, pyarrow
@@ -236,8 +193,9 @@ print(time.perf_counter_ns() - start)
 def compare_with_read(benchmark, path):
     """Load a recording that is copied, and read() its file, each in a new process: memory is new to both.
 
-    numpy asks the kernel for huge pages, read() gets small ones. In a virtual machine that gives free memory back to
-    its host, huge pages may have to be fetched from there first; the rows with small ones say what that makes.
+    numpy asks the kernel for huge pages, read() gets small ones. A virtual machine may give free memory back to its
+    host, in huge pages (Documentation/mm/free_page_reporting.rst), and has to ask for it again. What new memory takes
+    by itself, of either size of page, is in the table too.
     """
     (file,) = path.iterdir()
 
@@ -257,6 +215,8 @@ def compare_with_read(benchmark, path):
             "limit: read() of the file": (timed(READ, file, "1"), None),
             "Samples.load": (timed(LOAD, path, "1"), ("at most", 1.5)),
             "Samples.load, into small pages": (timed(LOAD, path, "0"), ("at most", 1.5)),
+            "touching as much new memory, huge pages": (timed(TOUCH, file, "1"), None),
+            "touching as much new memory, small pages": (timed(TOUCH, file, "0"), None),
         },
         rounds=9,
     )

@@ -40,7 +40,7 @@ def files():
 
 @pytest.mark.benchmark(group="sched")
 @pytest.mark.parametrize("count", COUNTS)
-def test_sweep_with_and_without_the_scheduler(benchmark, files, count):
+def test_sweep_with_and_without_the_scheduler(benchmark, limit, files, count):
     """ns per vCPU of one sweep, all statistics, with and without those of its thread."""
     chosen = files[:count]
     loops = max(1, 4000 // count)
@@ -49,6 +49,9 @@ def test_sweep_with_and_without_the_scheduler(benchmark, files, count):
         samplers = {sched: kf.Sampler(chosen, sched=sched) for sched in (False, True)}
     tids = [int(path.name) for path in Path("/proc/self/task").iterdir() if "fc_vcpu" in (path / "comm").read_text()]
     fds = [os.open(f"/proc/self/task/{tid}/schedstat", os.O_RDONLY) for tid in sorted(tids)[:count]]
+
+    ffi, lib = limit
+    handles = ffi.new("int[]", fds)
 
     def by_hand():
         samplers[False].sweep()
@@ -60,6 +63,10 @@ def test_sweep_with_and_without_the_scheduler(benchmark, files, count):
     timers = {
         "Sampler.sweep()": (python(samplers[False].sweep), None),
         "Sampler.sweep(), sched=True": (python(samplers[True].sweep), None),
+        "limit: pread of the schedstats alone, a bare C loop": (
+            lambda: lib.text_reads(handles, count, loops) / count,
+            None,
+        ),
         "Sampler.sweep(), and os.pread and int() for each thread": (python(by_hand), None),
     }
     try:
