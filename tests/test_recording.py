@@ -1007,3 +1007,16 @@ def test_the_core_imports_no_extra():
     extras = ("pyarrow", "pandas", "xarray", "matplotlib")
     code = f"import sys, kvmstats_fast; print([m for m in {extras} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_recording_is_loaded_without_what_takes_long_to_import(path):
+    """With a histogram in it, and of some sweeps of a batch: neither pyarrow.compute nor pandas is imported."""
+    code = (
+        "import sys, kvmstats_fast as kf\n"
+        "from kvmstats_fast.testing import SyntheticStats\n"
+        f"x = kf.Sampler([SyntheticStats().open()]).run(0, count=5); x.save({str(path)!r})\n"
+        f"assert (kf.Samples.load({str(path)!r})['halt_wait_hist'] == x['halt_wait_hist']).all()\n"
+        f"assert len(kf.Samples.load({str(path)!r}, start=0, stop=1)) == 5\n"
+        "print([m for m in ('pyarrow.compute', 'pandas') if m in sys.modules])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

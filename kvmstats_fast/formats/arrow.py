@@ -222,11 +222,17 @@ def _strings(texts: list[str]) -> Any:
     return pa.StringArray.from_buffers(len(raw), pa.py_buffer(ends), pa.py_buffer(b"".join(raw)))
 
 
+def items(column: Any) -> Any:
+    """Return the values of a column of lists, none of which is null; pyarrow's flatten() imports pyarrow.compute."""
+    width = column.type.list_size
+    return column.values.slice(column.offset * width, len(column) * width)
+
+
 def as_numpy(column: Any) -> npt.NDArray[Any]:
     """Return a column's values without a copy: (rows,) or (rows, buckets)."""
     width = getattr(column.type, "list_size", None)
     if width is not None:
-        return as_numpy(column.flatten()).reshape(len(column), width)
+        return as_numpy(items(column)).reshape(len(column), width)
     dtype = np.dtype({"uint64": np.uint64, "int32": np.int32, "double": np.float64}.get(str(column.type), np.int64))
     if not len(column):
         return np.empty(0, dtype)

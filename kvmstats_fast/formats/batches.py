@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvmstats_fast.errors import KvmStatsError
-from kvmstats_fast.formats.arrow import as_numpy, find_live, own_fields, stat_field
+from kvmstats_fast.formats.arrow import as_numpy, find_live, items, own_fields, stat_field
 from kvmstats_fast.formats.errors import check_errors, restore
 from kvmstats_fast.formats.limits import check_memory
 from kvmstats_fast.formats.metadata import INT64, UINT64, Check, Wrong, listed, mapping, row, whole
@@ -222,7 +222,7 @@ def to_samples(  # noqa: PLR0913 - what a batch is
     """
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if (column.null_count and field.name != "pid") or (
-            hasattr(field.type, "list_size") and column.flatten().null_count
+            hasattr(field.type, "list_size") and items(column).null_count
         ):
             raise KvmStatsError(f"{source}: column {field.name!r} has nulls")
     sweeps, columns = happened["sweeps"], np.array(origin.columns, np.intp)
