@@ -580,6 +580,39 @@ def test_vms_that_are_made_and_killed_while_scraped_leave_nothing():
 
 
 @pytest.mark.real_vm
+def test_a_vcpu_whose_thread_is_not_known_is_counted_until_it_is():
+    """It is warned of once, at the start; when its thread has a name that tells, steal is there at the next look."""
+    with Holder(1) as vmm:
+        with pytest.warns(kf.SamplingWarning, match="no sched_"):
+            collector = Collector(vmm.pid, rescan=0.0)
+        with collector:
+            vm = f"pid {vmm.pid}"
+            found = scrape(collector)
+            assert of(found, "kvmstats_vcpus_without_sched") == 1
+            assert of(found, "kvm_vcpu_sched_run_seconds_total", vm=vm) is None
+            vmm.do("open('/proc/thread-self/comm', 'w').write('CPU 0/KVM')")
+            found = scrape(collector)
+            assert of(found, "kvmstats_vcpus_without_sched") == 0
+            assert of(found, "kvm_vcpu_sched_run_seconds_total", vm=vm) > 0
+            with Holder(1):  # of another VM, nothing is said any more
+                scrape(collector)
+
+
+@pytest.mark.real_vm
+@unknown_threads
+def test_the_host_is_looked_at_no_more_often_than_asked_for(monkeypatch):
+    """Many who scrape cost many readings, but one look."""
+    with Holder() as vmm, Collector(vmm.pid, rescan=1e6) as collector:
+        looks = []
+        monkeypatch.setattr(collector._roster, "update", looks.append)
+        vmm.do("guest.run(50)")
+        first = of(scrape(collector), "kvm_vcpu_exits_total", vm=f"pid {vmm.pid}")
+        vmm.do("guest.run(50)")
+        assert of(scrape(collector), "kvm_vcpu_exits_total", vm=f"pid {vmm.pid}") >= first + 50
+        assert looks == []
+
+
+@pytest.mark.real_vm
 @unknown_threads
 def test_looking_once_takes_up_nothing_later():
     """rescan=None: what is there is read on, what goes is let go of, what comes is not seen."""

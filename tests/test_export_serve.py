@@ -225,6 +225,19 @@ def test_an_address_that_is_taken_is_named():
         listen("127.0.0.1", port)
 
 
+def test_all_addresses_are_those_of_both_versions():
+    """[::] serves 127.0.0.1, too."""
+    try:
+        server = listen("::", 0)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(Families())
+    with server, serving(server, registry):
+        assert [ask(server.server_port, host=host)[0] for host in ("127.0.0.1", "::1")] == [200, 200]
+        assert server.url == f"http://[::]:{server.server_port}/metrics"
+
+
 def test_the_address_is_free_again_at_the_end():
     """Also while clients are connected."""
     with served() as (port, _):
@@ -351,7 +364,40 @@ def test_a_service_takes_its_textfile_along_and_n_leaves_it(tmp_path):
         assert not list(tmp_path.iterdir())
         with exporting("--textfile", path, "-n", "2", "-I", "10ms", "-p", vmm.pid, "--no-sched") as running:
             assert running.wait(10) == 0
-        assert ("kvm_vcpu_exits_total", WEB) in samples(path.read_text())
+        found = samples(path.read_text())
+        assert ("kvm_vcpu_exits_total", WEB) in found
+        assert not any(name.startswith("process_") for name, _ in found)  # node_exporter has these itself
+
+
+@pytest.mark.real_vm
+def test_exporters_and_a_recorder_are_no_vms_to_each_other(tmp_path):
+    """Not even in the moment in which one has a VM's own file in its hands, to mark it."""
+    with (
+        exporting("--listen", "0", "--no-sched") as one,
+        exporting("--listen", "0", "--no-sched") as two,
+        Nursery() as nursery,
+    ):
+        recorder = subprocess.Popen(
+            [sys.executable, "-m", "kvmstats_fast", "record", "-e", "exits", "-o", tmp_path / "out"],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            monitors = {str(process.pid) for process in (one, two, recorder)}
+            for _ in range(4):
+                nursery.bear(1)
+                time.sleep(1.1)
+                for exporter in (one, two):
+                    text = ask(exporter.port)[2]
+                    shown = {sample.labels["pid"] for sample in family(text, "kvm_vm_info")}
+                    assert str(nursery.alive[-1]) in shown
+                    assert not monitors & shown
+        finally:
+            recorder.kill()
+            recorder.wait()
+        for exporter in (one, two):
+            exporter.terminate()
+            said = exporter.communicate()[1] + exporter.said
+            assert not [line for line in said.splitlines() if any(f"process {pid} " in line for pid in monitors)]
 
 
 def test_where_there_is_no_vm_it_serves_and_waits():

@@ -113,7 +113,7 @@ def _export(arguments: argparse.Namespace, attached: ExitStack, attacher: Execut
             while not ended.wait(_LOOK):
                 shown.update()
         else:
-            _write(path, registry, arguments, ended, shown)
+            _write(path, make_registry(collector, process=False), arguments, ended, shown)
     return 0
 
 

@@ -80,7 +80,7 @@ class Collector(Closing):
     Warns
     -----
     SamplingWarning
-        As `Sampler`, with `sched`.
+        As `Sampler`, with `sched`; here, and not of what comes later: ``kvmstats_vcpus_without_sched`` counts that.
 
     Notes
     -----
@@ -123,7 +123,7 @@ class Collector(Closing):
         self._live: LiveRow | None = None
         self._families: Families | None = None
         self._ledger = Ledger()
-        self._lacks_threads = False  # of some vCPU
+        self._lacking = 0  # vCPUs whose thread is not known
         self._threads = 0  # known then
         self._errors = 0
         self._roster = Roster(names, inject=inject, timeout=timeout)
@@ -197,7 +197,7 @@ class Collector(Closing):
             self._roster.update(lambda: None)
         self._due = math.inf if self._rescan is None else time.monotonic() + self._rescan
         files = self._choose()
-        if anew or files != self._files or (self._lacks_threads and self._count_threads() != self._threads):
+        if anew or files != self._files or (self._lacking and self._count_threads() != self._threads):
             self._ledger.settle(files)
             self._take(files, first=first)
         self._roster.settle()
@@ -224,13 +224,13 @@ class Collector(Closing):
         plan = None
         while files and plan is None:
             try:
-                plan = self._plan(files)
+                plan = self._plan(files, first=first)
             except NothingToSample:  # noqa: PERF203 - a VM may go at any time
                 files = {}
             except VmGoneError:  # a moment ago: its files are closed
                 files = self._choose()
         self._files = files
-        self._lacks_threads = False
+        self._lacking = 0
         if plan is None:
             return
         try:
@@ -241,22 +241,26 @@ class Collector(Closing):
             warn_caller(str(error.args[0]), SamplingWarning)
         if self._sched:
             known = sum(len(group.columns) for group in plan.groups if STATS[0].name in group.places)
-            self._lacks_threads = known < sum(file.kind == "vcpu" for some in files.values() for file in some)
-            self._threads = self._count_threads() if self._lacks_threads else 0
+            self._lacking = sum(file.kind == "vcpu" for some in files.values() for file in some) - known
+            self._threads = self._count_threads() if self._lacking else 0
         self._live = LiveRow(plan)
         self._families = Families(
             plan.groups, plan.origin.files, per_vcpu=self._per_vcpu, patterns=self._chosen, gone=self._ledger.gone
         )
 
-    def _plan(self, files: _Files) -> Plan:
+    def _plan(self, files: _Files, *, first: bool) -> Plan:
+        def tell(text: str, category: type[Warning]) -> None:
+            if first:  # later, kvmstats_vcpus_without_sched does
+                warn_caller(text, category)
+
         try:
-            return Plan(files, None, 1, sched=self._sched)
+            return Plan(files, None, 1, sched=self._sched, tell=tell)
         except VmGoneError:
             raise
         except OSError as error:  # as for too many open files
             if not self._sched:
                 raise
-            warn_caller(f"no sched_* statistics: {error}", SamplingWarning)
+            tell(f"no sched_* statistics: {error}", SamplingWarning)
             return Plan(files, None, 1)
 
     # ---- reading it
@@ -298,6 +302,11 @@ class Collector(Closing):
         spent.add_metric(["look"], look)
         spent.add_metric(["sweep"], sweep)
         yield spent
+        yield GaugeMetricFamily(
+            "kvmstats_vcpus_without_sched",
+            "vCPUs without sched_* statistics: their thread is not known.",
+            self._lacking,
+        )
         yield CounterMetricFamily("kvmstats_read_errors", "Stats files that could not be read.", self._errors)
         yield InfoMetricFamily("kvmstats_build", "This exporter.", {"version": kvmstats_fast.__version__})
 

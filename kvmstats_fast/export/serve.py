@@ -51,11 +51,15 @@ def _nobody(_: str) -> None:
     """Is told nothing that matters to it."""
 
 
-def make_registry(collector: Collector) -> CollectorRegistry:
-    """Return a registry of the VMs of a collector, and of this process itself."""
+def make_registry(collector: Collector, *, process: bool = True) -> CollectorRegistry:
+    """Return a registry of the VMs of a collector, and of this process itself.
+
+    Without `process` for node_exporter, which has metrics of these names of its own.
+    """
     registry = CollectorRegistry(support_collectors_without_names=True)  # so that ?name[]= finds them
     registry.register(collector)
-    ProcessCollector(registry=registry)
+    if process:
+        ProcessCollector(registry=registry)
     return registry
 
 
@@ -120,8 +124,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def server_bind(self) -> None:
         """Bind, without asking who has the address, which may take as long as DNS does."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if self.address_family == socket.AF_INET6:  # [::] is all addresses, whatever net.ipv6.bindv6only says
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.allow_reuse_address = True
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])

@@ -17,6 +17,7 @@ from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._text import printable
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.encoding import kind_of
+from kvmstats_fast.errors import warn_caller
 from kvmstats_fast.file_info import FileInfo, Known, label_vms
 from kvmstats_fast.groups import Block
 from kvmstats_fast.samples import SampleError, Samples
@@ -26,6 +27,8 @@ from kvmstats_fast.schedstat import STATS, with_thread
 from kvmstats_fast.stats_file import StatsFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from kvmstats_fast.handle import Handle
@@ -76,6 +79,13 @@ class _Origin(NamedTuple):
 class Plan:
     """Which statistics are read of which files: what a Sampler, its runs and its streams share.
 
+    Parameters
+    ----------
+    files, stats, threads, sched
+        As for `Sampler`.
+    tell : callable
+        Told of the vCPUs whose thread is not known, and that this is a SamplingWarning; by default, it is one.
+
     Attributes
     ----------
     files : list of StatsFile
@@ -100,11 +110,17 @@ class Plan:
     """
 
     def __init__(
-        self, files: StatsFiles, stats: str | Iterable[str] | None, threads: int, *, sched: bool = False
+        self,
+        files: StatsFiles,
+        stats: str | Iterable[str] | None,
+        threads: int,
+        *,
+        sched: bool = False,
+        tell: Callable[[str, type[Warning]], object] = warn_caller,
     ) -> None:
         by_vm = _check_files(files)
         self.threads = check_integer("threads", threads, 1, lib.KVMSTATS_MAX_THREADS)
-        schedstats = open_schedstats([file for some in by_vm.values() for file in some]) if sched else {}
+        schedstats = open_schedstats([file for some in by_vm.values() for file in some], tell) if sched else {}
         opened = [
             (file, vm, with_thread(file.schema) if file in schedstats else file.schema)
             for vm, some in by_vm.items()

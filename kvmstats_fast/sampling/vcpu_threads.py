@@ -14,7 +14,7 @@ from kvmstats_fast.vmm.proc import Process
 from kvmstats_fast.vmm.threads import find_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from kvmstats_fast.stats_file import StatsFile
 
@@ -25,8 +25,10 @@ _NOT_BUILT = "there is no schedstat in /proc/PID/task: this kernel was built wit
 _SWITCHED_OFF = "this kernel does not count it: boot with `delayacct`, or set the sysctl kernel.task_delayacct to 1"
 
 
-def open_schedstats(files: Sequence[StatsFile]) -> dict[StatsFile, Schedstat]:
-    """Open the schedstat of the thread of each vCPU, as far as there is one; warn of those without.
+def open_schedstats(
+    files: Sequence[StatsFile], tell: Callable[[str, type[Warning]], object] = warn_caller
+) -> dict[StatsFile, Schedstat]:
+    """Open the schedstat of the thread of each vCPU, as far as there is one; warn of those without, or `tell`.
 
     Returns
     -------
@@ -59,7 +61,7 @@ def open_schedstats(files: Sequence[StatsFile]) -> dict[StatsFile, Schedstat]:
                 found[file] = opened
     for why, some in missing.items():
         ids = ", ".join(printable(file.id) for file in some[:3]) + (", ..." if len(some) > 3 else "")
-        warn_caller(f"no sched_* statistics of {ids}: {why}", SamplingWarning)
+        tell(f"no sched_* statistics of {ids}: {why}", SamplingWarning)
     return found
 
 
