@@ -2,21 +2,22 @@
 
 import errno
 import os
+import random
 import re
 import shutil
 import subprocess
 import threading
 import time
-from contextlib import ExitStack
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import prometheus_client
 import pytest
-from helpers import examples, exit_status, forked, open_fds
+from helpers import exit_status, forked, numbers, open_fds
 from holder import Holder
-from hypothesis import given
-from hypothesis import strategies as st
 from nursery import Nursery
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -30,7 +31,7 @@ from kvmstats_fast.export.names import bucket_bounds, find_sum, name_family
 from kvmstats_fast.schedstat import STATS
 from kvmstats_fast.stat import Stat
 from kvmstats_fast.testing import SyntheticStats, exit_counter
-from kvmstats_fast.testing.stat_lists import ARCHITECTURES
+from kvmstats_fast.testing.stat_lists import ARCHITECTURES, OPTIONS, stats_of
 from kvmstats_fast.vmm.roster import REASONS, Refusal
 
 PROMTOOL = shutil.which("promtool")
@@ -173,6 +174,24 @@ def test_the_sum_of_a_histogram_is_the_counter_of_the_same_name():
         assert find_sum(hists[0], {hists[0].name.replace("_hist", "_ns"): stat("x")}) is None
 
 
+def test_the_guide_counts_series_right():
+    """The table of docs/export.md: for each choice of statistics, a VM, one of 4 vCPUs, and 100 of 8."""
+    guide = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    rows = re.findall(r"\| (all|`-e .*`) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+), ([\d,]+) \|", guide)
+    assert len(rows) == 3
+    vm, vcpu = (stats_of("x86", kind, merged=True, options=OPTIONS) for kind in ("vm", "vcpu"))
+    for chosen, *said in rows:
+        patterns = re.findall(r"-e '?([\w*]+)", chosen) or ["*"]
+
+        def count(stats, patterns=patterns):
+            found = [one for one in stats if any(fnmatchcase(one.name, pattern) for pattern in patterns)]
+            return sum(one.size + 2 if one.is_histogram else 1 for one in found)
+
+        own, each = count(vm) + 2, count([*vcpu, *STATS])
+        wanted = [own + each, own + 4 * each, 100 * (own + each), 100 * (own + 8 * each)]
+        assert [int(one.replace(",", "")) for one in said] == wanted
+
+
 # ---- values
 
 
@@ -248,13 +267,13 @@ def test_a_vcpu_of_x86_is_144_series(resources):
         assert sum(name.startswith("kvm_vm_") for name in found) == 15 + 1  # and kvm_vm_vcpus
 
 
-small = st.integers(0, 2**51)  # of three, the sum is a float's
+MOST = 2**51  # of three, the sum is a float's
 
 
-@examples(60)
-@given(data=st.data())
-def test_values_are_what_the_stats_file_says_in_base_units(data):
+@pytest.mark.parametrize("seed", numbers(20))
+def test_values_are_what_the_stats_file_says_in_base_units(seed, resources):
     """Of each vCPU; those of a VM are their sum, of peaks the highest."""
+    draw = random.Random(seed).randint
     stats = [
         stat("exits"),
         ns("halt_wait_ns"),
@@ -266,50 +285,49 @@ def test_values_are_what_the_stats_file_says_in_base_units(data):
         stat("several", size=3),
         ns("halt_wait_hist", StatType.LOG_HIST, 5),
     ]
-    with ExitStack() as resources:
-        made = [resources.enter_context(SyntheticStats(stats=stats, vm="web", vcpu_id=i)) for i in range(3)]
-        for one in made:
-            one.set("exits", data.draw(small))
-            one.set("halt_wait_ns", data.draw(small))
-            one.set("signed", data.draw(st.integers(-(2**51), 2**51)) % 2**64)
-            one.set("on", data.draw(st.integers(0, 1)))
-            one.set("memory_kib", data.draw(st.integers(0, 2**40)))
-            one.set("top", data.draw(small))
-            one.set("later", data.draw(small))
-            one.set("several", data.draw(st.lists(small, min_size=3, max_size=3)))
-            one.set("halt_wait_hist", data.draw(st.lists(st.integers(0, 2**40), min_size=5, max_size=5)))
-        snapshots = [resources.enter_context(one.open()).snapshot() for one in made]
-        each = scrape(collector_of(resources, *made, per_vcpu=True))
-        together = scrape(collector_of(resources, *made))
+    made = [resources.enter_context(SyntheticStats(stats=stats, vm="web", vcpu_id=i)) for i in range(3)]
+    for one in made:
+        one.set("exits", draw(0, MOST))
+        one.set("halt_wait_ns", draw(0, MOST))
+        one.set("signed", draw(-MOST, MOST) % 2**64)
+        one.set("on", draw(0, 1))
+        one.set("memory_kib", draw(0, 2**40))
+        one.set("top", draw(0, MOST))
+        one.set("later", draw(0, MOST))
+        one.set("several", [draw(0, MOST) for _ in range(3)])
+        one.set("halt_wait_hist", [draw(0, 2**40) for _ in range(5)])
+    snapshots = [resources.enter_context(one.open()).snapshot() for one in made]
+    each = scrape(collector_of(resources, *made, per_vcpu=True))
+    together = scrape(collector_of(resources, *made))
 
-        def check(found, some, **labels):
-            def value(name):
-                one = made[0].stats[name]
-                raw = [int(snapshot[name]) for snapshot in some]
-                raw = max(raw) if one.type == StatType.PEAK else sum(raw)
-                return one.to_base_units(raw % 2**64)
+    def check(found, some, **labels):
+        def value(name):
+            one = made[0].stats[name]
+            raw = [int(snapshot[name]) for snapshot in some]
+            raw = max(raw) if one.type == StatType.PEAK else sum(raw)
+            return one.to_base_units(raw % 2**64)
 
-            assert of(found, "kvm_vcpu_exits_total", **labels) == value("exits")
-            assert of(found, "kvm_vcpu_halt_wait_seconds_total", **labels) == pytest.approx(
-                value("halt_wait_ns"), rel=1e-15
-            )
-            assert of(found, "kvm_vcpu_signed", **labels) == value("signed")
-            assert of(found, "kvm_vcpu_on", **labels) == value("on")
-            assert of(found, "kvm_vcpu_memory_bytes", **labels) == value("memory_kib")
-            assert of(found, "kvm_vcpu_top", **labels) == value("top")
-            assert of(found, "kvm_vcpu_later", **labels) == value("later")
-            several = np.sum([snapshot["several"] for snapshot in some], axis=0).tolist()
-            assert [of(found, "kvm_vcpu_several_total", index=str(i), **labels) for i in range(3)] == several
-            counts = np.cumsum(np.sum([snapshot["halt_wait_hist"] for snapshot in some], axis=0)).tolist()
-            edges = ["0.0", "1e-09", "3e-09", "7e-09", "+Inf"]
-            name = "kvm_vcpu_halt_wait_hist_seconds"
-            assert [of(found, f"{name}_bucket", le=edge, **labels) for edge in edges] == counts
-            assert of(found, f"{name}_count", **labels) == counts[-1]
-            assert of(found, f"{name}_sum", **labels) == of(found, "kvm_vcpu_halt_wait_seconds_total", **labels)
+        assert of(found, "kvm_vcpu_exits_total", **labels) == value("exits")
+        assert of(found, "kvm_vcpu_halt_wait_seconds_total", **labels) == pytest.approx(
+            value("halt_wait_ns"), rel=1e-15
+        )
+        assert of(found, "kvm_vcpu_signed", **labels) == value("signed")
+        assert of(found, "kvm_vcpu_on", **labels) == value("on")
+        assert of(found, "kvm_vcpu_memory_bytes", **labels) == value("memory_kib")
+        assert of(found, "kvm_vcpu_top", **labels) == value("top")
+        assert of(found, "kvm_vcpu_later", **labels) == value("later")
+        several = np.sum([snapshot["several"] for snapshot in some], axis=0).tolist()
+        assert [of(found, "kvm_vcpu_several_total", index=str(i), **labels) for i in range(3)] == several
+        counts = np.cumsum(np.sum([snapshot["halt_wait_hist"] for snapshot in some], axis=0)).tolist()
+        edges = ["0.0", "1e-09", "3e-09", "7e-09", "+Inf"]
+        name = "kvm_vcpu_halt_wait_hist_seconds"
+        assert [of(found, f"{name}_bucket", le=edge, **labels) for edge in edges] == counts
+        assert of(found, f"{name}_count", **labels) == counts[-1]
+        assert of(found, f"{name}_sum", **labels) == of(found, "kvm_vcpu_halt_wait_seconds_total", **labels)
 
-        for i, snapshot in enumerate(snapshots):
-            check(each, [snapshot], vm="web", vcpu=str(i))
-        check(together, snapshots, vm="web")
+    for i, snapshot in enumerate(snapshots):
+        check(each, [snapshot], vm="web", vcpu=str(i))
+    check(together, snapshots, vm="web")
 
 
 def test_chosen_statistics_and_vcpus_alone_are_shown(resources):
@@ -529,6 +547,17 @@ def test_a_real_vm_is_exported_with_the_right_numbers(per_vcpu):
         )
 
 
+def test_a_name_that_is_no_text_is_shown_as_text(resources):
+    """Names of programs and guests are bytes; what is not UTF-8 is escaped, and the scrape goes on."""
+    vm, *_ = made = x86(resources)
+    collector = collector_of(resources, *made)
+    handle = collector.host.opened[vm].handle
+    handle.owner = replace(handle.owner, machine=SimpleNamespace(pid=7, vmm="qemu\udcff", name="w\ud800"))
+    text = prometheus_client.generate_latest(registry_of(collector)).decode()
+    info = next(one for one in parse_text(text) if one.name == "kvm_vm_info").samples[0].labels
+    assert info == {"vm": "web", "pid": "7", "vmm": "qemu\\udcff", "guest": "w\\ud800"}
+
+
 @pytest.mark.real_vm
 @unknown_threads
 def test_vms_that_are_made_and_killed_while_scraped_leave_nothing():
@@ -582,11 +611,11 @@ def test_vms_that_are_made_and_killed_while_scraped_leave_nothing():
 @pytest.mark.real_vm
 def test_a_vcpu_whose_thread_is_not_known_is_counted_until_it_is():
     """It is warned of once, at the start; when its thread has a name that tells, steal is there at the next look."""
-    with Holder(1) as vmm:
+    vm = f"web {os.getpid()}"
+    with Holder(1, name=vm) as vmm:
         with pytest.warns(kf.SamplingWarning, match="no sched_"):
-            collector = Collector(vmm.pid, rescan=0.0)
+            collector = Collector([vm, f"{vm} 2"], rescan=0.0)
         with collector:
-            vm = f"pid {vmm.pid}"
             found = scrape(collector)
             assert of(found, "kvmstats_vcpus_without_sched") == 1
             assert of(found, "kvm_vcpu_sched_run_seconds_total", vm=vm) is None
@@ -594,8 +623,8 @@ def test_a_vcpu_whose_thread_is_not_known_is_counted_until_it_is():
             found = scrape(collector)
             assert of(found, "kvmstats_vcpus_without_sched") == 0
             assert of(found, "kvm_vcpu_sched_run_seconds_total", vm=vm) > 0
-            with Holder(1):  # of another VM, nothing is said any more
-                scrape(collector)
+            with Holder(1, name=f"{vm} 2"):  # of another VM, nothing is said any more
+                assert of(scrape(collector), "kvmstats_vcpus_without_sched") == 1
 
 
 @pytest.mark.real_vm
