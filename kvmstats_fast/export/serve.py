@@ -139,7 +139,6 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Begin a connection."""
-        request.settimeout(self._deadline)
         with self._guard:
             self._open[request] = time.monotonic()
             if len(self._open) > _MOST:
