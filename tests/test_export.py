@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import threading
 import time
+import urllib.request
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -518,6 +519,19 @@ def test_a_registry_can_be_asked_for_some_metrics(resources):
     assert re.sub("#.*\n", "", text) == 'kvm_vcpu_exits_total{vm="web"} 0.0\n'
 
 
+def test_an_exporter_of_ones_own_serves_it(resources):
+    """What the guide shows: the collector in a registry, and prometheus_client's own server."""
+    registry = registry_of(collector_of(resources, *x86(resources)))
+    server, thread = prometheus_client.start_http_server(0, "127.0.0.1", registry=registry)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics", timeout=10) as answer:
+            assert b'kvm_vcpu_exits_total{vm="web"} 0.0\n' in answer.read()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 # ---- real VMs
 
 
@@ -552,7 +566,7 @@ def test_a_name_that_is_no_text_is_shown_as_text(resources):
     vm, *_ = made = x86(resources)
     collector = collector_of(resources, *made)
     handle = collector.host.opened[vm].handle
-    handle.owner = replace(handle.owner, machine=SimpleNamespace(pid=7, vmm="qemu\udcff", name="w\ud800"))
+    handle.owner = handle.owner._replace(machine=SimpleNamespace(pid=7, vmm="qemu\udcff", name="w\ud800"))
     text = prometheus_client.generate_latest(registry_of(collector)).decode()
     info = next(one for one in parse_text(text) if one.name == "kvm_vm_info").samples[0].labels
     assert info == {"vm": "web", "pid": "7", "vmm": "qemu\\udcff", "guest": "w\\ud800"}
