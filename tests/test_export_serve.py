@@ -448,7 +448,7 @@ def test_where_there_is_no_vm_it_serves_and_waits():
         (["-n", "1"], 2, "-n is about the file: it takes --textfile"),
         (["-I", "1s"], 2, "-I is about the file"),
         (["--textfile", "/tmp/x.prom", "-n", "1", "--listen", "0"], 2, "give one or the other"),
-        (["-p", "999999999"], 4, ""),
+        (["--listen", "0", "-p", "999999999"], 4, ""),
         (
             ["--textfile", "/nonexistent/x.prom", "-n", "1", "-g", "nobody-is-called-so"],
             1,
