@@ -117,11 +117,8 @@ class _Live(Feed):
                 self._has_begun.set()
                 for samples in stream:
                     self._give(samples)
-                    if self._is_stopped or self._interval != self.interval:
-                        break
-                else:
-                    if self._interval == self.interval:
-                        return
+                if self._interval == self.interval:
+                    return
 
     @abstractmethod
     def _open(self, interval: float) -> AbstractContextManager[Iterable[Samples]]:
