@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_a_recording(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_files, "STEP_BYTES", 1 << 16)
     peaks = []
     for sweeps in (8_000, 32_000):
-        with kf.Recorder(tmp_path / f"{sweeps}", flush_seconds=0) as recorder:
+        with kf.Recorder(tmp_path / f"{sweeps}", flush_seconds=0, batch_bytes=1 << 16) as recorder:
             whole = made(sweeps)
             for start in range(0, sweeps, 500):
                 recorder.write(whole[start : start + 500])

@@ -1,9 +1,11 @@
 """kvmstats record: a recording of what comes and goes, whole whatever ends it."""
 
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 
@@ -101,6 +103,31 @@ def test_a_kill_loses_only_what_waited(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kf.RecordingWarning)  # a batch may have been cut short
         assert len(kf.Samples.load(path)) > 20
+
+
+def test_what_was_flushed_survives_twenty_kills(tmp_path):
+    """At moments of its own choosing: all that was on the disk before the kill is read, and no sweep is there twice."""
+    rng = random.Random(20)
+    with Holder(1) as vmm:
+        for number in range(20):
+            path = tmp_path / f"out{number}"
+            with recording("-p", vmm.pid, "-I", "1ms", "-o", path, "--rotate", "100ms") as running:
+                assert until((path / "vcpu-00001.arrows").exists)
+                time.sleep(rng.random() * 0.15)
+                # A part is complete once the next one is there.
+                last = max(int(one.name[5:10]) for one in path.glob("vcpu-?????.arrows"))
+                whole = [path / f"{kind}-{part:05}.arrows" for kind in ("vm", "vcpu") for part in range(last)]
+                sizes = {one: one.stat().st_size for one in whole}
+                running.kill()
+                running.wait()
+            assert {one: one.stat().st_size for one in whole} == sizes
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", kf.RecordingWarning)  # of the part that was cut short
+                run = kf.Samples.load(path)
+                flushed = sum(len(kf.Samples.load(one)) for one in whole if one.name.startswith("vcpu-"))
+            assert len(run) >= flushed > 0
+            assert (np.diff(run.tick.astype(np.int64)) > 0).all()
+            assert run.total("exits").tolist() == [0]
 
 
 def test_a_flight_recorder_keeps_a_burst_in_full_and_a_sweep_a_second(tmp_path, capsys):

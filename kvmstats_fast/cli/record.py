@@ -277,8 +277,8 @@ class _Shown:
 
     def end(self, path: Path, part: str) -> None:
         """Say what was recorded, and what can be done with it."""
-        vms = len(self.vms)
+        sweeps, vms = self._sweeps, len(self.vms)
         self._print(
-            f"{self._sweeps:,} sweeps of {vms} VM{'' if vms == 1 else 's'}, {self._chunks.missed:,} ticks missed, "
-            f"{format_si(self._writer.size, 'B')}: kvmstats report {shlex.quote(str(path / part))}"
+            f"{sweeps:,} sweep{'' if sweeps == 1 else 's'} of {vms} VM{'' if vms == 1 else 's'}, "
+            f"{self._chunks.missed:,} ticks missed, {format_si(self._writer.size, 'B')}: kvmstats report {shlex.quote(str(path / part))}"
         )
