@@ -280,5 +280,6 @@ class _Shown:
         sweeps, vms = self._sweeps, len(self.vms)
         self._print(
             f"{sweeps:,} sweep{'' if sweeps == 1 else 's'} of {vms} VM{'' if vms == 1 else 's'}, "
-            f"{self._chunks.missed:,} ticks missed, {format_si(self._writer.size, 'B')}: kvmstats report {shlex.quote(str(path / part))}"
+            f"{self._chunks.missed:,} ticks missed, {format_si(self._writer.size, 'B')}: "
+            f"kvmstats report {shlex.quote(str(path / part))}"
         )
