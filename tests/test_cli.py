@@ -11,8 +11,8 @@ import pytest
 
 import kvmstats_fast
 from kvmstats_fast import cli
-from kvmstats_fast._text import format_table
-from kvmstats_fast.cli import demo
+from kvmstats_fast._text import describe_error, format_table
+from kvmstats_fast.cli import _grammar, demo
 from kvmstats_fast.testing import KvmUnavailableError, exit_counter
 
 
@@ -123,6 +123,33 @@ def test_an_error_is_one_line_on_stderr(monkeypatch, capsys):
     monkeypatch.setattr(demo, "_start", fail)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr() == ("", "kvmstats: Too many open files\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), 130),
+        (kvmstats_fast.VmGoneError("gone"), 4),
+        (PermissionError(13, "no"), 3),
+        (OSError(1, "no"), 3),
+        (_grammar.UsageError("these do not go together"), 2),
+        (kvmstats_fast.KvmStatsError("odd"), 1),
+        (ImportError("install it"), 1),
+        (MemoryError("too much"), 1),
+    ],
+)
+@pytest.mark.parametrize("verb", sorted(cli._VERBS))
+def test_what_is_raised_is_a_status_whatever_the_verb(monkeypatch, capsys, verb, error, status):
+    """And one line, but for Ctrl-C."""
+
+    def fail(_):
+        raise error
+
+    needed = {"compare": ["a", "b"], "convert": ["a", "-o", "b"], "capture": ["-o", "a"], "report": ["a"]}
+    monkeypatch.setattr(f"kvmstats_fast.cli.{verb.replace('-', '_')}.run", fail)
+    assert cli.main([verb, *needed.get(verb, [])]) == status
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "" if status == 130 else f"kvmstats: {describe_error(error)}\n")
 
 
 def test_a_reader_that_goes_away_is_no_traceback():

@@ -85,13 +85,20 @@ def vcpu_ranges(text: str) -> tuple[int, ...]:
 def add_targets(parser: argparse.ArgumentParser, *, recorded: bool = True, socket: bool = True) -> None:
     """Add what names VMs; and a socket, and recordings, where the verb takes them."""
     group = parser.add_argument_group("whose statistics (default: every VM of this host that may be attached to)")
-    group.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
-    group.add_argument("-g", "--guest", action="append", metavar="GUEST", help="guest's name or glob (may be repeated)")
+    add_vms(group)
     group.add_argument("--inject", action="store_true", help="have a VMM open the stats files that it does not hold")
     if socket:
         group.add_argument("--socket", metavar="PATH", help="take the files that a VMM hands over at a Unix socket")
     if recorded:
         group.add_argument("file", nargs="*", metavar="FILE", help=f"{FILE_HELP}, instead of a VM")
+
+
+def add_vms(parser: argparse._ActionsContainer) -> None:
+    """Add what names VMs that run."""
+    parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
+    parser.add_argument(
+        "-g", "--guest", action="append", metavar="GUEST", help="guest's name or glob (may be repeated)"
+    )
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:

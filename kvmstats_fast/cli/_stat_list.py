@@ -12,6 +12,7 @@ from kvmstats_fast.cli._captures import is_capture, read_images
 from kvmstats_fast.cli._files import open_runs
 from kvmstats_fast.cli._output import ObjectWriter
 from kvmstats_fast.cli._screen import Screen
+from kvmstats_fast.cli._targets import named_pids
 from kvmstats_fast.vmm.machine import attach
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def print_stats(arguments: argparse.Namespace, output: TextIO) -> None:
 def _kinds(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterable[Stat]]]:
     """Yield what is listed: of a VM, one vCPU stands for all."""
     with ExitStack() as opened:
-        for pid in arguments.pid or []:
+        for pid in named_pids(arguments):
             machine = opened.enter_context(attach(pid))
             shown = set()
             for file in machine.files:

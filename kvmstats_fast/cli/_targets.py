@@ -104,13 +104,17 @@ def _kept(errors: dict[int, Exception], pid: int) -> Iterator[None]:
 
 def _choose(arguments: argparse.Namespace) -> list[int]:
     """Return the pids that are asked for; all VMs if nothing is."""
+    if arguments.pid or arguments.guest:
+        return named_pids(arguments)
+    pids = [process.pid for process in find_vms()]
+    if not pids:
+        raise AttachError(errno.ENOENT, "no process has a VM open")
+    return pids
+
+
+def named_pids(arguments: argparse.Namespace) -> list[int]:
+    """Return the pids of the VMMs that are named, by pid or by the name of the guest."""
     pids = list(arguments.pid or [])
-    if pids and not arguments.guest:
-        return list(dict.fromkeys(pids))
-    if not arguments.guest:
-        pids = [process.pid for process in find_vms()]
-        if not pids:
-            raise AttachError(errno.ENOENT, "no process has a VM open")
     for guest in arguments.guest or []:
         with usage_errors():
             pids += [process.pid for process in find_guests(guest)]

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from kvmstats_fast._text import describe_error, printable
 from kvmstats_fast.cli._captures import list_files, read_bytes
-from kvmstats_fast.cli._grammar import add_output, number
+from kvmstats_fast.cli._grammar import add_output, add_vms
 from kvmstats_fast.cli._output import ObjectWriter, open_output
 from kvmstats_fast.cli._screen import Screen
+from kvmstats_fast.cli._targets import named_pids
 from kvmstats_fast.conformance import FAIL, NOT_APPLICABLE, PASS, Finding, Live, check_file
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.stats_file import StatsFile
@@ -40,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "captured stats files, of the VM of a process, or without arguments of this kernel, by a tiny VM that is made "
         "for it. Of a process also say which ways there are to its files. The exit status is 1 if a rule is broken."
     )
-    parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
+    add_vms(parser)
     add_output(parser)
     parser.add_argument("file", nargs="*", metavar="FILE", help="a captured stats file, or a directory of them")
 
@@ -51,27 +52,28 @@ def run(arguments: argparse.Namespace) -> int:
     with ExitStack() as opened:
         output = opened.enter_context(open_output(arguments))
         writer, screen = ObjectWriter(arguments, output, _FIELDS), Screen.of(output, arguments.color)
-        for name, findings in _subjects(arguments, opened):
+        pids = named_pids(arguments)
+        for name, findings in _subjects(arguments.file, pids, opened):
             broken = broken or any(one.verdict == FAIL for one in findings)
             if writer.text:
                 _print(name, findings, screen)
             else:
                 writer.write_objects({"file": name} | one._asdict() for one in findings)
-        for pid in arguments.pid or [] if writer.text else []:
+        for pid in pids if writer.text else []:
             screen.print("", *(line for way in ways_to(pid) for line in screen.wrap(way, " " * 13)))
     return 1 if broken else 0
 
 
-def _subjects(arguments: argparse.Namespace, opened: ExitStack) -> Iterator[tuple[str, list[Finding]]]:
-    for file in (file for path in arguments.file for file in list_files(Path(path))):
+def _subjects(files: list[str], pids: list[int], opened: ExitStack) -> Iterator[tuple[str, list[Finding]]]:
+    for file in (file for path in files for file in list_files(Path(path))):
         yield str(file), check_file(partial(_slice, read_bytes(file)))
-    for pid in arguments.pid or []:
+    for pid in pids:
         machine = opened.enter_context(attach(pid))
         for stats in machine.files:
             fd = stats.fileno()
             findings = check_file(partial(_pread, fd), Live(fd, partial(time.sleep, 0.1), _capability()))
             yield f"{stats.id} (process {pid})", findings
-    if not arguments.file and not arguments.pid:
+    if not files and not pids:
         yield from _check_kernel()
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast._text import describe_error, printable
-from kvmstats_fast.cli._grammar import FILE_HELP, add_output, number
+from kvmstats_fast.cli._grammar import FILE_HELP, add_output, add_vms
 from kvmstats_fast.cli._output import ObjectWriter, open_output
 from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.errors import KvmStatsError
@@ -27,10 +27,10 @@ _FIELDS = ("vm", "pid", "vmm", "name", "uid", "vms", "vcpus", "attachable", "why
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "List the processes that have VMs or vCPUs open, and whether their fds may be borrowed. With -p or FILE, a "
+        "List the processes that have VMs or vCPUs open, and whether their fds may be borrowed. With -p, -g or FILE, a "
         "recording, Parquet data set or capture, list statistics: their type, unit and buckets."
     )
-    parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
+    add_vms(parser)
     parser.add_argument("-w", "--why", action="store_true", help="also say what would help where files are missing")
     add_output(parser)
     parser.add_argument("file", nargs="*", metavar="FILE", help=FILE_HELP)
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """List them; exit status 0 also if there are none."""
     with open_output(arguments) as output:
-        if arguments.pid or arguments.file:
+        if arguments.pid or arguments.guest or arguments.file:
             from kvmstats_fast.cli import _stat_list  # noqa: PLC0415 - numpy, which a list of VMs does without
 
             _stat_list.print_stats(arguments, output)
