@@ -126,7 +126,7 @@ def test_chunks_that_overlap_leave_nothing_out(resources):
 
 def test_ticks_without_files_are_idle_and_not_missed(make):
     """Before the first files and between two sets; the next sweep is on the schedule."""
-    with relay_of(0.001, count=150, chunk=5) as relay:
+    with relay_of(0.001, count=600, chunk=5) as relay:
         chunks = []
         for _ in range(2):
             relay.hand_over(None)
@@ -143,7 +143,7 @@ def test_ticks_without_files_are_idle_and_not_missed(make):
             chunks += take_all(relay)
         relay.hand_over(live(make(1)))
         chunks += take_all(relay)
-        check_accounts(relay, chunks, 0.001, 150)
+        check_accounts(relay, chunks, 0.001, 600)
     assert relay.idle > 30
 
 
@@ -163,7 +163,7 @@ def test_the_schedule_ends_without_files(make):
 
 def test_as_fast_as_possible_misses_nothing(make):
     """interval=0: ticks are counted on from run to run, and there is no idle one; a duration ends it from its start."""
-    with relay_of(0, duration=0.05, chunk=10) as relay:
+    with relay_of(0, duration=0.5, chunk=10) as relay:
         chunks = []
         for _ in range(3):
             relay.hand_over(live(make(1)))

@@ -90,6 +90,8 @@ class Relay(Closing):
         self._count_idle()
         leg.run.resume(self._start, self._next_tick)
         self._legs.append(leg)  # before it starts, so that whatever comes in between finds it to end
+        if self._is_stopped:  # what stops it from here on finds it
+            leg.run.stop()
         try:
             leg.run.__enter__()
         except BaseException:
@@ -98,8 +100,6 @@ class Relay(Closing):
             self._is_idle = True
             raise
         self._is_idle = False
-        if self._is_stopped:
-            leg.run.stop()
 
     def _end(self, leg: _Leg) -> None:
         """End a run and wait for that; ticks that passed since one that has ended by itself are idle."""
