@@ -98,14 +98,15 @@ static void copy_words(const unsigned long long *words, long n, long step, unsig
 }
 """
 
-#: A bare loop over files, with the call that reads one still to be filled in.
+#: A bare loop over files, with the call that reads one still to be filled in. From one sweep to the next it goes `step`
+#: bytes on.
 _SWEEPS = """
-static double NAME(const int *fds, const long *positions, long n, long size, char *rows, long repeat)
+static double NAME(const int *fds, const long *positions, long n, long size, char *rows, long step, long repeat)
 {
     long long start = now_ns();
     for (long r = 0; r < repeat; ++r)
         for (long i = 0; i < n; ++i)
-            if (READ(fds[i], rows + i * size, (size_t)size, positions[i]) != size)
+            if (READ(fds[i], rows + r * step + i * size, (size_t)size, positions[i]) != size)
                 return -1;
     return (double)(now_ns() - start) / repeat;
 }
@@ -117,7 +118,7 @@ def compile_limit():
     """Return (ffi, lib); lib.sweeps* give the nanoseconds of one sweep, the others numbers of ticks or nanoseconds."""
     builder = FFI()
     for name in _READS:
-        builder.cdef(f"double {name}(const int *, const long *, long, long, char *, long);")
+        builder.cdef(f"double {name}(const int *, const long *, long, long, char *, long, long);")
     builder.cdef("long lost_ticks(long, long long); long overslept_ticks(long, long long);")
     builder.cdef("long long lost_ns(long long); double text_reads(const int *, long, long);")
     builder.cdef("unsigned long long sum_words(const unsigned long long *, long, long);")
@@ -138,21 +139,27 @@ def compile_limit():
 
 
 LIBC, IN_PLACE = "limit: pread, a bare C loop", "limit: the call in place, a bare C loop"
+KEPT = "limit: the same, each sweep into rows of its own"
 
 
 def sweep_timers(limit, files, repeat):
-    """Timers of the bare loops, ns per file, into rows that stand side by side as a Sampler's do."""
+    """Timers of the bare loops, ns per file, into rows that stand side by side as a Sampler's do, or a run's."""
     ffi, lib = limit
     size = files[0].schema.data_size
-    rows = np.zeros((len(files), size), np.uint8)
+    row = len(files) * size
     fds = ffi.new("int[]", [file.fileno() for file in files])
     positions = ffi.new("long[]", [file.header.data_offset for file in files])
-    pointer = ffi.from_buffer("char[]", rows)
 
-    def timer(sweeps):
-        return lambda: sweeps(fds, positions, len(files), size, pointer, repeat) / len(files)
+    def timer(sweeps, step=0):
+        rows = np.empty(row + step * (repeat - 1), np.uint8)
 
-    return {LIBC: timer(lib.sweeps), IN_PLACE: timer(lib.sweeps_in_place)}
+        def timed():
+            rows.fill(0)  # as the rows of a run are, before its clock starts
+            return sweeps(fds, positions, len(files), size, ffi.from_buffer("char[]", rows), step, repeat) / len(files)
+
+        return timed
+
+    return {LIBC: timer(lib.sweeps), IN_PLACE: timer(lib.sweeps_in_place), KEPT: timer(lib.sweeps_in_place, row)}
 
 
 def free_processors(limit, wanted, milliseconds=20):
