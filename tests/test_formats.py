@@ -275,6 +275,19 @@ def test_a_recording_becomes_parquet_batch_by_batch(tmp_path):
     assert not list((tmp_path / "set").rglob("*.part"))
 
 
+def test_files_of_a_day_are_numbered_from_0_on_and_each_day_anew(tmp_path, monkeypatch):
+    """By kind, date, host and schema: names are the same whatever else is in the recording."""
+    monkeypatch.setattr(tables, "_FILE_BYTES", 1)
+    monkeypatch.setattr(tables, "_GROUP_BYTES", 1)
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 5)
+    x.time[:] += np.array([0, 0, 0, 2, 2]) * 86400 * 10**9
+    paths = [path for path in kf.to_parquet(x, tmp_path) if path.parent.parent.name == "vcpu"]
+    numbers = {}
+    for path in paths:
+        numbers.setdefault(path.parent.name, []).append(path.stem.rpartition("-")[2])
+    assert list(numbers.values()) == [["00000", "00001", "00002"], ["00000", "00001"]]
+
+
 def test_the_same_samples_are_converted_once(x, tmp_path):
     """A second time they would stand in the data set twice; other sweeps, statistics or hosts go beside them."""
     paths = kf.to_parquet(x, tmp_path)

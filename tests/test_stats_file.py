@@ -6,6 +6,7 @@ import os
 import struct
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -421,3 +422,56 @@ def test_a_format_of_the_future_is_refused_clearly():
     with pytest.raises(kf.FormatError, match=r"flags are 0x4.*newer") as caught:
         kf.parse(data)
     assert (caught.value.code, caught.value.offset) == (kf.ErrorCode.FLAGS, 0)
+
+
+def counting_preads(monkeypatch):
+    """The (size, offset) of each os.pread from here on."""
+    calls, pread = [], os.pread
+
+    def note(fd, size, offset):
+        calls.append((size, offset))
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", note)
+    return calls
+
+
+def test_a_small_file_takes_one_read_to_open(resources, monkeypatch):
+    """It ends in what is read first, data included, and no more is asked for, be its kind new or known."""
+    made = resources.enter_context(SyntheticStats(stats=[made_stat(f"small_{os.getpid()}_{i}") for i in range(9)]))
+    calls = counting_preads(monkeypatch)
+    for _ in range(2):
+        resources.enter_context(made.open())
+    assert calls == [(8192, 0)] * 2
+
+
+@pytest.mark.parametrize("count", [126, 127, 400])
+def test_a_file_that_is_longer_than_the_first_read_is_read_on(resources, count, monkeypatch):
+    """From where that ended to the end of its data: with 126 statistics these alone, with more descriptors too."""
+    made = resources.enter_context(SyntheticStats(stats=[made_stat(f"large_{i}") for i in range(count)]))
+    made.set(f"large_{count - 1}", 5)
+    calls = counting_preads(monkeypatch)
+    file = resources.enter_context(made.open())
+    assert list(file.schema) == [f"large_{i}" for i in range(count)]
+    assert file.read()[-1] == 5
+    end = 8192
+    for size, offset in calls[1:]:
+        assert offset == end
+        end += size
+    assert end == file.header.data_offset + 8 * count
+
+
+def made_stat(name):
+    """A plain counter."""
+    return kf.Stat(name, kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, -1, 0)
+
+
+def test_what_stands_in_for_a_revoked_file_goes_to_no_child(resources):
+    """Its number is /dev/null's from then on, and close-on-exec as before."""
+    file = resources.enter_context(kf.StatsFile.from_bytes(REAL))
+    fd = file.fileno()
+    file.handle.revoke(kf.VmGoneError(errno.ESRCH, "gone"))
+    assert str(Path(f"/proc/self/fd/{fd}").readlink()) == os.devnull
+    assert not os.get_inheritable(fd)
+    with pytest.raises(kf.VmGoneError, match="gone"):
+        file.read()
