@@ -87,6 +87,7 @@ def test_a_change_of_files_keeps_the_schedule(make):
         chunks = []
         for files in sets:
             relay.hand_over(live(files))
+            assert relay.is_sampling
             while len((x := relay.take(5)).files) != len(files):
                 chunks.append(x)
             chunks.append(x)

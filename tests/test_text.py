@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import kvmstats_fast as kf
 from kvmstats_fast._resource import describe_fd
-from kvmstats_fast._text import printable
+from kvmstats_fast._text import format_si, printable
 from kvmstats_fast.cli import main
 from kvmstats_fast.testing import SyntheticStats
 
@@ -100,3 +100,20 @@ def test_what_a_peer_sends_reaches_no_message_as_it_is(resources, tmp_path, name
         with pytest.raises(ValueError, match="closed") as caught:
             file.read()
         assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (float("nan"), "s", "-"),
+        (float("inf"), "s", "∞"),
+        (float("inf"), "", "∞"),
+        (0.0, "s", "0 s"),
+        (1.64e-5, "s", "16.4 µs"),
+        (9.996e-4, "s", "1 ms"),
+        (1234567.0, "", "1.23457e+06"),
+    ],
+)
+def test_numbers_have_the_prefix_that_suits_them(value, unit, text):
+    """Also after they are rounded; what is no number is said."""
+    assert format_si(value, unit) == text
