@@ -54,6 +54,11 @@ def _instrument_args() -> list[str]:
     return [*args, "--coverage", "-O0"] if os.environ.get("KVMSTATS_COVERAGE") == "1" else args
 
 
+def _link_args() -> list[str]:
+    """Have every symbol bound on loading, and no more of them than that takes, unless it is instrumented."""
+    return ["-Wl,-z,now", *(_instrument_args() or ["-s"])]
+
+
 ffibuilder = FFI()
 ffibuilder.cdef(cdef())
 ffibuilder.set_source(
@@ -74,7 +79,7 @@ ffibuilder.set_source(
         *_instrument_args(),
     ],
     # inject.c forks in a process with threads: the child may not need the dynamic linker to find a function.
-    extra_link_args=["-Wl,-z,now", *_instrument_args()],
+    extra_link_args=_link_args(),
 )
 
 # It must load into any VMM, of any C library: no code of the compiler's that needs a runtime library or start-up files,
@@ -87,7 +92,7 @@ HOLD = Extension(
         *("-ffreestanding", "-fno-stack-protector", "-fno-sanitize=all", "-fno-profile-arcs", "-fno-lto"),
         "-fasynchronous-unwind-tables",  # a thread may be cancelled in close
     ],
-    extra_link_args=["-nostdlib", "-fno-sanitize=all", "-fno-lto", "-Wl,-z,now", "-Wl,-z,relro", "-lgcc"],
+    extra_link_args=["-nostdlib", "-fno-sanitize=all", "-fno-lto", "-s", "-Wl,-z,now", "-Wl,-z,relro", "-lgcc"],
     py_limited_api=True,
 )
 
