@@ -251,6 +251,8 @@ def test_any_number_of_vcpus_is_shown(count):
             await pilot.press("home")
             assert before.cursor == 0
             assert len(rows(pilot)) == min(count, 45)
+            await pilot.press("end", "b")
+            assert before.cursor == 0
 
     run(test)
 
