@@ -101,7 +101,7 @@ class Screen:
         """Print lines."""
         print("\n".join(lines), file=self.output)
 
-    def table(self, rows: Sequence[Sequence[str]], align: str, drop: Sequence[int] = ()) -> list[str]:
+    def table(self, rows: Sequence[Sequence[str]], align: str, drop: Sequence[int | tuple[int, ...]] = ()) -> list[str]:
         """Return a table, the first row a title; it is made to fit if this is a terminal (`fit_table`)."""
         cells = [[self._encoded(cell) for cell in row] for row in rows]
         lines = (
@@ -124,14 +124,17 @@ def wrap_text(text: str, width: int, indent: str = "  ") -> list[str]:
     return [*lines, ((indent if lines else start) + line).rstrip()]
 
 
-def fit_table(rows: Sequence[Sequence[str]], align: str, width: int, drop: Sequence[int] = ()) -> list[str]:
+def fit_table(
+    rows: Sequence[Sequence[str]], align: str, width: int, drop: Sequence[int | tuple[int, ...]] = ()
+) -> list[str]:
     """Return the lines of a table that is no wider than that.
 
-    Where there is no room, the columns `drop` go, one after the other; then the widest cells are cut.
+    Where there is no room, the columns `drop` go, one after the other or some together; then the widest cells are cut.
     """
     kept = list(range(len(align)))
-    for column in [None, *drop]:
-        kept = [one for one in kept if one != column]
+    for columns in ((), *drop):
+        gone = (columns,) if isinstance(columns, int) else columns
+        kept = [one for one in kept if one not in gone]
         cells = [[row[one] for one in kept] for row in rows]
         lines = format_table(cells, sides := "".join(align[one] for one in kept)).splitlines()
         if max(map(display_width, lines)) <= width:

@@ -124,7 +124,7 @@ def _parse_limit(text: str) -> tuple[str, str, float]:
 
 def _print(benchmark: str, compared: Comparison, screen: Screen) -> None:
     cells = [tuple(map(printable, row)) for row in compared.table()]
-    lines = [*screen.wrap(compared.heading), *screen.table(cells, "<>>>>><", (6, 1, 2))]
+    lines = [*screen.wrap(compared.heading), *screen.table(cells, "<>>>>><", (6, (1, 2)))]
     lines += [line for remark in compared.remarks for line in screen.wrap(remark)]
     screen.print(*([screen.title(printable(benchmark, 1 << 10)), *lines, ""] if benchmark else lines))
 
