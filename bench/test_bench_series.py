@@ -45,10 +45,10 @@ def timed(call):
     return timer
 
 
-def compare(benchmark, title, contenders):
+def compare(benchmark, title, contenders, rounds=ROUNDS):
     """Compare calls, (call, target) by label."""
     timers = {label: (timed(call), target) for label, (call, target) in contenders.items()}
-    table.compare_timers(benchmark, title, timers, rounds=ROUNDS)
+    table.compare_timers(benchmark, title, timers, rounds=rounds)
     benchmark.pedantic(next(iter(contenders.values()))[0], rounds=1)
 
 
@@ -111,7 +111,7 @@ def test_one_statistic(benchmark, limit, run):
         "by itself in a piece (gather)": (lambda: series.gather([x["exits"]]), ("at most", 1.3)),
         "numpy.diff(), no reset, no rate": (lambda: np.diff(x["exits"], axis=0), None),
     }
-    compare(benchmark, f"one statistic of {about}", contenders)
+    compare(benchmark, f"one statistic of {about}", contenders, rounds=4 * ROUNDS)
 
 
 @pytest.mark.benchmark(group="series")
