@@ -193,6 +193,27 @@ def test_a_gap_between_steps_is_not_resampled_away():
     assert found == [(True, [0, 1, 2]), (True, [3]), (False, [6, 7, 8]), (True, [9])]
 
 
+@pytest.mark.parametrize("arguments", [["report"], ["stat"], ["stat", "-I", "10s"], ["list"], ["compare", "run"]])
+def test_what_is_missing_of_a_recording_is_told_once(arguments, tmp_path, capsys, monkeypatch):
+    """A part that is gone and one that was cut short, in one line; the rest is read."""
+    monkeypatch.chdir(tmp_path)
+    whole = made(90)
+    with kf.Recorder("run", flush_seconds=0) as recorder:
+        for start in range(0, 90, 30):
+            recorder.write(whole[start : start + 30])
+            recorder.rotate()
+    for kind in ("vm", "vcpu"):
+        Path(f"run/{kind}-00001.arrows").unlink()
+    last = Path("run/vcpu-00002.arrows")
+    last.write_bytes(last.read_bytes()[:-300])
+    assert cli.main([*arguments, "run"]) == 0
+    out, err = capsys.readouterr()
+    assert out
+    lines = err.splitlines()
+    assert len(lines) == (0 if arguments == ["list"] else 1), err
+    assert all("part 1 is missing; " in line and "vcpu-00002.arrows was not ended" in line for line in lines)
+
+
 def test_memory_does_not_grow_with_a_recording(tmp_path, capsys, monkeypatch):
     """Four times the sweeps are reported, counted and shown in the same memory."""
     monkeypatch.setattr(_files, "STEP_BYTES", 1 << 16)

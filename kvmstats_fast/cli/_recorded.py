@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -319,12 +320,14 @@ def _describe(source: Source, step: float | None) -> Run | None:
     """Return how long a run was, and what it cost, for which one of its statistics is read; None if it has no sweep."""
     first: Samples | None = None
     sweeps = missed = sweep_ns = 0
-    for one in source.read(replace(EVERYTHING, names=tuple(source.names()[:1]))):
-        if len(one.samples):
-            last = one.samples
-            first = first or last
-            sweeps, missed = sweeps + len(last), missed + last.missed
-            sweep_ns += int(last.sweep_ns.sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RecordingWarning)  # said when all of it is read
+        for one in source.read(replace(EVERYTHING, names=tuple(source.names()[:1]))):
+            if len(one.samples):
+                last = one.samples
+                first = first or last
+                sweeps, missed = sweeps + len(last), missed + last.missed
+                sweep_ns += int(last.sweep_ns.sum())
     if first is None:
         return None
     start, ns = int(first.wall_time[0]), int(last.time[-1]) - int(first.time[0])
