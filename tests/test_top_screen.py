@@ -553,6 +553,8 @@ class Terminal:
             stdout=child,
             stderr=child,
             start_new_session=True,
+            # Its own terminal, which sends it SIGHUP when it is closed.
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - it takes no lock
             env=os.environ | {"TERM": "xterm-256color"},
         )
         self.fd, self._child, self.text = parent, child, ""
@@ -598,6 +600,17 @@ def test_a_real_vm_on_a_real_terminal(how):
         assert terminal.end() == 0
         assert "\x1b[?1049l" in terminal.text
         assert "Traceback" not in terminal.text
+
+
+def test_where_the_terminal_goes_the_program_goes(tmp_path):
+    """With the window closed, or the connection lost, nothing is left running."""
+    moved(vm("web"), 1000).save(path := tmp_path / "run.npz")
+    for _ in range(3):
+        terminal = Terminal(str(path))
+        assert terminal.reads("replay")
+        os.close(terminal._child)
+        os.close(terminal.fd)
+        assert terminal.process.wait(20) == -signal.SIGHUP
 
 
 def test_what_fails_at_once_is_one_line_and_its_status():

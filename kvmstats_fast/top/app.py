@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import re
 import signal
+import termios
 import textwrap
 import time
 from collections import deque
@@ -148,9 +149,21 @@ class TopApp(App[None]):
             self.set_timer(self._seconds, self.exit)
         with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread
             for number in (signal.SIGTERM, signal.SIGHUP):
-                asyncio.get_running_loop().add_signal_handler(number, self.exit)
+                asyncio.get_running_loop().add_signal_handler(number, self._end, number)
         self._watch()
         self.wake()
+
+    def _end(self, number: int) -> None:
+        """End because of a signal.
+
+        Where the terminal is gone, nothing is left to put in order, and textual would wait for what nobody reads.
+        """
+        try:
+            termios.tcgetattr(0)
+        except termios.error:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.exit()
 
     def on_unmount(self) -> None:
         """Take nothing any more."""
