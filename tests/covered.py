@@ -42,7 +42,8 @@ def run(*command, **options):
 
 def build(tree):
     """Build the extension in the tree, with counters."""
-    environment = {**os.environ, "KVMSTATS_COVERAGE": "1"}
+    flags = {"CFLAGS": f"-include {tree}/tests/c/covered.h", "LDFLAGS": "-Wl,--wrap=_exit"}
+    environment = {**os.environ, "KVMSTATS_COVERAGE": "1", **flags}
     command = (sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "build")
     run(*command, cwd=tree, env=environment, stderr=subprocess.DEVNULL)
     for library in tree.glob("build/lib*/kvmstats_fast/*.so"):

@@ -63,7 +63,8 @@ class Target:
         options += ["-print_final_stats=1", f"-artifact_prefix={corpus}/broken-{self.name}-", *limits]
         done = subprocess.run([program, *options, corpus / self.name], stderr=subprocess.PIPE, text=True, check=False)
         count = re.search(r"number_of_executed_units: (\d+)", done.stderr)
-        return int(count[1]) if count else 0, done.stderr if done.returncode else ""
+        broken = done.returncode not in (0, 72)  # by Ctrl-C
+        return int(count[1]) if count else 0, "\n".join(done.stderr.splitlines()[-60:]) if broken else ""
 
 
 TARGETS = (

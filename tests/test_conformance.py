@@ -110,6 +110,16 @@ def test_what_breaks_a_rule_is_found_as_that_rule(rule):
     assert evidence in next(one.evidence for one in findings if one.rule == rule)
 
 
+@pytest.mark.parametrize(
+    ("unit", "fits", "odd"), [(0, 0, -1), (1, 0, -1), (2, 0, 1), (3, 0, -1), (4, 0, 1), (4, 0, -1)]
+)
+def test_the_exponent_is_judged_at_its_edge(unit, fits, odd):
+    """None, bytes, cycles: 0 and up; seconds: 0 and down; booleans: 0."""
+    for exponent, broken in ((fits, set()), (odd, {"C9"})):
+        data = build(stats=changed(0, flags=unit << 4, exponent=exponent))
+        assert verdicts(check_file(of_bytes(data)), FAIL) == broken
+
+
 class Odd:
     """A file whose reads are not what they should be, and its fd."""
 
