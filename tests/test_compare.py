@@ -118,6 +118,14 @@ def test_an_interval_over_runs_holds_the_truth_as_often_as_it_says(a, b):
     assert 0.92 < coverage(Welch(0.95), sides) < 0.99
 
 
+def test_work_that_varies_from_block_to_block_makes_no_interval_wider():
+    """Of so many exits for each unit of it, whatever a block's share of the work is, the ratio is known."""
+    rng = np.random.default_rng(4)
+    work = rng.integers(100, 1000, (2, BLOCKS)).astype(float)
+    a, b = ([_Measure(each * below, below, "", each)] for each, below in zip((3.0, 6.0), work, strict=True))
+    assert _Bootstrap(0.95)(a, b, math.log(2)) == pytest.approx((2, 2))
+
+
 def test_a_block_has_time_to_be_like_the_next():
     """Bursts as long as a block widen the interval: what is counted over 8 of them is not known as over 16."""
     rng = np.random.default_rng(9)
