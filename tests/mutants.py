@@ -55,6 +55,7 @@ ABOUT = {
     "kvmstats_fast/spans": "spans wall_clock samples",
     "kvmstats_fast/sampling/relay": "relay follow",
     "kvmstats_fast/sampling": "sampler run run_ends measure follow relay flight sched wall_clock memory",
+    "kvmstats_fast/top": "top top_screen cli_terminal",
     "kvmstats_fast/vmm/borrow": "borrow attach find",
     "kvmstats_fast/vmm/handover": "handover",
     "kvmstats_fast/vmm/inherited": "handover",
