@@ -269,12 +269,11 @@ class Families:
         for family, series in self._families:
             metric = Metric(family.name, family.help, family.type)
             for one in series:
-                samples: Iterable[tuple[str, dict[str, str], float]]
-                samples = zip(one.names, one.labels, one.read(filled[one.table]), strict=False)
+                samples: Iterable[Sample] = map(Sample, one.names, one.labels, one.read(filled[one.table]))
                 keep = good[one.table]
                 if keep is not None:
                     samples = compress(samples, chain.from_iterable(repeat(row, one.each) for row in keep))
-                metric.samples += [Sample(*sample) for sample in samples]
+                metric.samples += samples
             if metric.samples:
                 yield metric
 
