@@ -35,7 +35,7 @@ needs_systemd = pytest.mark.skipif(not SYSTEMD, reason="there is no systemd-anal
 
 
 class Prometheus:
-    """A Prometheus that scrapes some ports of this host each second."""
+    """A Prometheus that scrapes some ports of this host every other second."""
 
     def __init__(self, folder, ports, resources):
         config = folder / "prometheus.yml"
@@ -43,7 +43,7 @@ class Prometheus:
         config.write_text(
             json.dumps(
                 {
-                    "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+                    "global": {"scrape_interval": "2s", "scrape_timeout": "2s", "evaluation_interval": "1s"},
                     "rule_files": [str(RULES)],
                     "scrape_configs": [{"job_name": "kvm", "static_configs": [{"targets": targets}]}],
                 }
@@ -127,6 +127,13 @@ class Scene:
         self.by_vm, self.by_vcpu = (f'instance="127.0.0.1:{port}"' for port in self.ports)
         assert until(lambda: self.prometheus.value(f"kvm_vm_vcpus{{{self.of_web}}}") == 2)
 
+    def wait_for_scrapes(self):
+        """Wait until both exporters were scraped once more."""
+        now = time.time()
+        for instance in (self.by_vm, self.by_vcpu):
+            query = f'timestamp(kvm_vm_vcpus{{{instance},vm="{self.names[0]}"}})'
+            assert until(lambda query=query: (self.prometheus.value(query) or 0) > now)
+
     @property
     def of_web(self):
         """What selects the sums of the VM that is there from the start."""
@@ -162,9 +169,10 @@ def test_prometheus_knows_of_a_vm_what_its_stats_files_say(scene):
     info = f'kvm_vm_info{{{mine},pid="{web.pid}",guest="{scene.names[0]}"}}'
     assert prometheus.value(info) == 1
     web.process.send_signal(signal.SIGSTOP)
-    time.sleep(0.1)
+    tasks = list(Path(f"/proc/{web.pid}/task").iterdir())
+    assert until(lambda: all("\nState:\tT" in (task / "status").read_text() for task in tasks))
     snapshots = [file.snapshot() for file in web.vcpus]
-    time.sleep(2.5)
+    scene.wait_for_scrapes()
     assert [file.snapshot()["exits"] for file in web.vcpus] == [snapshot["exits"] for snapshot in snapshots]
     for name, one in web.vcpus[0].schema.items():
         metric = name_family("vcpu", one)
