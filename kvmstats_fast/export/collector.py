@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     _Files = dict[str, list[StatsFile]]
 
 
+#: Why a file cannot be read whose VM, vCPU or thread has gone in this moment, which is no error.
+_GONE = (AttachError, ProcessLookupError)
+
+
 class Collector(Closing):
     """The statistics of the VMs of this host, for a registry of prometheus_client; read at each scrape.
 
@@ -171,7 +175,7 @@ class Collector(Closing):
             if failed:  # as a rule a VM that has gone since; what was plugged out takes a look
                 self._look(anew=True)
                 failed = self._sweep()
-            self._errors += len(failed)
+            self._errors += sum(not isinstance(error, _GONE) for error in failed.values())
             families, live = self._families, self._live
             values = [] if live is None else [group.values[0].copy() for group in live.groups]
             if live is not None:
@@ -265,15 +269,15 @@ class Collector(Closing):
 
     # ---- reading it
 
-    def _sweep(self) -> set[int]:
-        """Read every file once; return the indices of those that failed."""
+    def _sweep(self) -> dict[int, Exception]:
+        """Read every file once; return the indices of those that failed, and why."""
         live = self._live
         if live is None:
-            return set()
+            return {}
         status = lib.kvmstats_sweep(live.c)
         if status < 0:
             raise RuntimeError(IN_USE)
-        return {error.file for error in live.find_errors(0, 1)} if status else set()
+        return {error.file: error.error for error in live.find_errors(0, 1)} if status else {}
 
     # ---- what it says of itself
 
