@@ -26,8 +26,11 @@ def examples(count):
 
 
 def numbers(count):
-    """So many numbers to make examples of: in CI always the same ones, elsewhere others each time."""
-    first = 0 if DERANDOMIZE else random.randrange(10**6) * count
+    """So many numbers to make examples of: in CI always the same ones, elsewhere others each time.
+
+    The processes of one run of pytest-xdist have the same: it takes them to have collected the same tests.
+    """
+    first = 0 if DERANDOMIZE else random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6) * count
     return range(first, first + count)
 
 
