@@ -403,7 +403,7 @@ def judge(mutant, tree, seconds):
     mutant.apply(tree)
     try:
         if is_c and not build(tree):
-            return "caught, it does not compile", ""
+            return "void, it does not compile", ""
         verdict, output = run_tests(tree, tests, seconds) if tests else ("lived", "there are no tests of it")
     finally:
         mutant.restore(tree)
