@@ -107,3 +107,21 @@ def renumber(tick: npt.NDArray[np.uint64], least: int) -> npt.NDArray[np.uint64]
             f"tick {tick[-1]} of a later part cannot be counted on from {least}: it would not fit a uint64"
         )
     return tick + np.uint64(least)
+
+
+def join_kinds(kinds: Sequence[Samples]) -> Samples:
+    """Return samples of different files that were taken in the same sweeps as one; ValueError if they were not."""
+    whole = kinds[0]
+    for other in kinds[1:]:
+        if other.time.tolist() != whole.time.tolist():
+            raise ValueError(f"the {other.files[0].kind} files of a run have other sweeps than its other files")
+        first = len(whole.files)
+        groups = (replace(group, columns=group.columns + first) for group in other.groups)
+        errors = (error._replace(file=error.file + first) for error in other.errors)
+        whole = replace(
+            whole,
+            groups=(*whole.groups, *groups),
+            files=(*whole.files, *other.files),
+            errors=(*whole.errors, *errors),
+        )
+    return whole

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import kvmstats_fast as kf
 from kvmstats_fast.file_info import group_files
-from kvmstats_fast.formats import parquet
+from kvmstats_fast.formats import parquet, recordings
 
 VM = made.schema_of(None, "vm")
 VCPU = made.schema_of(None, "vcpu")
@@ -168,6 +168,25 @@ def test_rates_are_by_the_time_that_anything_of_it_was_sampled(tmp_path):
     assert r.figures("host")["exits/s"].values == pytest.approx(sum(exits) / 28)
     first = (int(x.total("exits")[0]) for x in lives)
     assert r.figures("vcpu")["exits/s"].values[0] == pytest.approx(sum(first) / 22)
+
+
+@pytest.mark.filterwarnings("ignore:.*resets")
+def test_a_run_is_one_run_to_compare_however_many_pieces_it_is_read_in(form, tmp_path, monkeypatch):
+    """Pieces are no runs: intervals from them would be too narrow. Kinds that a data set keeps apart are one run."""
+    monkeypatch.setattr(recordings, "_STEP_BYTES", 1)
+    sides = [[run_of(start=100 * n, sweeps=40, seed=n + 10 * side) for n in range(2)] for side in range(2)]
+    opened_sides = [opened(tmp_path / str(side), form, runs) for side, runs in enumerate(sides)]
+    assert len(list(opened_sides[0])) > 2
+    for read, runs in zip(opened_sides, sides, strict=True):
+        assert [len(x) for x in read.runs()] == [40, 40]
+        for x, whole in zip(read.runs(), runs, strict=True):
+            assert {info.id for info in x.files} == {info.id for info in whole.files}
+            assert x.total("exits").sum() == whole.total("exits").sum()
+    read, whole = kf.compare(*opened_sides), kf.compare(*sides)
+    assert read.runs == whole.runs == (2, 2)
+    assert read.to_dict().keys() == whole.to_dict().keys()
+    for name, change in whole.items():
+        np.testing.assert_allclose(read[name].high, change.high, err_msg=name)
 
 
 def test_a_run_of_another_run_s_recording_is_apart_from_it(form, tmp_path):

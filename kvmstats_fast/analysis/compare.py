@@ -202,8 +202,8 @@ def compare(
     Parameters
     ----------
     a, b : Samples, or iterable of Samples
-        One run or several, of any VMs; `Recordings` are runs, too. Statistics are added up over all files of a run, so
-        choose what is comparable, ``x.select(vm="web")``.
+        One run or several, of any VMs; of `Recordings` each run, which has to fit in memory. Statistics are added up
+        over all files of a run, so choose what is comparable, ``x.select(vm="web")``.
     per : str, float or (float, float), optional
         What counts are divided by, instead of seconds: a statistic, or how many units of work each run did (one number
         for A and one for B, if these differ). Instant values and figures are not divided.
@@ -258,7 +258,8 @@ def _runs(side: str, runs: Samples | Iterable[Samples]) -> list[Samples]:
         runs = [runs]
     elif not isinstance(runs, Iterable):
         raise TypeError(f"{side} is {runs!r}; it must be Samples, or several of them")
-    found = list(runs)
+    whole = getattr(runs, "runs", None)  # of Recordings; iterating them gives pieces of runs, which are no runs
+    found = list(whole() if callable(whole) else runs)
     for run in found:
         if not isinstance(run, Samples):
             raise TypeError(f"{side} has {run!r} in it; it must be Samples, or several of them")

@@ -14,6 +14,7 @@ from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats.sources import find_sources
 from kvmstats_fast.formats.steps import STEP_BYTES
 from kvmstats_fast.formats.wanted import Step, Wanted, check_order
+from kvmstats_fast.joining import join_kinds
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.selection import Selection, take_files
 
@@ -161,25 +162,7 @@ def load_runs(path: str, selection: Selection = EVERYTHING) -> list[Samples]:
             found.setdefault(run.identity() or number, []).append(Samples.concatenate(parts))
     if not found:
         raise KvmStatsError(f"{path}: there is no sweep in it")
-    return [_join_kinds(kinds) for kinds in found.values()]
-
-
-def _join_kinds(kinds: Sequence[Samples]) -> Samples:
-    """Return samples of different files that were taken in the same sweeps as one; ValueError if they were not."""
-    whole = kinds[0]
-    for other in kinds[1:]:
-        if other.time.tolist() != whole.time.tolist():
-            raise ValueError(f"the {other.files[0].kind} files of a run have other sweeps than its other files")
-        first = len(whole.files)
-        groups = (replace(group, columns=group.columns + first) for group in other.groups)
-        errors = (error._replace(file=error.file + first) for error in other.errors)
-        whole = replace(
-            whole,
-            groups=(*whole.groups, *groups),
-            files=(*whole.files, *other.files),
-            errors=(*whole.errors, *errors),
-        )
-    return whole
+    return [join_kinds(kinds) for kinds in found.values()]
 
 
 def check_no_capture(runs: Iterable[Run], option: str) -> None:

@@ -21,6 +21,8 @@ from kvmstats_fast.formats._put import PRIVATE
 from kvmstats_fast.formats.parquet import write_parquet
 from kvmstats_fast.formats.sources import Source, find_sources
 from kvmstats_fast.formats.wanted import ALWAYS, Step, Wanted, check_order, resample_steps
+from kvmstats_fast.joining import join_kinds
+from kvmstats_fast.samples import Samples
 from kvmstats_fast.selection import Selection, take_files
 from kvmstats_fast.spans import Span
 
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.analysis.figures import Figures
     from kvmstats_fast.file_info import FileInfo
-    from kvmstats_fast.samples import Samples
     from kvmstats_fast.spans import When
 
     Total: TypeAlias = int | npt.NDArray[np.uint64] | npt.NDArray[np.int64]
@@ -227,6 +228,27 @@ class Recordings:
         for run in self._runs:
             for step in self._read(run):
                 yield step.samples
+
+    def runs(self) -> Iterator[Samples]:
+        """Give the samples of each run as a whole, in the order of their beginnings, however much memory that takes.
+
+        The files of VMs and of vCPUs, which a data set keeps apart, are one run again.
+
+        Raises
+        ------
+        ValueError
+            If those of one run have not the same sweeps.
+        """
+        kinds: dict[object, list[_Run]] = {}
+        for number, run in enumerate(self._runs):
+            origin = run.source.origin
+            kinds.setdefault((origin.recording, origin.run, origin.host) if origin.recording else number, []).append(
+                run
+            )
+        for together in kinds.values():
+            read = [[step.samples for step in self._read(run)] for run in together]
+            if whole := [Samples.concatenate(parts) for parts in read if parts]:
+                yield join_kinds(whole)
 
     def _read(self, run: _Run, *, relabel: bool = True) -> Iterator[Step]:
         """Give what is wanted of a run."""
