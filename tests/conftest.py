@@ -1,6 +1,7 @@
 """Fixtures, and the count of tests that ran against a real VM."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,11 @@ from kvmstats_fast.testing import KvmUnavailableError, TinyGuest, exit_counter
 
 
 def pytest_configure():
-    """Handle SIGINT, which tests send to themselves, even where a shell has it ignored in the background."""
+    """Handle SIGINT, which tests send to themselves, even where a shell has it ignored in the background.
+
+    And forget how wide the terminal is, of which pytest-xdist tells its processes: what tests read goes to none.
+    """
+    os.environ.pop("COLUMNS", None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
