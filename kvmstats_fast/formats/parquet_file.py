@@ -60,16 +60,15 @@ class ParquetFile:
         self._schema = self._call(lambda: file.schema_arrow)
         self.origin = Origin.decode(self._schema.metadata, str(path))
         self.stats: list[Stat] = stats_of(self._schema, self.origin, str(path), plain=True)
-        groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
-        self.first_tick = next((bounds[0] % (1 << 64) for one in groups if (bounds := self._bounds(one, "tick"))), 0)
+        self.first_tick: int = self._call(lambda: self._read_first_tick(file))
         #: What happened in each row group; what format 2 wrote is one batch, and does not say.
         self._batches: list[dict[str, Any]] | None = None
         if self.origin.format > 2:
             about = file.metadata.metadata or {}
             self._batches = read_field(about, "batches", check_batches(self.origin), str(path))
-            if len(self._batches) != len(groups):
+            if len(self._batches) != file.num_row_groups:
                 raise KvmStatsError(
-                    f"{path}: kvmstats.batches is about {len(self._batches)} row groups; it has {len(groups)}"
+                    f"{path}: kvmstats.batches is about {len(self._batches)} row groups; it has {file.num_row_groups}"
                 )
 
     def _open(self) -> Any:
@@ -108,21 +107,25 @@ class ParquetFile:
             return
         for number, batch in enumerate(self._batches):
             name, happened = f"{self.path}: row group {number + 1}", ABSENT | batch
-            if wanted.span != ALWAYS and not wanted.may_have(self._bounds_of_time(file, number), happened):
+            if wanted.span != ALWAYS and not wanted.may_have(self._read_times(file, number), happened):
                 yield None
             else:
                 records = self._read(file, [number], stats, name)
                 yield to_samples(records, stats, happened, self.origin, name, by_file=True)
 
-    def _bounds(self, group: Any, name: str) -> tuple[int, int] | None:
-        """Return the lowest and highest value of a column of a row group, as its metadata has them, if it does."""
-        return self._call(lambda: _bounds(group, name))  # the names of its columns may be no text
+    # What a footer says of each column is not asked for: where that of a damaged one contradicts itself, Arrow ends the
+    # process (std::terminate). Reading such a column is an error.
 
-    def _bounds_of_time(self, file: Any, number: int) -> npt.NDArray[np.int64]:
-        """Return the first and last time of a row group, or all of them."""
-        bounds = self._bounds(file.metadata.row_group(number), "time")
-        if bounds is not None:
-            return np.array(bounds, np.int64)
+    @staticmethod
+    def _read_first_tick(file: Any) -> int:
+        """Return the tick of the first row, 0 if there is none."""
+        for batch in file.iter_batches(batch_size=1, columns=["tick"], use_threads=False):
+            for tick in batch.column(0).to_pylist():
+                return tick if isinstance(tick, int) else 0
+        return 0
+
+    def _read_times(self, file: Any, number: int) -> npt.NDArray[np.int64]:
+        """Return the times of a row group."""
         column = self._call(lambda: file.read_row_group(number, columns=["time"], use_threads=False)).column(0)
         return as_numpy(column.combine_chunks())
 
@@ -187,13 +190,3 @@ def check_same_values(directory: Path, values: str) -> None:
                     "them a data set of their own"
                 )
             return
-
-
-def _bounds(group: Any, name: str) -> tuple[int, int] | None:
-    for index in range(group.num_columns):
-        column = group.column(index)
-        if column.path_in_schema == name and column.is_stats_set and column.statistics.has_min_max:
-            bounds = column.statistics.min_raw, column.statistics.max_raw
-            if all(isinstance(bound, int) for bound in bounds):
-                return bounds
-    return None
