@@ -266,7 +266,7 @@ def test_a_sampler_keeps_its_virtual_machine(holder):
     threading.Timer(0.05, holder.process.kill).start()
     x = sampler.run(0.001, duration=60)
     assert len(x.errors) == 2
-    sampler._live.plan._files[0].handle.owner.machine.close()
+    sampler._live.plan.files[0].handle.owner.machine.close()
 
 
 @pytest.mark.real_vm
