@@ -176,20 +176,20 @@ class Schema(Mapping[str, Stat]):
         if values.shape != (self.num_values,):
             raise ValueError(f"values have shape {values.shape}, this schema has ({self.num_values},)")
         plain = values.tolist()
-        stats = self.stats if si else ()
         result: dict[str, Value] = {}
-        for place, (name, word, end, is_boolean) in enumerate(self._make_unpacking()):
-            if stats and (unknown := stats[place].unknown):
-                warnings.warn(f"{name} is left as it is: unknown {unknown}", RuntimeWarning, 3)
+        for name, word, end, is_boolean in self._make_unpacking():
             if end:
                 result[name] = values[word:end]
-                continue
-            value = plain[word]
-            if is_boolean and value <= 1:
-                value = bool(value)
-            elif stats:
-                value = stats[place].to_base_units(value)
-            result[name] = value
+            elif is_boolean and plain[word] <= 1:
+                result[name] = bool(plain[word])
+            else:
+                result[name] = plain[word]
+        for stat in self.stats if si else ():
+            value = result[stat.name]
+            if stat.unknown:
+                warnings.warn(f"{stat.name} is left as it is: unknown {stat.unknown}", RuntimeWarning, 3)
+            if type(value) is int:
+                result[stat.name] = stat.to_base_units(value)
         return result
 
     def _make_unpacking(self) -> list[tuple[str, int, int, bool]]:
