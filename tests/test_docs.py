@@ -125,7 +125,12 @@ def test_each_block_of_python_runs(block, world):
         return
     if "kf.follow" in block:
         block = block.replace('"web-*"', "None").replace("send(", "chunks.stop(); send(")
-    exec(block, world)
+    try:
+        exec(block, world)
+    except PermissionError as error:
+        if "priority=" not in block:
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("block", blocks("sh", least=10))

@@ -5,6 +5,7 @@ import fcntl
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import struct
@@ -231,6 +232,21 @@ def test_vms_come_and_go_on_the_screen():
     run(test)
 
 
+_FDS = 4096
+
+
+@pytest.fixture
+def many_fds():
+    """As many fds as a thousand vCPUs take: more than a user has as a rule, and fewer than one may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < _FDS:
+        pytest.skip(f"a thousand vCPUs take {_FDS} fds; this process may have {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, _FDS), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_fds")
 @pytest.mark.parametrize("count", [1, 60, 1000])
 def test_any_number_of_vcpus_is_shown(count):
     """A row for each, of which those that are seen are drawn; End goes to the last, Enter opens it."""
