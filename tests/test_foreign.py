@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -574,14 +575,20 @@ def test_names_in_parquet_that_are_no_text_are_an_error_of_the_file(path, tmp_pa
 # ---- by the thousand
 
 
+def mutate(script, *arguments):
+    """What a script of tests/ says of the inputs that it changes at random, and how many came to what."""
+    command = [sys.executable, Path(__file__).parent / script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-300:]
+    counted = re.search(r"\{.*\}", done.stdout)
+    return done.stdout, json.loads(counted[0].replace("'", '"'))
+
+
 def test_of_inputs_of_every_kind_none_is_a_riddle():
     """Stats files, hand-over messages, command lines, times and conditions: only documented errors, and no fd stays."""
     inputs = numbers(2000)
-    command = [sys.executable, Path(__file__).parent / "mutate_inputs.py", str(len(inputs)), str(inputs.start)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-300:]
-    came = json.loads(done.stdout.partition("on: ")[2].rpartition(", ")[0].replace("'", '"'))
-    assert done.stdout.startswith("2000 inputs from ")
+    said, came = mutate("mutate_inputs.py", len(inputs), inputs.start)
+    assert said.startswith("2000 inputs from ")
     assert min(came[name] for name in ("parsed", "FormatError", "received", "HandOverError", "text read")) > 10
     assert sum(count for name, count in came.items() if name.startswith("command line")) > 200
 
@@ -589,20 +596,15 @@ def test_of_inputs_of_every_kind_none_is_a_riddle():
 def test_of_thousands_of_lies_none_is_a_riddle():
     """Bytes, well-formed Arrow and .npz members changed at random: only documented errors, in bounded time."""
     inputs = numbers(1500)
-    command = [sys.executable, Path(__file__).parent / "mutate_recordings.py", str(len(inputs)), str(inputs.start)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-300:]
-    counted = json.loads(done.stdout.partition("inputs: ")[2].rpartition(", ")[0].replace("'", '"'))
-    assert done.stdout.startswith("1500 inputs: ")
-    assert min(counted["read"], counted["KvmStatsError"], counted["FormatError"], counted["merged"]) > 30
+    said, came = mutate("mutate_recordings.py", len(inputs), inputs.start)
+    assert said.startswith("1500 inputs: ")
+    assert min(came["read"], came["KvmStatsError"], came["FormatError"], came["merged"]) > 30
 
 
 def test_a_footer_that_contradicts_itself_does_not_end_the_process():
     """An input that did: pyarrow calls std::terminate when it is asked for what such a footer says of a column."""
-    command = [sys.executable, Path(__file__).parent / "mutate_recordings.py", "--one", "1093535"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-300:]
-    assert "1 inputs: {'read': 1}" in done.stdout
+    _, came = mutate("mutate_recordings.py", "--one", 1093535)
+    assert came == {"read": 1}
 
 
 def test_random_bytes_are_no_recording(tmp_path):

@@ -7,10 +7,9 @@
  * the size that the manual gives it.
  */
 #include "fuzz.h"
-#include "series.h"
+#include "plain_series.h"
 
 #include <errno.h>
-#include <math.h>
 
 enum { MOST_SERIES = 3, MOST_SWEEPS = 20, MOST_FILES = 12, MOST_WIDTH = 20 };
 
@@ -19,32 +18,6 @@ typedef int (*function)(const struct kvmstats_table *);
 static int64_t times[MOST_SWEEPS];
 static struct kvmstats_series series[MOST_SERIES];
 static uint64_t *values[MOST_SERIES]; /* of each series, as large as what it may read */
-
-static const uint64_t *value(const struct kvmstats_series *one, uint64_t sweep, uint64_t file)
-{
-    return one->values + sweep * one->sweep_step + file * one->file_step;
-}
-
-static int was_cleared(const struct kvmstats_series *one, uint64_t sweep, uint64_t file)
-{
-    int fell = 0;
-    for (uint64_t i = 0; i < one->width; ++i)
-        fell |= value(one, sweep + 1, file)[i] < value(one, sweep, file)[i];
-    return fell && one->grows;
-}
-
-static uint64_t change_of(const struct kvmstats_series *one, uint64_t sweep, uint64_t file, uint64_t i)
-{
-    uint64_t after = value(one, sweep + 1, file)[i];
-    return was_cleared(one, sweep, file) ? after : after - value(one, sweep, file)[i];
-}
-
-static double rate_of(const struct kvmstats_series *one, uint64_t sweep, uint64_t change)
-{
-    int64_t ns = (int64_t)((uint64_t)times[sweep + 1] - (uint64_t)times[sweep]);
-    double seconds = ns ? (double)ns / 1e9 : (double)NAN;
-    return (one->grows ? (double)change : (double)(int64_t)change) / (seconds * one->divide) * one->multiply;
-}
 
 static int is_same(double a, double b)
 {
@@ -76,7 +49,7 @@ static void check(const struct kvmstats_table *table, function work, uint64_t ro
                     uint64_t change = work == kvmstats_gather ? value(one, s, f)[i] : change_of(one, s, f, i);
                     double rate;
                     memcpy(&rate, out, sizeof rate);
-                    PROMISE(work == kvmstats_rates ? is_same(rate, rate_of(one, s, change)) : *out == change);
+                    PROMISE(work == kvmstats_rates ? is_same(rate, rate_of(one, times + s, change)) : *out == change);
                 }
             }
         uint32_t overflowed = 0;

@@ -9,10 +9,9 @@
 #pragma GCC target("sse2,fpmath=sse") /* as in series.c */
 #endif
 
-#include "series.h"
+#include "plain_series.h"
 
 #include <errno.h>
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -102,11 +101,6 @@ static struct kvmstats_series series[SERIES];
 static int64_t times[MOST_SWEEPS];
 static struct kvmstats_table table = {.series = series, .num_series = SERIES, .time = times};
 
-static const uint64_t *value(const struct kvmstats_series *one, uint64_t sweep, uint64_t file)
-{
-    return one->values + sweep * one->sweep_step + file * one->file_step;
-}
-
 /* In rows with values between them, of which every skip-th is used; or each series by itself. */
 static void arrange(uint64_t sweeps, uint64_t files, uint64_t skip, int in_rows)
 {
@@ -135,31 +129,6 @@ static void arrange(uint64_t sweeps, uint64_t files, uint64_t skip, int in_rows)
     }
     for (uint64_t i = 1; i < sweeps; ++i)
         times[i] = times[i - 1] + (draw() % 8 ? (int64_t)(draw() % 4000000000) : 0);
-}
-
-static int was_cleared(const struct kvmstats_series *one, uint64_t sweep, uint64_t file)
-{
-    int fell = 0;
-
-    for (uint64_t i = 0; i < one->width; ++i)
-        fell |= value(one, sweep + 1, file)[i] < value(one, sweep, file)[i];
-    return fell && one->grows;
-}
-
-static uint64_t change_of(const struct kvmstats_series *one, uint64_t sweep, uint64_t file, uint64_t i)
-{
-    uint64_t after = value(one, sweep + 1, file)[i];
-
-    return was_cleared(one, sweep, file) ? after : after - value(one, sweep, file)[i];
-}
-
-static double rate_of(const struct kvmstats_series *one, uint64_t sweep, uint64_t file, uint64_t i)
-{
-    uint64_t change = change_of(one, sweep, file, i);
-    int64_t ns = times[sweep + 1] - times[sweep];
-    double seconds = ns ? (double)ns / 1e9 : (double)NAN;
-
-    return (one->grows ? (double)change : (double)(int64_t)change) / (seconds * one->divide) * one->multiply;
 }
 
 static void work(int (*function)(const struct kvmstats_table *), uint64_t size)
@@ -193,7 +162,9 @@ static void test_table(void)
     for (int i = 0; i < SERIES; ++i) {
         const double *out = series[i].out;
         for (uint64_t j = 0; j < sweeps * files * widths[i]; ++j) {
-            double rate = rate_of(&series[i], j / widths[i] / files, j / widths[i] % files, j % widths[i]);
+            uint64_t s = j / widths[i] / files;
+            double rate =
+                rate_of(&series[i], times + s, change_of(&series[i], s, j / widths[i] % files, j % widths[i]));
             CHECK(!memcmp(&out[j], &rate, sizeof rate));
         }
     }
