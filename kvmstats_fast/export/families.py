@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from itertools import chain, compress, repeat
 from typing import TYPE_CHECKING, NamedTuple
@@ -71,7 +72,7 @@ class _Series(NamedTuple):
     read: Callable[[_Filled], list[float]]
 
 
-class _Table:
+class _Table(ABC):
     """Rows of values, each of a file, or of the vCPUs of a VM added up."""
 
     def __init__(self, schema: Schema, kind: str, places: Mapping[str, tuple[Stat, int]]) -> None:
@@ -84,9 +85,9 @@ class _Table:
         self._divisors: list[float] = []
         self._buckets: dict[tuple[float, ...], list[dict[str, str]]] = {}
 
+    @abstractmethod
     def fill(self, values: Sequence[Values]) -> Values:
         """Return the rows, from the values of each group of files."""
-        raise NotImplementedError
 
     def show(self, stat: Stat, word: int) -> int:
         """Have a word of each row scaled, and return its column."""
