@@ -181,6 +181,28 @@ def test_a_frame_that_is_filled_part_by_part_is_the_same(monkeypatch, errors, as
         assert in_parts.attrs == whole.attrs
 
 
+@pytest.mark.parametrize("values", ["raw", "delta", "rate"])
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 1, 0]])
+def test_what_is_multiplied_in_parts_is_as_in_one(monkeypatch, values, places):
+    """Whole numbers where all of a column fit, whichever part holds the one that does not; several such columns."""
+    kib = [replace(made.ODD[0], name=name, exponent=3) for name in ("first", "second", "third")]
+    x = made.samples([("vcpu", made.schema_of(kib), 2)], 3)
+    (group,) = x.groups
+    group.values[:] = np.arange(3)[:, None, None] + 1
+    for sweep, name in enumerate(("first", "second", "third")):
+        group.values[places[sweep], 0, group.places[name][1]] = 2**63
+    whole = x.to_pandas(values=values, si=True)
+    monkeypatch.setattr(formats_values, "PART_BYTES", 1)
+    pd.testing.assert_frame_equal(x.to_pandas(values=values, si=True), whole, check_exact=True)
+
+
+def test_changes_of_no_sweep_keep_their_failures(x):
+    """A file that failed before the first sweep is not said to have failed before that."""
+    failed = replace(x[:0], errors=(kf.SampleError(1, 0, OSError(9, "gone")),))
+    rows, _ = formats_values.Columns("delta").find(failed, follows=False)
+    assert [error.sweep for error in rows.errors] == [0]
+
+
 @pytest.mark.parametrize(
     "convert", [kf.Samples.to_arrow, kf.Samples.to_pandas, kf.Samples.to_xarray, kf.to_csv, kf.to_parquet]
 )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvmstats_fast import changes
-from kvmstats_fast.formats.pending import cut_sweeps
+from kvmstats_fast.formats.pending import bytes_per_sweep, cut_sweeps
 from kvmstats_fast.groups import join_groups
 from kvmstats_fast.joining import join_samples
 
@@ -55,8 +55,10 @@ def find_parts(
     """Give what `find_values` has of all sweeps, some at a time, and which: what is worked out takes little memory."""
     before = int(values != "raw")  # the sweep whose changes are those of the next
     rows = max(len(samples) - before, 0)
-    per_sweep = sum(group.words * len(group.columns) * 8 for group in samples.groups)
-    step = max(PART_BYTES // max(per_sweep, 1), 1) if before or si else max(rows, 1)
+    # What is multiplied is whole numbers if all of them fit (`Stat.to_si`): that takes all of them to tell.
+    grown = any(stat.exponent > 0 for group in samples.groups for stat, _ in group.places.values())
+    in_parts = (values == "rate" or not grown) if si else before
+    step = max(PART_BYTES // max(bytes_per_sweep(samples.groups), 1), 1) if in_parts else max(rows, 1)
     for start in range(0, max(rows, 1), step):
         part = samples[start : start + step + before]
         yield slice(start, min(start + step, rows)), find_values(part, values, si=si)[1]
@@ -91,7 +93,7 @@ class Columns:
         self._last = _copy(samples[-1:]) if len(samples) else before
         if before is not None:
             return samples, self._find(join_samples([before, samples]))
-        *_, rows = cut_sweeps(samples, [1])
+        *_, rows = cut_sweeps(samples, [min(1, len(samples))])
         rows.missed, rows.overruns = samples.missed, samples.overruns
         return rows, self._find(samples)
 
