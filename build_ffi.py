@@ -55,7 +55,8 @@ def _instrument_args() -> list[str]:
 
 
 def _link_args() -> list[str]:
-    """Have every symbol bound on loading, and no more of them than that takes, unless it is instrumented."""
+    """Return the linker's options: bind every symbol on loading; strip the others, unless it is instrumented."""
+    # inject.c forks in a process with threads: the child may not need the dynamic linker to find a function.
     return ["-Wl,-z,now", *(_instrument_args() or ["-s"])]
 
 
@@ -78,7 +79,6 @@ ffibuilder.set_source(
         "-Wno-missing-field-initializers",
         *_instrument_args(),
     ],
-    # inject.c forks in a process with threads: the child may not need the dynamic linker to find a function.
     extra_link_args=_link_args(),
 )
 

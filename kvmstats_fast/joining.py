@@ -113,7 +113,7 @@ def join_kinds(kinds: Sequence[Samples]) -> Samples:
     """Return samples of different files that were taken in the same sweeps as one; ValueError if they were not."""
     whole = kinds[0]
     for other in kinds[1:]:
-        if other.time.tolist() != whole.time.tolist():
+        if not np.array_equal(other.time, whole.time):
             raise ValueError(f"the {other.files[0].kind} files of a run have other sweeps than its other files")
         first = len(whole.files)
         groups = (replace(group, columns=group.columns + first) for group in other.groups)

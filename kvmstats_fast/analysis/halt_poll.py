@@ -147,10 +147,10 @@ def halt_poll_advice(
         raise TypeError(f"settings is {settings!r}; it must be whole numbers of ns") from None
     if not settings or min(settings) < 0 or max(settings) >= 1 << 63:
         raise ValueError(f"settings is {settings}; it must be one or more numbers of ns, each from 0 to 2**63 - 1")
-    return advise(gather_halts(samples), {samples.host}, settings, most_vain)
+    return advise(_gather_halts(samples), {samples.host}, settings, most_vain)
 
 
-def gather_halts(samples: Samples) -> list[Halts]:
+def _gather_halts(samples: Samples) -> list[Halts]:
     """Return the halts of each kernel's vCPUs that have the histograms."""
     parts = [part for part in samples.vcpu.split() if set(part.names).issuperset(HISTOGRAMS)]
     return [

@@ -199,8 +199,8 @@ class Tally:
         self._runs[-1].add(samples, follows=follows)
 
     def last_run(self) -> list[KernelCounts]:
-        """Return what was counted in the last run, by kind and kernel."""
-        return [*self._runs[-1].counts()] if self._runs else []
+        """Return what was counted in the run that has not ended, by kind and kernel; nothing if there is none."""
+        return [*self._runs[-1].counts()] if self._goes_on else []
 
     def count(self, name: str) -> Counted | None:
         """Return how much a statistic changed, None if no file has it.

@@ -83,8 +83,7 @@ class _Stored(Run):
             yield step._replace(samples=take_files(step.samples, kept))
 
     def identity(self) -> object:
-        origin = self._source.origin
-        return (origin.recording, origin.run, origin.host) if origin.recording else None
+        return self._source.origin.identity
 
 
 class _InMemory(Run):

@@ -143,6 +143,11 @@ class Origin:
     stats: Schema
     format: int = FORMAT
 
+    @property
+    def identity(self) -> tuple[str, int, str] | None:
+        """What the kinds of files of one run have in common; None if it is of no recording."""
+        return (self.recording, self.run, self.host) if self.recording else None
+
     @classmethod
     def of(cls, samples: Samples, group: Group, **own: Any) -> Origin:
         """Return what a file with a group of these samples says of itself; `own` is what samples do not know."""

@@ -241,10 +241,7 @@ class Recordings:
         """
         kinds: dict[object, list[_Run]] = {}
         for number, run in enumerate(self._runs):
-            origin = run.source.origin
-            kinds.setdefault((origin.recording, origin.run, origin.host) if origin.recording else number, []).append(
-                run
-            )
+            kinds.setdefault(run.source.origin.identity or number, []).append(run)
         for together in kinds.values():
             read = [[step.samples for step in self._read(run)] for run in together]
             if whole := [Samples.concatenate(parts) for parts in read if parts]:

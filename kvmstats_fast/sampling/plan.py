@@ -84,7 +84,7 @@ class Plan:
     files, stats, threads, sched
         As for `Sampler`.
     tell : callable
-        Told of the vCPUs whose thread is not known, and that this is a SamplingWarning; by default, it is one.
+        Called with a message about vCPUs that have no schedstat, and SamplingWarning. Default: warn.
 
     Attributes
     ----------

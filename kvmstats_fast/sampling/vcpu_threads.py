@@ -28,7 +28,7 @@ _SWITCHED_OFF = "this kernel does not count it: boot with `delayacct`, or set th
 def open_schedstats(
     files: Sequence[StatsFile], tell: Callable[[str, type[Warning]], object] = warn_caller
 ) -> dict[StatsFile, Schedstat]:
-    """Open the schedstat of the thread of each vCPU, as far as there is one; warn of those without, or `tell`.
+    """Open the schedstat of each vCPU's thread, as far as there is one; `tell` of those without (default: warn).
 
     Returns
     -------
