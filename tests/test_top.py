@@ -294,6 +294,21 @@ def test_the_page_of_a_vm_has_its_statistics_and_histograms():
     assert make_page((), (), who, 80)[-2:] == ["nothing moved yet", ""]
 
 
+def test_a_vm_of_which_one_thread_is_known_has_one_page():
+    """Its vCPUs are of two kinds then, and what they counted is added up as if they were of one."""
+    run = moved(vm("web", 2), 3, 1)
+    counted = count(run)
+    (vcpus,) = [part for part in counted if part.kind == "vcpu"]
+    parted = (*(part for part in counted if part is not vcpus), vcpus.take([0]), vcpus.take([1]))
+    who = Who("here", "web", None, 1, "web")
+    whole = make_page(counted, counted, who, 80)
+    assert sum(line.startswith("halt_wait_hist") for line in whole) == 1
+    # Where time goes is of the kinds apart: only of some is it known.
+    assert [line for line in make_page(parted, parted, who, 80) if ": " not in line] == [
+        line for line in whole if ": " not in line
+    ]
+
+
 # ---- where samples come from
 
 
@@ -323,6 +338,16 @@ def test_a_replay_gives_what_was_recorded_step_by_step(tmp_path):
         got = collect(Replay([str(path)], interval, 1e6))
         assert len(got) == steps
         assert sum(int(one.total("exits").sum()) for one in got) == int(run.total("exits").sum())
+
+
+@pytest.mark.parametrize("interval", [None, 5.0])
+def test_a_replay_tells_each_missed_tick_once(tmp_path, interval):
+    """Steps have a sweep in common, and what was missed before it is said by one of them."""
+    run = moved(vm("web"), 21)
+    run.tick[:] = np.cumsum(np.arange(21) % 3 + 1) - 1
+    run.missed = int(run.tick[-1]) - 20
+    run.save(path := tmp_path / "run.npz")
+    assert sum(one.missed for one in collect(Replay([str(path)], interval, 1e6))) == run.missed
 
 
 def test_a_replay_takes_recordings_and_stands_still(tmp_path):

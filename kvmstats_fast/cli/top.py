@@ -33,7 +33,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "-I", "--interval", type=interval, metavar="TIME", help="between sweeps (default: 1s); of FILE, of each step"
     )
     parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="end after so long (10s, 5m)")
-    parser.add_argument("-n", "--count", type=number, metavar="N", help="end after so many intervals")
+    parser.add_argument(
+        "-n",
+        "--count",
+        type=number,
+        metavar="N",
+        help="end after so many frames, at most four a second",
+    )
     parser.add_argument("--per-vcpu", action="store_true", help="begin with a row for each vCPU")
     parser.add_argument("--speed", type=_speed, metavar="FACTOR", help="replay FILE so much faster (default: 1)")
 

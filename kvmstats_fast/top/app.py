@@ -20,7 +20,7 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import Input, Label
 
-from kvmstats_fast._text import describe_error, display_width, format_table, printable
+from kvmstats_fast._text import describe_error, display_width, format_si, format_table, printable
 from kvmstats_fast.cli._grammar import duration
 from kvmstats_fast.top.feed import Replay
 from kvmstats_fast.top.keys import KEYS, NOT_HERE
@@ -190,7 +190,7 @@ class TopApp(App[None]):
         if not self._is_paused or isinstance(self.feed, Replay):
             self.model.advance()
         self.update()
-        if self._count is not None and self.model.intervals >= self._count:
+        if self._count is not None and self.model.frames >= self._count:
             self.exit()
 
     def update(self) -> None:
@@ -220,7 +220,7 @@ class TopApp(App[None]):
             "vms": _count(model.vms, "VM"),
             "vcpus": _count(model.vcpus, "vCPU"),
             "exits": f"{exits:,.0f} exits/s",
-            "pace": f"replay x{feed.speed:g}" if isinstance(feed, Replay) else f"every {_seconds(feed.interval)}",
+            "pace": f"replay x{feed.speed:g}" if isinstance(feed, Replay) else f"every {format_si(feed.interval, 's')}",
             "missed": f"{model.missed:,} missed" if model.missed else "",
             "clock": clock and f"{clock.replace('T', ' ') if feed.is_recorded else clock[11:]} UTC",
         }
@@ -338,12 +338,3 @@ def _kind(text: str) -> str:
 def _count(number: int, noun: str) -> str:
     plural = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{plural}"
-
-
-def _seconds(interval: float | None) -> str:
-    if interval is None:
-        return ""
-    for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
-        if interval >= size:
-            return f"{interval / size:g} {unit}"
-    return f"{interval * 1e9:g} ns"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvmstats_fast.analysis.tally import KernelCounts
 from kvmstats_fast.analysis.time_shares import HALT, time_between
 from kvmstats_fast.analysis.whole_run import Whole
 from kvmstats_fast.changes import totals
@@ -60,6 +61,12 @@ class Part:
     seconds: Values
     halted: Values
     failed: npt.NDArray[np.bool_]
+
+    @property
+    def counts(self) -> KernelCounts:
+        """What other rooms make rows of."""
+        seconds = np.where(self.seconds > 0, self.seconds, np.nan)
+        return KernelCounts(self.files, self.stats, self.change, self.end, seconds)
 
     def take(self, rows: Sequence[int]) -> Part:
         """Return what some of the files counted."""

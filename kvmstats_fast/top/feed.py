@@ -34,8 +34,8 @@ class Feed(ABC):
 
     Attributes
     ----------
-    interval : float or None
-        Seconds from one to the next; None: as they were recorded.
+    interval : float
+        Seconds from one to the next.
     is_over : bool
         Whether nothing comes any more.
     error : Exception or None
@@ -44,7 +44,7 @@ class Feed(ABC):
 
     is_recorded = False
 
-    def __init__(self, interval: float | None) -> None:
+    def __init__(self, interval: float) -> None:
         self.interval = interval
         self.is_over = False
         self.error: Exception | None = None
@@ -230,11 +230,13 @@ class Replay(Feed):
             self._has_begun.set()
             start = 0
             while start < max(len(samples) - 1, 1) and not self._is_stopped:
-                until = int(samples.time[start]) + round((self.interval or _STEP) * 1e9)
+                until = int(samples.time[start]) + round(self.interval * 1e9)
                 stop = max(int(np.searchsorted(samples.time, until, "right")) - 1, start + 1)
                 some = samples[start : stop + 1]
+                if start:  # what was missed before its first sweep was said with the last one of the step before
+                    some.missed -= samples[start : start + 1].missed
                 self._give(some)
-                self._wait(some.elapsed)
+                self._wait(min(some.elapsed, max(_LONGEST_GAP, self.interval, samples.interval)))
                 start = stop
             if self._is_stopped:
                 return
@@ -247,7 +249,7 @@ class Replay(Feed):
                 if self._steps:
                     self._steps -= 1
                     return
-                left = None if self.is_paused else min(seconds, _LONGEST_GAP) / self.speed - waited
+                left = None if self.is_paused else seconds / self.speed - waited
                 if left is not None and left <= 0:
                     return
                 self._changed.wait(left)

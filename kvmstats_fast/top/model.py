@@ -37,7 +37,7 @@ class Model:
         What was counted in the last interval, and since the reset, as of the last `advance`.
     wall_time : int
         CLOCK_REALTIME in ns of the last sweep.
-    missed, intervals : int
+    missed, frames : int
         Ticks that were missed since the start, and frames in which anything was counted.
     """
 
@@ -49,7 +49,7 @@ class Model:
         self.last: Counted = ()
         self.total: Counted = ()
         self.weights: dict[str, float] = {}
-        self.wall_time = self.missed = self.intervals = 0
+        self.wall_time = self.missed = self.frames = 0
         self._before: Counted = ()  # what came last, of the thread that takes it
         self._lock = threading.Lock()  # of what follows
         self._came: Counted | None = None  # since the last `advance`
@@ -86,7 +86,7 @@ class Model:
             self.wall_time, self.missed = self._about
         if any(part.seconds.any() for part in came):
             self.last = came
-            self.intervals += 1
+            self.frames += 1
         else:
             self.last = add(self.last, came)
         return True

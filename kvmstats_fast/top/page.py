@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvmstats_fast._text import display_width, format_si, printable
-from kvmstats_fast.abi import StatType
 from kvmstats_fast.analysis.histogram import Histogram, adder_of, adds_up
 from kvmstats_fast.cli._present import arrange, bars, format_rate, format_share, format_value
-from kvmstats_fast.cli._rows import Row
+from kvmstats_fast.cli._rows import Row, rows_of
 from kvmstats_fast.cli._screen import Screen, fit_table
 from kvmstats_fast.top.table import fits, make_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from kvmstats_fast.stat import Stat
     from kvmstats_fast.top.counted import Counted, Part
     from kvmstats_fast.top.table import Who
 
@@ -82,24 +81,10 @@ def _is_wanted(row: Row, events: Sequence[str]) -> bool:
 
 def _make_rows(last: Counted, total: Counted, who: Who) -> Iterator[Row]:
     """Yield a row for each statistic: what it counted since the reset, and its rate in the last interval."""
-    now = {part.kind: part for part in last}
-    for part in total:
-        current = now.get(part.kind)
-        for name, stat in part.stats.items():
-            is_counter = stat.grows and stat.type != StatType.PEAK
-            values = part.change[name] if is_counter else part.end[name]
-            rate = None
-            if is_counter and not stat.shape and current is not None and name in current.change:
-                seconds = float(current.seconds.max(initial=0))
-                rate = _add_up(stat, current.change[name]) / seconds if seconds else None
-            buckets = values.sum(axis=0).tolist() if stat.shape else None
-            value = sum(buckets) if buckets is not None else _add_up(stat, values)
-            yield Row(who.host, who.vm, who.pid, who.vcpu, stat, value, rate, buckets)
-
-
-def _add_up(stat: Stat, values: np.ndarray[tuple[int, ...], np.dtype[np.uint64 | np.int64]]) -> float:
-    whole: int = sum(stat.as_signed(values).tolist())
-    return whole / stat.factor if stat.exponent < 0 else whole * stat.factor
+    by = "vm" if who.vcpu is None else "vcpu"
+    now = rows_of((part.counts for part in last), by)
+    for key, row in rows_of((part.counts for part in total), by).items():
+        yield replace(row, rate=now[key].rate if key in now else None)
 
 
 def _shares(last: Counted, who: Who) -> Iterator[str]:
@@ -142,9 +127,10 @@ def _describe(row: Row, total: Counted) -> str:
     if not stat.is_histogram or not row.value:
         return ""
     name = adder_of(stat.name)
-    sums = [part.change[name].sum() for part in total if stat.name in part.stats and name in part.stats]
-    adder = next((part.stats[name] for part in total if name in part.stats), None)
-    raw = sums[0] if len(sums) == 1 and adder is not None and adds_up(adder, stat) else None
+    having = [part for part in total if stat.name in part.stats]
+    adders = [part.stats.get(name) for part in having]
+    known = all(adder is not None and adds_up(adder, stat) for adder in adders)
+    raw = sum(part.change[name].sum() for part in having) if known else None
     histogram = Histogram(stat, np.array(row.buckets, np.uint64), raw)
     unit = histogram.units
     text = "" if histogram.mean is None else f"mean {format_si(histogram.mean, unit)}, "
