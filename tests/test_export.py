@@ -348,6 +348,16 @@ def test_chosen_statistics_and_vcpus_alone_are_shown(resources):
         collector_of(resources, *made, stats="exit")
 
 
+def test_what_fits_nothing_shows_nothing_once_vms_come(resources):
+    """Not everything, if there was none when it began: then it is a warning."""
+    vm, *vcpus = x86(resources)
+    collector = collector_of(resources, vms={}, stats=["exits", "typo"])
+    collector.host.vms["web"] = [vm, *vcpus]
+    with pytest.warns(kf.SamplingWarning, match="no statistic 'typo'"):
+        found = scrape(collector)
+    assert {name for name, _ in found if name.startswith("kvm_vcpu_")} == {"kvm_vcpu_exits_total"}
+
+
 # ---- what comes and goes
 
 

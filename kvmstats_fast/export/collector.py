@@ -114,9 +114,8 @@ class Collector(Closing):
         timeout: float = 2.0,
         rescan: float | None = 1.0,
     ) -> None:
-        patterns = None if stats is None else check_names("stats", stats)
-        self._choice = Choice(patterns, sched=sched)
-        self._chosen: tuple[str, ...] | None = None  # those of the patterns that fit what is there
+        self._patterns = None if stats is None else check_names("stats", stats)
+        self._choice = Choice(self._patterns, sched=sched)
         self._per_vcpu, self._sched = per_vcpu, sched
         self._vcpus = None if vcpus is None else frozenset(check_integer("vcpus", one, 0) for one in vcpus)
         self._rescan = None if rescan is None else check_seconds("rescan", rescan, LONGEST, zero=True)
@@ -238,7 +237,7 @@ class Collector(Closing):
         if plan is None:
             return
         try:
-            self._chosen = self._choice.of(file for some in files.values() for file in some)
+            self._choice.of(file for some in files.values() for file in some)
         except KeyError as error:
             if first:
                 raise
@@ -249,7 +248,7 @@ class Collector(Closing):
             self._threads = self._count_threads() if self._lacking else 0
         self._live = LiveRow(plan)
         self._families = Families(
-            plan.groups, plan.origin.files, per_vcpu=self._per_vcpu, patterns=self._chosen, gone=self._ledger.gone
+            plan.groups, plan.origin.files, per_vcpu=self._per_vcpu, patterns=self._patterns, gone=self._ledger.gone
         )
 
     def _plan(self, files: _Files, *, first: bool) -> Plan:

@@ -120,7 +120,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self._deadline = deadline
         self._open: dict[socket.socket, float] = {}  # when each began, the oldest first
         self._guard = threading.Lock()
-        super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
+        super().__init__(address, _Handler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, without asking who has the address, which may take as long as DNS does."""
