@@ -101,6 +101,11 @@ def add_vms(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def named_vms(arguments: argparse.Namespace) -> list[int | str] | None:
+    """Return the pids, guests' names and globs that `follow` takes; None for every VM."""
+    return [*(arguments.pid or []), *(arguments.guest or [])] or None
+
+
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Add what chooses statistics and vCPUs."""
     add_event(parser)

@@ -14,6 +14,7 @@ from kvmstats_fast.errors import AttachError, KvmStatsError
 from kvmstats_fast.vmm.find import find_guests, find_vms
 from kvmstats_fast.vmm.handover import receive_files
 from kvmstats_fast.vmm.machine import attach
+from kvmstats_fast.vmm.ways import leave_out_advice
 
 if TYPE_CHECKING:
     import argparse
@@ -91,7 +92,7 @@ def open_targets(arguments: argparse.Namespace, opened: ExitStack) -> Targets:
 def _shorten(error: Exception, pid: int, arguments: argparse.Namespace) -> str:
     """Return the reason; what helps is only for whom it was asked for by its pid."""
     text = describe_error(error)
-    return text if pid in (arguments.pid or []) else f"{text.partition('. What helps')[0]}. (-p {pid} says what helps)"
+    return text if pid in (arguments.pid or []) else f"{leave_out_advice(text)}. (-p {pid} says what helps)"
 
 
 @contextmanager

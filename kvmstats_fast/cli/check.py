@@ -24,7 +24,7 @@ from kvmstats_fast.vmm.borrow import hold_process
 from kvmstats_fast.vmm.find import find_vms
 from kvmstats_fast.vmm.hazard import check_hazards, has_filter
 from kvmstats_fast.vmm.machine import attach
-from kvmstats_fast.vmm.ways import WAYS
+from kvmstats_fast.vmm.ways import WAYS, leave_out_advice
 
 if TYPE_CHECKING:
     import argparse
@@ -157,5 +157,5 @@ def _why_no_injection(pid: int) -> str:
                 return "it runs under a seccomp filter"
             check_hazards(process)
     except (KvmStatsError, OSError) as error:
-        return describe_error(error).partition(". What helps")[0]
+        return leave_out_advice(describe_error(error))
     return ""

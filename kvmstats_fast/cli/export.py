@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmstats_fast._text import printable
-from kvmstats_fast.cli._grammar import UsageError, add_targets, interval, number, usage_errors, vcpu_ranges
+from kvmstats_fast.cli._grammar import UsageError, add_selection, add_targets, interval, named_vms, number, usage_errors
+from kvmstats_fast.vmm.ways import leave_out_advice
 
 if TYPE_CHECKING:
     import threading
@@ -35,8 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "of. Capabilities that attaching to VMs does not take are given up at once."
     )
     add_targets(parser, recorded=False, socket=False)
-    parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
-    parser.add_argument("--vcpu", type=vcpu_ranges, metavar="LIST", help="vCPUs, such as 0-3,7")
+    add_selection(parser)
     parser.add_argument("--per-vcpu", action="store_true", help="each vCPU's values instead of a VM's sums")
     parser.add_argument(
         "--sched",
@@ -124,7 +124,7 @@ def _make_collector(arguments: argparse.Namespace, attacher: Executor | None) ->
 
     def make() -> Collector:
         return Collector(
-            [*(arguments.pid or []), *(arguments.guest or [])] or None,
+            named_vms(arguments),
             arguments.event,
             per_vcpu=arguments.per_vcpu,
             vcpus=arguments.vcpu,
@@ -186,6 +186,6 @@ class _Shown:
         refused = self._collector.refused
         for pid, why in refused.items():
             if self._refused.get(pid) != why:
-                short = printable(why.partition(". What helps")[0], 400)
+                short = printable(leave_out_advice(why), 400)
                 _say(f"process {pid} is left out: {short}")
         self._refused = refused

@@ -24,6 +24,7 @@ from kvmstats_fast.cli._grammar import (
     add_targets,
     duration,
     interval,
+    named_vms,
     number,
     size,
     usage_errors,
@@ -31,6 +32,7 @@ from kvmstats_fast.cli._grammar import (
 from kvmstats_fast.formats.recorder import Recorder, is_stream_name
 from kvmstats_fast.sampling.flight import Condition, EachSecond, Flight
 from kvmstats_fast.sampling.follow import follow
+from kvmstats_fast.vmm.ways import leave_out_advice
 
 if TYPE_CHECKING:
     import argparse
@@ -90,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.keep and not arguments.rotate:
         raise UsageError("--keep removes old files: it takes --rotate, which begins new ones")
     path = Path(arguments.output or time.strftime("kvmstats-%Y%m%d-%H%M%S"))
-    names = [*(arguments.pid or []), *(arguments.guest or [])] or None
+    names = named_vms(arguments)
     with ExitStack() as opened:
         with usage_errors():
             following = follow(
@@ -256,7 +258,7 @@ class _Shown:
         self.vms |= dict.fromkeys(samples.vms)
         for pid, why in self._chunks.refused.items():
             if self._refused.get(pid) != why:
-                self._print(f"process {pid} is left out: {printable(why.partition('. What helps')[0], 400)}")
+                self._print(f"process {pid} is left out: {printable(leave_out_advice(why), 400)}")
         self._refused = self._chunks.refused
         now = time.monotonic()
         if self._live and now - self._said >= _PROGRESS:

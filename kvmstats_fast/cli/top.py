@@ -8,7 +8,7 @@ import warnings
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from kvmstats_fast.cli._grammar import UsageError, add_targets, duration, interval, number, usage_errors
+from kvmstats_fast.cli._grammar import UsageError, add_targets, duration, interval, named_vms, number, usage_errors
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import need
 
@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_targets(parser)
     parser.add_argument(
-        "-e", "--event", action="append", metavar="EVENT", help="statistics that have columns (may be repeated)"
+        "-e", "--event", action="append", metavar="EVENT", help="statistics that have columns: globs, or parts of names"
     )
     parser.add_argument(
         "-I", "--interval", type=interval, metavar="TIME", help="between sweeps (default: 1s); of FILE, of each step"
@@ -107,5 +107,4 @@ def _open(arguments: argparse.Namespace, opened: ExitStack) -> Feed:
         return Replay(arguments.file, arguments.interval, arguments.speed or 1.0)
     if arguments.socket:
         return FilesFeed(open_targets(arguments, opened).files, arguments.interval or 1.0)
-    names = [*(arguments.pid or []), *(arguments.guest or [])] or None
-    return HostFeed(names, arguments.interval or 1.0, inject=arguments.inject)
+    return HostFeed(named_vms(arguments), arguments.interval or 1.0, inject=arguments.inject)

@@ -103,3 +103,8 @@ def advise(*, inject: bool = True, vcpus: bool = True, domain: bool = False) -> 
     ways += [INJECT] if inject else []
     *before, last = [way.advice for way in ways]
     return f"{'; '.join(before)}; or {last}" if before else last
+
+
+def leave_out_advice(text: str) -> str:
+    """Return the reason in a refusal, without what helps: that stands behind it, once for each VM."""
+    return text.partition(". What helps")[0]
