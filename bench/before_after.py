@@ -1,7 +1,7 @@
 """Time the benchmarks of a commit with that commit's package and with this tree's, in turn, and print both.
 
 ``python bench/before_after.py COMMIT [ROUNDS [PYTEST_ARGUMENT...]]``. The benchmarks are those of the commit, so that
-both packages are asked the same; both are installed as a wheel is, without what they need, which is this
+both packages are asked the same, and then `public_rows.py`. Both are installed as a wheel is; what they need is this
 environment's. A round is a run of each, in another order each time: a row's ratio is the median over the rounds of what
 stood side by side.
 """
@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 TREE = Path(__file__).resolve().parent.parent
+ROWS = TREE / "bench" / "public_rows.py"
 
 
 def install(source, target):
@@ -38,7 +39,10 @@ def measure(bench, package, arguments):
             if line.startswith(("ERROR ", "FAILED ")):
                 print(f"with the package {package.name}: {line}", file=sys.stderr)
         benchmarks = json.loads(Path(kept.name).read_text())["benchmarks"]
-    return {row: values["ns"] for one in benchmarks for row, values in one["extra_info"].items()}
+    # Not as a file of the tree, whose folder would come first on the path.
+    rows = [sys.executable, "-W", "ignore", "-c", f"import runpy; runpy.run_path({str(ROWS)!r}, run_name='__main__')"]
+    told = subprocess.run(rows, check=True, env=environment, cwd="/", stdout=subprocess.PIPE, text=True).stdout
+    return {row: values["ns"] for one in benchmarks for row, values in one["extra_info"].items()} | json.loads(told)
 
 
 def main(commit, rounds="5", *arguments):

@@ -15,7 +15,7 @@ from long_run import FIVE, long_run
 from kvmstats_fast import changes, series
 
 ROUNDS = 7
-#: Sweeps, files and statistics: rows of 5 words, and of all 138.
+#: Sweeps, files and statistics: rows of 5 words, and of all.
 RUNS = [(500_000, 8, FIVE), (6000, 64, None)]
 TWICE = ("at most", 2)
 

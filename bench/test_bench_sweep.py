@@ -133,7 +133,7 @@ def test_cost_of_stats(benchmark, files):
     chosen = files[:64]
     five = ["exits", "io_exits", "halt_exits", "irq_injections", "fpu_reload"]
     samplers = {
-        "all 138 words": kf.Sampler(chosen),
+        f"all {chosen[0].schema.num_values} words": kf.Sampler(chosen),
         "stats: exits": kf.Sampler(chosen, "exits"),
         "stats: five, gathered": kf.Sampler(chosen, five),
         "stats: halt_*, gathered": kf.Sampler(chosen, "halt_*"),
