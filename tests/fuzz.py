@@ -60,7 +60,7 @@ class Target:
             "-rss_limit_mb=1024",
             "-print_final_stats=1",
         ]
-        options += ["-print_final_stats=1", f"-artifact_prefix={corpus}/broken-{self.name}-", *limits]
+        options += [f"-artifact_prefix={corpus}/broken-{self.name}-", *limits]
         done = subprocess.run([program, *options, corpus / self.name], stderr=subprocess.PIPE, text=True, check=False)
         count = re.search(r"number_of_executed_units: (\d+)", done.stderr)
         broken = done.returncode not in (0, 72)  # by Ctrl-C

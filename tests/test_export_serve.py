@@ -17,7 +17,7 @@ from pathlib import Path
 
 import prometheus_client
 import pytest
-from helpers import NOBODY, exit_status, forked, open_fds, until
+from helpers import NOBODY, exit_status, forked, open_fds, until, watchdog
 from holder import Holder
 from nursery import Nursery
 from prometheus_client.parser import text_string_to_metric_families as parse_text
@@ -332,10 +332,11 @@ def exporting(*arguments, **options):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options) as running:
         try:
             lines = []
-            for line in running.stderr:
-                lines.append(line)
-                if re.match(r"kvmstats: \d+ VMs? at ", line):
-                    break
+            with watchdog(60):
+                for line in running.stderr:
+                    lines.append(line)
+                    if re.match(r"kvmstats: \d+ VMs? at ", line):
+                        break
             running.said = "".join(lines)
             found = re.search(r"http://127.0.0.1:(\d+)/metrics", running.said)
             running.port = int(found[1]) if found else None
@@ -417,6 +418,7 @@ def test_exporters_and_a_recorder_are_no_vms_to_each_other(tmp_path):
             for _ in range(4):
                 nursery.bear(1)
                 time.sleep(1.1)
+                assert recorder.poll() is None
                 for exporter in (one, two):
                     text = ask(exporter.port)[2]
                     shown = {sample.labels["pid"] for sample in family(text, "kvm_vm_info")}

@@ -15,6 +15,7 @@ import pandas as pd
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from helpers import watchdog
 from holder import Holder
 from qemu import arguments, needs_qemu
 from sql import duckdb, needs_duckdb
@@ -373,10 +374,11 @@ def test_totals_are_what_guests_did_whatever_happened_to_them(resources, tmp_pat
     chunks = resources.enter_context(kf.follow([web, db], interval=0.001, stats=name, rescan=0.05))
 
     def read_until(condition):
-        for x in chunks:
-            recorder.write(x)
-            if condition(x):
-                return
+        with watchdog(60):
+            for x in chunks:
+                recorder.write(x)
+                if condition(x):
+                    return
 
     def do(exits, *vcpus):
         """Have these vCPUs, and no others, sampled; let them run in between."""
