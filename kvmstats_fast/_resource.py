@@ -158,7 +158,8 @@ class Fd(Closing):
             pass
 
     def __del__(self) -> None:
-        if getattr(self, "_held", None):
+        held = getattr(self, "_held", None)
+        if held and held[0] >= 0:  # below 0: Ctrl-C came before the error was raised
             self.close()
 
     def __repr__(self) -> str:
