@@ -76,6 +76,7 @@ def _interrupt(work, before):
         got = [before()]
         with CtrlC(at) as ctrl_c:
             got.append(work(got[0]))
+        assert sys.exc_info() == (None, None, None)  # nothing is kept that was being handled
         left = ctrl_c.left
         del ctrl_c
         end(got)
