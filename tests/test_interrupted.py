@@ -51,8 +51,10 @@ def end(machines):
             machine.process.wait()
 
 
-def interrupt_everywhere(work, before=lambda: None, *, least):
+def interrupt_everywhere(work, before=lambda: None, settle=lambda: None, *, least):
     """Do `work` with Ctrl-C at one instruction after another, of which there are at least so many.
+
+    `settle` is what lets go of the rest.
 
     In a forked child: a trace raises also between the end of a ``with`` block and its ``__exit__``, where no signal
     handler runs, and so leaves the lock of the watch locked for the rest of the process.
@@ -62,12 +64,12 @@ def interrupt_everywhere(work, before=lambda: None, *, least):
         # A Ctrl-C that comes in a __del__ is only reported. pytest's report would keep its traceback, and with it all
         # that the frames of the work own.
         sys.unraisablehook = lambda _: None
-        assert _interrupt(work, before) > least
+        assert _interrupt(work, before, settle) > least
 
     assert exit_status(forked(interrupt)) == 0
 
 
-def _interrupt(work, before):
+def _interrupt(work, before, settle):
     """Return how many instructions there were."""
     machine = before()
     end([machine, work(machine)])  # the first time, what is kept for good is made: the watch has its fds
@@ -83,7 +85,7 @@ def _interrupt(work, before):
         machine = got = None
         gc.collect()
         # The watch may be at work on it, and lets go of it then.
-        assert until(lambda: not open_files() - files), (at, open_files() - files)
+        assert until(lambda: settle() or not open_files() - files), (at, open_files() - files)
         assert children() == processes, at
         if left > 0:
             return at
@@ -128,10 +130,10 @@ def test_follow():
                 for _ in chunks:
                     pass
 
-        def before():
+        def settle():
             kf.Sampler([file]).run(0, count=1)  # a run that was dropped while it ran is ended by the next one
 
-        interrupt_everywhere(work, before, least=5000)
+        interrupt_everywhere(work, settle=settle, least=5000)
 
 
 def test_launch(tmp_path):

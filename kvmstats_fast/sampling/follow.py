@@ -143,12 +143,16 @@ class Follow(Unique):
         if self._pid:
             raise RuntimeError("a follow runs once; make another one")
         self._pid = os.getpid()
-        with ExitStack() as opened:
+        self._opened = opened = ExitStack()
+        try:
             self._wake = opened.enter_context(Fd(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
             opened.enter_context(self._roster)
             opened.callback(self._relay.close)
             self._look()
-            self._opened = opened.pop_all()
+        except BaseException:  # Ctrl-C, too: behind the last call none comes before the block has begun
+            self._opened = None
+            opened.close()
+            raise
         return self
 
     def __exit__(

@@ -88,7 +88,7 @@ class _Ring:
 class Run(Closing):
     """A run that somebody waits for, from the start of the ``with`` block to its end.
 
-    When the object goes without that, the run is told to stop, and its memory is kept until it has.
+    When the object goes without that, the run is told to stop. Its memory is kept until the next run after that begins.
 
     Attributes
     ----------
@@ -141,6 +141,8 @@ class Run(Closing):
         if hasattr(self, "_c"):
             lib.kvmstats_stop(self._c)
             lib.kvmstats_unlock(self._live.c, self._owner)
+            if self._c.ended and self._owner in _RINGS:
+                self.close()
 
     def forsake(self) -> None:
         """In a forked child: the run goes on in the parent, and is over here."""
