@@ -16,6 +16,7 @@ KVMSTATS_WERROR : ``1``: warnings are errors, as in CI.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +27,7 @@ from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
 from setuptools.command.build import build as _build
 from setuptools.command.build_ext import build_ext as _build_ext
+from setuptools.command.egg_info import egg_info as _egg_info
 from setuptools.command.sdist import sdist as _sdist
 
 # setuptools wants source paths relative to the project's folder, which is where it runs.
@@ -147,6 +149,17 @@ class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by th
         if not sysconfig.get_config_var("Py_GIL_DISABLED"):
             self.py_limited_api = "cp310"
         super().finalize_options()
+
+
+class egg_info(_egg_info):  # noqa: N801 - setuptools finds commands by this name
+    """The metadata. Its description is the README; on PyPI its relative links would lead nowhere, so they are text."""
+
+    def run(self) -> None:
+        """Write the metadata."""
+        about = self.distribution.metadata
+        relative = r"\[([^\]]*)\]\((?!\w+://)[^)]*\)"
+        about.long_description = re.sub(relative, r"\1", re.sub("!" + relative + r"\n*", "", about.long_description))
+        super().run()
 
 
 class sdist(_sdist):  # noqa: N801 - setuptools finds commands by this name
