@@ -142,7 +142,10 @@ class build(_build):  # noqa: N801 - setuptools finds commands by this name
 
 
 class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by this name
-    """One wheel for CPython 3.10 and later; a free-threaded build, which has no stable ABI, gets its own."""
+    """One wheel for CPython 3.10 and later; a free-threaded build, which cannot load that, gets its own.
+
+    Their stable ABI, abi3t (PEP 803), begins with CPython 3.15, and is made by nothing that builds this yet.
+    """
 
     def finalize_options(self) -> None:
         """Ask for the stable ABI where there is one."""
