@@ -17,8 +17,9 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
+from helpers import stats_fds, until
 from holder import Holder
-from qemu import firmware, needs_qemu, plain_qemu, until
+from qemu import firmware, needs_qemu, plain_qemu
 
 from kvmstats_fast import cli
 from kvmstats_fast._text import display_width
@@ -266,6 +267,8 @@ def test_a_vm_that_dies_ends_nothing(tmp_path):
                 running = subprocess.Popen([*VERB, "stat", *pids, "-j", "-z", "-e", "exits", "--", *work], **pipes)
                 children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
                 assert until(children.read_text)
+            # It has heard of it: before that the files read as ever.
+            assert until(lambda pid=running.pid, files=2 if left else 0: len(stats_fds(pid)) == files)
             out, err = running.communicate("go\n")
             assert (running.returncode, "has exited, and its VM with it" in err) == (status, True), err
             assert "Traceback" not in err
