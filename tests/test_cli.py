@@ -28,9 +28,9 @@ def test_demo_shows_a_real_vm_with_the_right_numbers():
     done = kvmstats("demo", "-n", "300")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("A real VM on /dev/kvm with 2 vCPUs")
-    assert f"vcpu 0 left the guest 300 times, {exit_counter()} moved by 30" in done.stdout
-    assert f"vcpu 1 left the guest 600 times, {exit_counter()} moved by 60" in done.stdout
-    assert done.stdout.count(": right") == 2
+    said = re.findall(r"vcpu (\d) left the guest (\d+) times, (\w+) moved by ([\d,]+): right", done.stdout)
+    assert [words[:3] for words in said] == [("0", "300", exit_counter()), ("1", "600", exit_counter())]
+    assert all(int(moved) >= int(left) for _, left, _, moved in said)  # a busy host interrupts some, see counts_right
 
 
 @pytest.mark.real_vm
