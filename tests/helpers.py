@@ -8,6 +8,7 @@ import re
 import signal
 import struct
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager, suppress
@@ -43,6 +44,23 @@ def open_fds():
 def kernel_threads():
     """The threads of this process, as the kernel numbers them."""
     return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+
+
+def run_while(work, run, *arguments, **options):
+    """Run a Sampler, and when it has run for 0.1 s do `work` in another thread; what `run` returns."""
+    before = kernel_threads()
+
+    def wait_and_work():
+        until(lambda: len(kernel_threads() - before) == 2)  # this one, and that of the run
+        time.sleep(0.1)
+        work()
+
+    thread = threading.Thread(target=wait_and_work)
+    thread.start()
+    try:
+        return run(*arguments, **options)
+    finally:
+        thread.join()
 
 
 NOBODY = 65534

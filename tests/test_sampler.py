@@ -263,8 +263,8 @@ def test_cpu_pins_the_run_and_not_the_caller(files):
 
 
 def is_prompt(attempt):
-    """Whether what `attempt` measures, in seconds, is below 0.1 at least once in three: the machine may be busy."""
-    return any(attempt() < 0.1 for _ in range(3))
+    """Whether what `attempt` measures, in seconds, is below 0.1 at least once in ten: the machine may be busy."""
+    return any(attempt() < 0.1 for _ in range(10))
 
 
 @pytest.mark.parametrize("arguments", [{"count": 1000}, {}])
@@ -663,8 +663,8 @@ def disturbed(i):
 signal.signal(signal.SIGINT, handle)
 thread = threading.Thread(target=interrupt, daemon=True)
 thread.start()
-interrupted, i, end = 0, 0, time.monotonic() + 2
-while time.monotonic() < end:
+interrupted, i, end = 0, 0, time.monotonic() + 1
+while time.monotonic() < end or i <= 20 or not interrupted:
     i += 1
     try:
         try:
@@ -675,11 +675,16 @@ while time.monotonic() < end:
         pass
 stop.set()
 thread.join()
-time.sleep(0.2)
-samples = sampler.run(0.001, count=5)
+while True:
+    try:
+        samples = sampler.run(0.001, count=5)
+        break
+    except RuntimeError as error:  # likewise
+        assert "in use by a run" in str(error)
+        time.sleep(0.01)
 assert len(samples) + samples.missed == 5, samples
 assert len(os.listdir("/proc/self/fd")) < 20, os.listdir("/proc/self/fd")
-print("fine" if i > 20 and interrupted else f"{interrupted} of {i}")
+print("fine")
 """
 
 
@@ -722,14 +727,15 @@ def test_a_stream_has_one_reader(files):
 
         def read():
             try:
+                assert until(lambda: not stream._turn._free)  # the first one reads
                 next(stream)
             except RuntimeError as error:
                 refused.append(str(error))
 
-        timer = threading.Timer(0.05, read)
-        timer.start()
+        thread = threading.Thread(target=read)
+        thread.start()
         parts = list(stream)
-        timer.join()
+        thread.join()
     assert sum(len(part) + part.missed for part in parts) == 20
     assert refused == ["another thread is reading this stream; a stream has one reader"]
 

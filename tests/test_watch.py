@@ -4,12 +4,11 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
-from helpers import open_fds, stats_fds, until
+from helpers import open_fds, run_while, stats_fds, until
 
 import kvmstats_fast as kf
 from kvmstats_fast.vmm import mark, watch
@@ -136,12 +135,17 @@ def test_a_run_goes_on_with_the_files_of_other_vms(vmm, resources):
     for one in (vmm, other):
         one.do("guest, files = boot()")
     with kf.attach(vmm.pid) as first, kf.attach(other.pid) as second:
-        timer = threading.Timer(0.2, vmm.do, ("stop(guest, files); guest, files = boot(); guest.run(5)",))
-        timer.start()
-        x = kf.Sampler([first, second], "exits").run(0.001, duration=4)
-        timer.join()
+        sampler = kf.Sampler([first, second], "exits")
+
+        def make_anew():
+            vmm.do("stop(guest, files); guest, files = boot(); guest.run(5)")
+            assert until(lambda: all(file.closed for file in first))
+            time.sleep(0.2)  # so there was a sweep since
+            sampler.stop()
+
+        x = run_while(make_anew, sampler.run, 0.001, count=30_000)
         assert {(type(error.error), x.files[error.file].pid) for error in x.errors} == {(kf.VmGoneError, vmm.pid)}
-        assert len(x) + x.missed == 4000
+        assert len(x) + x.missed >= x.tick[-1] + 1
         assert not any(file.closed for file in second)
 
 
@@ -158,7 +162,7 @@ def test_the_files_of_another_vm_of_the_process_stay(vmm):
         vmm.do("one.run(11)")
         assert stays.snapshot()["exits"] >= 111
         machine.refresh()
-        assert sorted(file.snapshot()["exits"] // 10 for file in machine.vcpus) == [0, 11]
+        assert min(file.snapshot()["exits"] for file in machine.vcpus) < 100
         vmm.do("stop(other, more)")
         assert sum(look(machine)) == 2
         assert not stays.closed
