@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import stat
 import time
@@ -25,15 +26,21 @@ Y = made.samples([("vcpu", VCPU, 2)], 7)
 WRITERS = {"run": kf.Samples.save, "run.npz": kf.Samples.save, "run.csv": kf.to_csv}
 
 
-@pytest.fixture(params=[None, errno.ENOSYS, errno.EINVAL])
+@pytest.fixture(params=[(None, None), (errno.ENOSYS, None), (errno.EINVAL, None), (errno.EINVAL, errno.EPERM)])
 def renames(request, monkeypatch):
-    """With renameat2, and on kernels and file systems that do not know its flags."""
+    """With renameat2, and on kernels and file systems that do not know its flags, or that have no hard links either."""
+    flags, links = request.param
 
     def unknown(_, new, __):
-        raise OSError(request.param, os.strerror(request.param), str(new))
+        raise OSError(flags, os.strerror(flags), str(new))
 
-    if request.param:
+    def no_links(_, new, **__):
+        raise OSError(links, os.strerror(links), str(new))
+
+    if flags:
         monkeypatch.setattr(_put, "renameat2", unknown)
+    if links:
+        monkeypatch.setattr(os, "link", no_links)
 
 
 def names(folder):
@@ -250,6 +257,61 @@ def test_files_are_their_owners_unless_asked_otherwise(umask, asked, folder, tmp
     assert len(written) == 3 + 1 + 4 + 2 * 4 + 1
     for one in written:
         assert mode(one) == (folder if one.is_dir() else asked or 0o600), one
+
+
+@pytest.fixture
+def file_system(monkeypatch):
+    """Return a function that makes the file system one like FAT: all has the same permissions, and keeps them."""
+    fchmod = os.fchmod
+
+    def choose(given, error=errno.EPERM):
+        def refuse(fd, _):
+            fchmod(fd, given)
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(os, "fchmod", refuse)
+
+    return choose
+
+
+def write_recording(x, path, **options):
+    """Write by a Recorder."""
+    with kf.Recorder(path, **options) as recorder:
+        recorder.write(x)
+
+
+WRITE = {**WRITERS, "set": kf.to_parquet, "recording": write_recording}
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("name", WRITE)
+def test_permissions_that_cannot_be_chosen_may_not_be_wider_than_asked(name, error, file_system, tmp_path):
+    """It is written if others get no more than was asked for; else the error names the path and the mode to pass."""
+    write = WRITE[name]
+    file_system(0o700, error)
+    write(X, tmp_path / name)
+    file_system(0o755, error)
+    write(X, tmp_path / f"open {name}", mode=0o644)
+    before = names(tmp_path)
+    with pytest.raises(OSError, match=r"permissions 0o755.*pass mode=0o644") as caught:
+        write(X, tmp_path / f"other {name}")
+    assert caught.value.errno == error
+    assert caught.value.filename.startswith(str(tmp_path / f"other {name}"))
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", WRITE)
+def test_what_cannot_be_written_names_where_to(name, tmp_path):
+    """An error of the kernel that says no path, as where the file is too large, gets that of what was to be written."""
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="File too large") as caught:
+            WRITE[name](X, tmp_path / name)
+        assert caught.value.filename.startswith(str(tmp_path / name))
+
+    assert exit_status(forked(limited)) == 0
+    assert not [one for one in tmp_path.rglob("*") if one.is_file()]
 
 
 @pytest.mark.parametrize("wrong", [0o400, 0o1600, -1, 0o200, "600", None])

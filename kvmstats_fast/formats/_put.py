@@ -46,9 +46,11 @@ def open_new(path: Path, mode: int) -> int:
     """Return the fd of a new file with exactly these permissions; FileExistsError if there is anything at `path`."""
     fd = os.open(path, _NEW_FILE, PRIVATE)
     try:
-        os.fchmod(fd, mode)
+        _permit(fd, mode, path)
     except BaseException:
         os.close(fd)
+        with suppress(OSError):
+            path.unlink()
         raise
     return fd
 
@@ -56,11 +58,30 @@ def open_new(path: Path, mode: int) -> int:
 def make_directory(path: Path, mode: int) -> None:
     """Make a directory for files of `mode`, which can be entered by whoever may read them."""
     path.mkdir(0o700)
-    fd = os.open(path, _DIRECTORY)
     try:
-        os.fchmod(fd, mode | 0o100 | (mode & 0o044) >> 2)
-    finally:
-        os.close(fd)
+        fd = os.open(path, _DIRECTORY)
+        try:
+            _permit(fd, mode | 0o100 | (mode & 0o044) >> 2, path)
+        finally:
+            os.close(fd)
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
+
+
+def _permit(fd: int, mode: int, path: Path) -> None:
+    """Give what was made its permissions. Where they cannot be chosen (FAT, SMB), nobody may have more than these."""
+    try:
+        os.fchmod(fd, mode)
+    except OSError as error:
+        given = stat.S_IMODE(os.fstat(fd).st_mode)
+        if given & 0o066 & ~mode:
+            what = (
+                f"its file system gives it the permissions {given:#o}, and refuses others ({error.strerror}): pass "
+                f"mode={0o600 | given & 0o666:#o} if others may read it, or mount that with umask=077"
+            )
+            raise OSError(error.errno, what, str(path)) from None
 
 
 def make_directories(path: Path, mode: int) -> None:
@@ -138,7 +159,7 @@ def _removed_unless_whole(made: Path, path: Path, ours: Ours) -> Iterator[None]:
             raise
         with suppress(OSError):
             _remove(made, ours)
-        if isinstance(error, OSError) and of_made:
+        if isinstance(error, OSError) and error.errno and (of_made or error.filename is None):
             error.filename = str(path)
         raise
 
@@ -212,7 +233,9 @@ def _remove(path: Path, ours: Ours) -> None:
 
 
 #: What renameat2(2) says on a kernel, or a file system such as NFS, that does not know the flag.
-_UNKNOWN = (errno.ENOSYS, errno.EINVAL)
+_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+#: What link(2) says on a file system without hard links, such as FAT and some of FUSE.
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def renameat2(old: Path, new: Path, flag: int) -> None:
@@ -231,21 +254,29 @@ def _rename_new(made: Path, path: Path) -> None:
             raise
     else:
         return
+    # A claim on the name, for rename(2) to replace: a directory takes the place of an empty one only.
     if made.is_dir() and not made.is_symlink():
-        path.mkdir(0o700)  # a claim on the name; rename(2) puts a directory in the place of an empty one only
-        try:
-            made.rename(path)
-        except BaseException as error:
-            with suppress(OSError):
-                path.rmdir()
-            if (
-                isinstance(error, OSError) and error.errno == errno.ENOTEMPTY
-            ):  # another has taken the place of the claim
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
-            raise
+        path.mkdir(0o700)
+        abandon = path.rmdir
     else:
-        os.link(made, path, follow_symlinks=False)
-        made.unlink()
+        try:
+            os.link(made, path, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+        else:
+            made.unlink()
+            return
+        os.close(os.open(path, _NEW_FILE, PRIVATE))
+        abandon = path.unlink
+    try:
+        made.rename(path)
+    except BaseException as error:
+        with suppress(OSError):
+            abandon()
+        if isinstance(error, OSError) and error.errno == errno.ENOTEMPTY:  # another has taken the place of the claim
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        raise
 
 
 def _displace(made: Path, path: Path) -> list[Path]:
