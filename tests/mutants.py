@@ -5,8 +5,11 @@
     python tests/mutants.py 300 --seed 1 --only 17    # that one alone, with what the tests printed
 
 A mutant is one change: a comparison, an operator, a number, a condition, a returned value, an argument or a statement.
-It is caught if a test fails that passes without it, or if the tests never end. What lives either changes nothing that
-can be seen, or shows what no test holds.
+It is caught if a test fails, or does not end, and does so again, and passes without it. What lives either changes
+nothing that can be seen, or shows what no test holds. It is void if the compiler refuses it, and unsure if the test
+that failed passes with it the next time, or fails without it too: look at those.
+
+A mutant may do anything to the processes that it finds. For root each has a process namespace of its own.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from queue import Queue
 
@@ -86,7 +90,13 @@ ABOUT = {
 }
 #: What no test of the package's own behaviour holds: how it looks, and rooms that stand outside the core.
 NOT = ("cli/", "plugins/", "testing/", "export/", "plot.py", "__main__.py", "_kvmstats.pyi")
-SECONDS = 300  # for the tests of a mutant, at least
+#: Its own processes and mounts; what is left of them ends with it. If it eats up the memory, the kernel kills it first.
+#: The shell is process 1, which signals do not end as they end others.
+APART = (
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "choom", "-n", "1000", "--"),
+    *("sh", "-c", '"$@"; exit $?', "sh"),
+)
+PATIENCE = 60  # seconds for one test
 
 
 @dataclass(frozen=True)
@@ -101,13 +111,10 @@ class Mutant:
     what: str
 
     def apply(self, tree):
-        """Write it into a copy of the tree."""
-        raw = (ROOT / self.path).read_bytes()
+        """Write it into a copy of the tree; return the bytes of the file without it."""
+        raw = (tree / self.path).read_bytes()
         (tree / self.path).write_bytes(raw[: self.begin] + self.text.encode() + raw[self.end :])
-
-    def restore(self, tree):
-        """Take it back."""
-        shutil.copyfile(ROOT / self.path, tree / self.path)
+        return raw
 
     def tests(self):
         """Return the tests that are about its room."""
@@ -366,54 +373,84 @@ def make_tree(folder):
 
 
 def build(tree):
-    """Build the extension of a tree; return whether it compiles."""
-    command = (sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "build")
-    done = subprocess.run(command, cwd=tree, capture_output=True, check=False)
+    """Build the extension of a tree; return whether the compiler takes it, without a warning."""
+    # Without the pages of a wheel, for which the package would be imported.
+    code = "import build_ffi, setuptools; build_ffi.build._add_pages = lambda _: None; setuptools.setup()"
+    environment = {**os.environ, "KVMSTATS_WERROR": "1"}
+    done = subprocess.run(
+        (sys.executable, "-c", code, "-q", "build"), cwd=tree, env=environment, capture_output=True, check=False
+    )
     if done.returncode == 0:
         for library in tree.glob("build/lib*/kvmstats_fast/*.so"):
             shutil.copy2(library, tree / "kvmstats_fast")
     return done.returncode == 0
 
 
-def run_tests(tree, tests, seconds):
-    """Run tests until one fails; return "lived" or why it was caught, and what they printed."""
+@cache
+def apart():
+    """Return what runs a command apart from the machine's processes: nothing, where that is not permitted."""
+    may = os.geteuid() == 0 and subprocess.run((*APART, "true"), capture_output=True, check=False).returncode == 0
+    return APART if may else ()
+
+
+def run_tests(tree, tests, patience):
+    """Run tests until one fails; return how that ended, the tests that did not pass, and what was printed."""
     command = (
-        *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-W", "ignore"),
-        *("-m", "not measures_memory", "-o", "testpaths=tests", *tests),
+        *(*apart(), sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-p", "no:randomly"),
+        *("-W", "ignore", "-o", "testpaths=tests", *tests),
     )
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
-    with subprocess.Popen(
-        command, cwd=tree, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            output = process.communicate(timeout=seconds)[0]
-            verdict = "lived" if process.returncode == 0 else f"caught, status {process.returncode}"
-        except subprocess.TimeoutExpired:
-            verdict = "caught, it takes too long"
-            output = ""
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as printed,
+        subprocess.Popen(
+            command, cwd=tree, env=environment, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        size, since, is_over = 0, time.monotonic(), False
+        while process.poll() is None and not is_over:
+            time.sleep(0.1)
+            if size != (size := os.fstat(printed.fileno()).st_size):
+                since = time.monotonic()
+            is_over = time.monotonic() - since > patience
         with suppress(ProcessLookupError):  # what the tests started, too
             os.killpg(process.pid, signal.SIGKILL)
-    return verdict, output
+        process.wait()
+        printed.seek(0)
+        output = printed.read()
+    if process.returncode == 0:
+        return "lived", [], output
+    if is_over:  # the last line is the test that was begun
+        return "caught, does not end", re.findall(r"^(tests/[^[\s]+)", output, re.MULTILINE)[-1:], output
+    # Without its parameters, which a mutant may have made up.
+    failed = re.findall(r"^(?:FAILED|ERROR) ([^[\n]+?)(?:\[.*| - .*)?$", output, re.MULTILINE)
+    return f"caught, status {process.returncode}", failed, output
 
 
-def judge(mutant, tree, seconds):
+def judge(mutant, tree, patience):
     """Return what became of a mutant, and what the tests printed."""
     is_c, tests = mutant.path.startswith("csrc"), mutant.tests()
-    mutant.apply(tree)
+    built = {path: path.read_bytes() for path in tree.glob("kvmstats_fast/*.so")}
+    raw = mutant.apply(tree)
     try:
         if is_c and not build(tree):
             return "void, it does not compile", ""
-        verdict, output = run_tests(tree, tests, seconds) if tests else ("lived", "there are no tests of it")
+        if not tests:
+            return "lived: there are no tests of it", ""
+        verdict, failed, output = run_tests(tree, tests, patience)
+        if verdict == "lived":
+            return verdict, output
+        # Without a name the package could not be imported, or was ended.
+        once_more = failed or tests
+        if run_tests(tree, once_more, patience)[0] == "lived":
+            verdict = "unsure, the test passes the next time"
     finally:
-        mutant.restore(tree)
-        if is_c:
-            build(tree)
-    # The test that failed must pass without the mutant; a mutant may have made it up, by its parameters.
-    failed = re.findall(r"^(?:FAILED|ERROR) ([^[\n]+?)(?:\[.*| - .*)?$", output, re.MULTILINE)
-    if failed and run_tests(tree, failed, seconds)[0] == "caught, status 1":
+        (tree / mutant.path).write_bytes(raw)
+        for path, library in built.items():
+            path.unlink()  # what is mapped stays as it was
+            path.write_bytes(library)
+    if run_tests(tree, once_more, patience)[0] not in ("lived", "caught, status 4", "caught, status 5"):
         verdict = "unsure, the test fails anyway"
-    return verdict + (f": {failed[0]}" if failed else ""), output
+    return f"{verdict}: {' '.join(failed) or 'no test was named'}", output
 
 
 def main():
@@ -425,7 +462,7 @@ def main():
     options.add_argument("--first", type=int, default=0, help="leave out so many")
     options.add_argument("--list", action="store_true")
     options.add_argument("--only", type=int)
-    options.add_argument("--seconds", type=float, default=SECONDS)
+    options.add_argument("--patience", type=float, default=PATIENCE, help="seconds for one test")
     given = options.parse_args()
     mutants = list(enumerate(choose(given.count, given.seed)))[given.first :]
     if given.only is not None:
@@ -434,7 +471,10 @@ def main():
         for number, mutant in mutants:
             print(number, mutant)
         return
+    if not apart():
+        print("not root: the tests see, and may harm, this machine's processes")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
+        Path(folder).chmod(0o755)  # some tests become another user
         trees = Queue()
         for number in range(given.jobs):
             trees.put(make_tree(Path(folder) / f"tree{number}"))
@@ -442,7 +482,7 @@ def main():
         def work(number, mutant):
             tree, start = trees.get(), time.monotonic()
             try:
-                verdict, output = judge(mutant, tree, given.seconds)
+                verdict, output = judge(mutant, tree, given.patience)
             finally:
                 trees.put(tree)
             print(f"{number:4} {time.monotonic() - start:4.0f} s  {mutant}: {verdict}", flush=True)
@@ -450,7 +490,7 @@ def main():
                 print(output)
             return verdict
 
-        verdicts = Counter(verdict.split(",")[0] for verdict in pool.map(lambda one: work(*one), mutants))
+        verdicts = Counter(re.split("[,:]", one)[0] for one in pool.map(lambda one: work(*one), mutants))
     print(f"{sum(verdicts.values())} mutants of seed {given.seed}: {dict(verdicts)}")
 
 
