@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import kvmstats_fast as kf
 from kvmstats_fast._resource import describe_fd
-from kvmstats_fast._text import format_si, printable
+from kvmstats_fast._text import format_html, format_si, printable
 from kvmstats_fast.cli import main
 from kvmstats_fast.testing import SyntheticStats
 
@@ -117,3 +117,11 @@ def test_what_a_peer_sends_reaches_no_message_as_it_is(resources, tmp_path, name
 def test_numbers_have_the_prefix_that_suits_them(value, unit, text):
     """Also after they are rounded; what is no number is said."""
     assert format_si(value, unit) == text
+
+
+def test_a_table_is_html_with_text_at_the_left_and_numbers_at_the_right():
+    """The first row is the head; what would be markup is text."""
+    assert format_html([["VM", "exits"], ["<web>", "1"]], "<>") == (
+        '<table><tr><th style="text-align:left">VM</th><th style="text-align:right">exits</th></tr>'
+        '<tr><td style="text-align:left">&lt;web&gt;</td><td style="text-align:right">1</td></tr></table>'
+    )

@@ -232,6 +232,24 @@ def test_vms_come_and_go_on_the_screen():
     run(test)
 
 
+def test_the_row_of_the_cursor_alone_stands_out():
+    """And goes with it from one row to the next."""
+
+    def reversed_rows(pilot):
+        strips = pilot.app.screen._compositor.render_strips()
+        lines = [line for line, strip in enumerate(strips) if any(one.style and one.style.reverse for one in strip)]
+        return [rows(pilot)[line - 4] for line in lines if line >= 4 and line < len(strips) - 1]
+
+    async def test():
+        async with running() as pilot:
+            await give(pilot, moved(HOST, 3))
+            assert reversed_rows(pilot) == rows(pilot)[:1]
+            await pilot.press("down")
+            assert reversed_rows(pilot) == rows(pilot)[1:2]
+
+    run(test)
+
+
 _FDS = 4096
 
 
