@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 #: Rooms, by the beginning of their path, and the tests that are about them beside those that are named after them.
 ABOUT = {
     "kvmstats_fast/abi": "schema stats_file find values captures",
-    "kvmstats_fast/errors": "errors schema stats_file",
+    "kvmstats_fast/errors": "errors schema stats_file memory recordings",
     "kvmstats_fast/_resource": "stats_file leaks interrupted handover",
     "kvmstats_fast/_text": "text cli_stat report plot",
     "kvmstats_fast/_arguments": "samples sampler spans measure",
@@ -54,7 +54,7 @@ ABOUT = {
     "kvmstats_fast/conversions": "formats samples perfetto",
     "kvmstats_fast/series": "series twin samples",
     "kvmstats_fast/changes": "samples twin spans values series",
-    "kvmstats_fast/joining": "samples follow recording vms",
+    "kvmstats_fast/joining": "samples follow recordings recording vms cli_files",
     "kvmstats_fast/selection": "selection samples vms",
     "kvmstats_fast/spans": "spans wall_clock samples",
     "kvmstats_fast/sampling/relay": "relay follow",
