@@ -6,8 +6,7 @@
 
 A mutant is one change: a comparison, an operator, a number, a condition, a returned value, an argument or a statement.
 It is caught if a test fails, or does not end, and does so again, and passes without it. What lives either changes
-nothing that can be seen, or shows what no test holds. It is void if the compiler refuses it, and unsure if the test
-that failed passes with it the next time, or fails without it too: look at those.
+nothing that can be seen, or shows what no test holds. It is void if the compiler refuses it.
 
 A mutant may do anything to the processes that it finds. For root each has a process namespace of its own.
 """
@@ -25,7 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -393,11 +392,12 @@ def apart():
     return APART if may else ()
 
 
-def run_tests(tree, tests, patience):
+def run_tests(tree, tests, patience, left_out=()):
     """Run tests until one fails; return how that ended, the tests that did not pass, and what was printed."""
     command = (
         *(*apart(), sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "-p", "no:randomly"),
         *("-W", "ignore", "-o", "testpaths=tests", *tests),
+        *(f"--deselect={one}" for one in left_out),
     )
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
     with (
@@ -426,31 +426,45 @@ def run_tests(tree, tests, patience):
     return f"caught, status {process.returncode}", failed, output
 
 
-def judge(mutant, tree, patience):
-    """Return what became of a mutant, and what the tests printed."""
-    is_c, tests = mutant.path.startswith("csrc"), mutant.tests()
-    built = {path: path.read_bytes() for path in tree.glob("kvmstats_fast/*.so")}
+@contextmanager
+def in_place(mutant, tree):
+    """Have a mutant in a copy of the tree; give whether it compiles."""
+    is_c = mutant.path.startswith("csrc")
+    built = {path: path.read_bytes() for path in tree.glob("kvmstats_fast/*.so")} if is_c else {}
     raw = mutant.apply(tree)
     try:
-        if is_c and not build(tree):
-            return "void, it does not compile", ""
-        if not tests:
-            return "lived: there are no tests of it", ""
-        verdict, failed, output = run_tests(tree, tests, patience)
-        if verdict == "lived":
-            return verdict, output
-        # Without a name the package could not be imported, or was ended.
-        once_more = failed or tests
-        if run_tests(tree, once_more, patience)[0] == "lived":
-            verdict = "unsure, the test passes the next time"
+        yield not is_c or build(tree)
     finally:
         (tree / mutant.path).write_bytes(raw)
         for path, library in built.items():
             path.unlink()  # what is mapped stays as it was
             path.write_bytes(library)
-    if run_tests(tree, once_more, patience)[0] not in ("lived", "caught, status 4", "caught, status 5"):
-        verdict = "unsure, the test fails anyway"
-    return f"{verdict}: {' '.join(failed) or 'no test was named'}", output
+
+
+def judge(mutant, tree, patience):
+    """Return what became of a mutant, and what the tests printed."""
+    tests, left_out = mutant.tests(), []
+    if not tests:
+        return "lived: there are no tests of it", ""
+    while True:
+        with in_place(mutant, tree) as compiles:
+            if not compiles:
+                return "void, it does not compile", ""
+            verdict, failed, output = run_tests(tree, tests, patience, left_out)
+            if verdict == "lived":
+                break
+            # Without a name the package could not be imported, or was ended.
+            fails_again = run_tests(tree, failed or tests, patience)[0] != "lived"
+        # Of a test that is there only with the mutant, status 4 or 5 says that none was found.
+        without = run_tests(tree, failed or tests, patience)[0]
+        if fails_again and without in ("lived", "caught, status 4", "caught, status 5"):
+            break
+        if not failed or failed[0] in left_out:
+            verdict = "unsure"
+            break
+        left_out += failed
+    notes = [*failed, *(f"({one} fails without it, or not again)" for one in left_out)]
+    return ": ".join(filter(None, (verdict, " ".join(notes)))), output
 
 
 def main():
