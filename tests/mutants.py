@@ -475,12 +475,12 @@ def main():
     options.add_argument("--jobs", type=int, default=1)
     options.add_argument("--first", type=int, default=0, help="leave out so many")
     options.add_argument("--list", action="store_true")
-    options.add_argument("--only", type=int)
+    options.add_argument("--only", type=int, nargs="+")
     options.add_argument("--patience", type=float, default=PATIENCE, help="seconds for one test")
     given = options.parse_args()
     mutants = list(enumerate(choose(given.count, given.seed)))[given.first :]
     if given.only is not None:
-        mutants = [one for one in mutants if one[0] == given.only]
+        mutants = [one for one in mutants if one[0] in given.only]
     if given.list:
         for number, mutant in mutants:
             print(number, mutant)

@@ -130,6 +130,17 @@ def test_a_process_that_is_not_there_is_gone(monkeypatch):
     assert open_fds() == fds
 
 
+def test_a_process_that_is_about_to_end_has_ended(monkeypatch):
+    """/proc says so of its threads before its pidfd does."""
+
+    def none_lives(process):
+        raise ProcessLookupError(errno.ESRCH, "no thread lives", process.folder)
+
+    monkeypatch.setattr(proc_module.Process, "kvm_files", none_lives)
+    with pytest.raises(kf.VmGoneError, match=f"process {os.getpid()} has ended"):
+        borrow(os.getpid())
+
+
 @pytest.mark.real_vm
 @pytest.mark.parametrize("before", ["", "for file in files: file.close()\nfiles = []"], ids=["a VMM", "no VMM"])
 def test_a_pid_that_became_another_process_is_not_taken_for_it(monkeypatch, before):

@@ -314,6 +314,20 @@ def test_a_process_without_a_vm_is_waited_for(resources):
 
 
 @pytest.mark.real_vm
+def test_a_vmm_that_gives_its_vm_up_is_let_go_of(resources):
+    """It runs on, and is taken up again when it makes one."""
+    vmm = resources.enter_context(Holder(1, name=WEB))
+    with Roster(WEB, inject=False, timeout=2.0) as roster:
+        for is_there in (True, False, True):
+            roster.update(lambda: None)
+            assert [machine.pid for machine in roster.machines.values()] == [vmm.pid] * is_there
+            if is_there:
+                vmm.do("[file.close() for file in files]; guest.close()")
+            else:
+                vmm.do("guest = TinyGuest(1); files = guest.open_stats()")
+
+
+@pytest.mark.real_vm
 def test_a_vmm_that_was_refused_is_tried_again_when_it_has_changed_and_not_before(monkeypatch, resources):
     """A VMM is not bothered each second; what it opens later is taken up at the next look."""
     vmm = resources.enter_context(Holder(1, hold="nothing"))

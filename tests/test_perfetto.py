@@ -8,6 +8,7 @@ import made
 import numpy as np
 import pytest
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
+from perfetto.trace_builder.proto_builder import TraceProtoBuilder
 
 import kvmstats_fast as kf
 from kvmstats_fast import cli
@@ -105,12 +106,17 @@ def test_clock_snapshots_say_what_time_it_was(tmp_path):
 
 def test_a_recording_is_converted_batch_by_batch(x, tmp_path, monkeypatch, capsys):
     """Of several batches, and more packets than are made at once, it shows what the samples do."""
+    made_at_once, serialize = [], TraceProtoBuilder.serialize
     monkeypatch.setattr(perfetto, "_PACKETS", 7)
+    monkeypatch.setattr(
+        TraceProtoBuilder, "serialize", lambda self: made_at_once.append(len(self.trace.packet)) or serialize(self)
+    )
     with kf.Recorder(tmp_path / "r", flush_seconds=0) as recorder:
         recorder.write(x[:2])
         recorder.write(x[2:])
     assert cli.main(["convert", str(tmp_path / "r"), "-o", str(tmp_path / "r.pftrace")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'r.pftrace'}\n"
+    assert set(made_at_once[:-1]) == {7}
     x.to_perfetto(tmp_path / "x.pftrace")
     counters, whole = (read(tmp_path / f"{name}.pftrace")[0] for name in "rx")
     assert set(counters) == set(whole)
