@@ -210,3 +210,33 @@ def test_a_command_line_that_makes_no_sense_is_one_reason_and_a_status(recording
         assert status in (0, 1, 2, 3, 4) or (line[0] == "export" and status == 130), line
         assert "Traceback" not in err, line
         assert err or status in (0, 1, 130), line
+
+
+#: Command lines that write to OUT what is there already, or takes a choice; FILE is a recording of both kinds of files.
+REFUSED = {
+    "stat FILE -j -o OUT": "--force",
+    "report FILE --html OUT": "--force",
+    "report FILE --plot OUT.png": "--force",
+    "convert FILE -o OUT --to csv --kind vm": "--force",
+    "convert FILE -o OUT.npz": "--force",
+    "convert FILE -o new.csv": "--kind",
+    "run --json OUT true": "--force",
+    "stat -j -o OUT -- true": "--force",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_refusal_names_the_option_that_helps(line, tmp_path, monkeypatch, capsys):
+    """Who types a command line is told how to write what helps there; with it, it is done."""
+    monkeypatch.chdir(tmp_path)
+    values = {"exits": np.arange(9)[:, None], "requests": np.arange(9)[:, None]}
+    run_of(group_of(EXITS, [0], values), group_of(EXITS, [1], values, kind="vm")).save("FILE.npz")
+    for name in ("OUT", "OUT.png", "OUT.npz"):
+        Path(name).write_text("something")
+    words = line.replace("FILE", "FILE.npz").split()
+    assert cli.main(words) in (1, 2)
+    helps = REFUSED[line]
+    assert helps in capsys.readouterr().err
+    at = words.index("--") if "--" in words else 1
+    assert cli.main([*words[:at], helps, *(["vcpu"] if helps == "--kind" else []), *words[at:]]) == 0
+    assert all(Path(word).read_bytes() != b"something" for word in words if word.startswith("OUT"))

@@ -109,7 +109,7 @@ def test_output_goes_to_a_new_file_which_is_the_users_alone(recording, tmp_path,
     assert json.loads(path.read_text())["value"] == 3000
     assert path.stat().st_mode & 0o777 == 0o600
     assert cli.main(["stat", recording, "-j", "-o", str(path)]) == 1
-    assert "out.json: File exists" in capsys.readouterr().err
+    assert "out.json: it is there already; overwrite=True (--force) replaces it" in capsys.readouterr().err
     assert cli.main(["stat", recording, "-j", "-e", "exits", "-o", str(path), "--force"]) == 0
     assert json.loads(path.read_text())["value"] == 3000
 

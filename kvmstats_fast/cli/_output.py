@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kvmstats_fast.cli._grammar import UsageError
-from kvmstats_fast.formats._put import PRIVATE, open_new
+from kvmstats_fast.formats._put import PRIVATE, open_new, taken
 
 if TYPE_CHECKING:
     import argparse
@@ -88,6 +88,14 @@ def _cell(value: object) -> object:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
+def open_private(path: Path, *, force: bool) -> int:
+    """Return the fd of a new file, the user's alone; with `force` also of one that is there, emptied."""
+    try:
+        return os.open(path, _REPLACED, PRIVATE) if force else open_new(path, PRIVATE)
+    except FileExistsError:
+        raise taken(path) from None
+
+
 @contextmanager
 def open_output(arguments: argparse.Namespace) -> Iterator[TextIO]:
     """Open what ``-o`` names: a new file, the user's alone, that is removed again if nothing came to be in it."""
@@ -95,7 +103,7 @@ def open_output(arguments: argparse.Namespace) -> Iterator[TextIO]:
         yield sys.stdout
         return
     path = Path(arguments.output)
-    fd = os.open(path, _REPLACED, PRIVATE) if arguments.force else open_new(path, PRIVATE)
+    fd = open_private(path, force=arguments.force)
     with open(fd, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:  # noqa: PTH123 - of an fd
         try:
             yield file

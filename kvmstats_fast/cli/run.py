@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from kvmstats_fast.cli._output import open_private
 from kvmstats_fast.cli._stats_table import print_stats
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
-from kvmstats_fast.formats._put import PRIVATE, open_new
 from kvmstats_fast.vmm import hold
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
 
@@ -42,7 +42,7 @@ _NOT_PASSED_ON = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
-    parser.usage = "kvmstats run [-h] [-e EVENT] [--json FILE] [--] COMMAND ..."
+    parser.usage = "kvmstats run [-h] [-e EVENT] [--json FILE [--force]] [--] COMMAND ..."
     parser.description = (
         "Start COMMAND, any dynamically linked VMM, under the hold library, which opens the stats files of its VMs and "
         "vCPUs; wait for it; and show its statistics. No privilege is needed. The table goes to stderr, because stdout "
@@ -56,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="statistic or glob to show (may be repeated; default: all)",
     )
     parser.add_argument("--json", metavar="FILE", help="write one JSON object per stats file to FILE, and no table")
+    parser.add_argument("--force", action="store_true", help="replace a FILE that is there")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the VMM and its arguments")
 
 
@@ -73,14 +74,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not command:
         print("kvmstats run: name the VMM to start: kvmstats run -- qemu-system-x86_64 -accel kvm ...", file=sys.stderr)
         return 2
-    return start_and_show(command, arguments.event, arguments.json and Path(arguments.json))
+    path = arguments.json and Path(arguments.json)
+    return start_and_show(command, arguments.event, path, force=arguments.force)
 
 
-def start_and_show(command: list[str], events: list[str] | None, path: Path | None) -> int:
+def start_and_show(command: list[str], events: list[str] | None, path: Path | None, *, force: bool) -> int:
     """Run a VMM to its end, and write what its files said as JSON to a new file, or as a table to stderr."""
     with ExitStack() as stack:
         pass_on_to = _pass_signals_on(stack)  # before there is a file that a signal would leave behind
-        output = stack.enter_context(_new(path)) if path else None
+        output = stack.enter_context(_new(path, force=force)) if path else None
         files: list[StatsFile] = []
         stack.callback(_close, files)
         process = stack.enter_context(_start(command))
@@ -124,9 +126,9 @@ def not_started(error: OSError) -> Exception:
 
 
 @contextmanager
-def _new(path: Path) -> Iterator[TextIO]:
+def _new(path: Path, *, force: bool) -> Iterator[TextIO]:
     """Open a new file, which is the user's alone, and is removed again if anything is raised."""
-    with open(open_new(path, PRIVATE), "w", encoding="utf-8") as file:  # noqa: PTH123 - of an fd
+    with open(open_private(path, force=force), "w", encoding="utf-8") as file:  # noqa: PTH123 - of an fd
         try:
             yield file
         except BaseException:

@@ -112,7 +112,8 @@ def _run_vmm(arguments: argparse.Namespace) -> int:
                 f"{option} does not go with a VMM that is started here, as `kvmstats run` does, and whose stdout it "
                 "is. To count what other VMs do while a command runs, name them: -p PID, -g '*'"
             )
-    return start_and_show(arguments.command, arguments.event, Path(arguments.output) if arguments.json else None)
+    path = Path(arguments.output) if arguments.json else None
+    return start_and_show(arguments.command, arguments.event, path, force=arguments.force)
 
 
 class _Shown:

@@ -174,7 +174,7 @@ def _place(made: Path, path: Path, *, overwrite: bool, ours: Ours) -> None:
         else:
             made.replace(path)
     except FileExistsError:
-        raise _taken(path) from None
+        raise taken(path) from None
 
 
 def _replace_directory(made: Path, path: Path, ours: Ours) -> None:
@@ -195,8 +195,9 @@ def _replace_directory(made: Path, path: Path, ours: Ours) -> None:
             raise OSError(error.errno, what, str(path)) from error
 
 
-def _taken(path: Path) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "it is there already; overwrite=True replaces it", str(path))
+def taken(path: Path) -> FileExistsError:
+    """Return the error that says that something is at `path`."""
+    return FileExistsError(errno.EEXIST, "it is there already; overwrite=True (--force) replaces it", str(path))
 
 
 def _check_place(path: Path, *, overwrite: bool, ours: Ours) -> None:
@@ -207,9 +208,9 @@ def _check_place(path: Path, *, overwrite: bool, ours: Ours) -> None:
     except (FileNotFoundError, NotADirectoryError):  # nothing is there, or what was there is being replaced
         return
     if not overwrite:
-        raise _taken(path)
+        raise taken(path)
     if foreign is not None:
-        what = f"it holds more than a recording ({foreign}), which overwrite=True does not remove: use another path"
+        what = f"it holds more than a recording ({foreign}), which is not replaced: use another path"
         raise FileExistsError(errno.EEXIST, what, str(path))
 
 

@@ -321,7 +321,9 @@ def _saying_what_is_there(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError:
-        raise FileExistsError(errno.EEXIST, "it was converted before; overwrite=True replaces it", str(path)) from None
+        raise FileExistsError(
+            errno.EEXIST, "it was converted before; overwrite=True (--force) replaces it", str(path)
+        ) from None
 
 
 def _cut_by_date(samples: Samples) -> Iterator[tuple[str, Samples]]:

@@ -125,7 +125,9 @@ class Recorder(Closing):
         self._next_tick = self._accepted = 0
         make_directories(self.path, mode)
         if next(self.path.iterdir(), None) is not None:
-            raise FileExistsError(errno.EEXIST, "it is not empty: record to another path", str(path))
+            raise FileExistsError(
+                errno.EEXIST, "it is not empty: record to another path (or `kvmstats record --force`)", str(path)
+            )
         self._closed = False
 
     @property
