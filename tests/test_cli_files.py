@@ -240,3 +240,11 @@ def test_a_refusal_names_the_option_that_helps(line, tmp_path, monkeypatch, caps
     at = words.index("--") if "--" in words else 1
     assert cli.main([*words[:at], helps, *(["vcpu"] if helps == "--kind" else []), *words[at:]]) == 0
     assert all(Path(word).read_bytes() != b"something" for word in words if word.startswith("OUT"))
+
+
+@pytest.mark.parametrize("words", [("out", "--to", "npz"), ("out.npz", "--to", "arrows")])
+def test_what_is_converted_can_be_read_under_its_name(recordings, words, capsys):
+    """A format is not written under a name by which it would be taken for another one."""
+    assert cli.main(["convert", f"{recordings}/a1.npz", "-o", *words]) == 2
+    assert "ends so" in capsys.readouterr().err
+    assert not Path(words[0]).exists()

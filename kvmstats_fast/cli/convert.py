@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--values is for {' and '.join(_HAVING_VALUES)}; {name} has them as they were read")
     if arguments.output == "-":
         return _to_stdout(arguments, name)
+    if name in ("npz", "arrows") and (name == "npz") != (ending == "npz"):
+        raise UsageError(f"{arguments.output}: a file is read as .npz if its name ends so, and as nothing else")
     with usage_errors():  # what the format cannot hold
         _FORMATS[name](arguments)
     print(arguments.output)
