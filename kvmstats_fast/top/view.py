@@ -57,11 +57,17 @@ class View(Screen[None]):
         """What is scrolled."""
         return cast("Lines", self.query_one("#body"))
 
+    @property
+    def _is_composed(self) -> bool:
+        """Whether it has its parts: one that a key opened after the end had begun is given none."""
+        return bool(self.query(Lines))
+
     def on_mount(self) -> None:
         """Begin in the body."""
-        self.head.can_focus = False
-        self.head.styles.height = self.HEAD
-        self.body.focus()
+        if self._is_composed:
+            self.head.can_focus = False
+            self.head.styles.height = self.HEAD
+            self.body.focus()
 
     def on_screen_resume(self) -> None:
         """Show what came while another screen was there."""
@@ -73,7 +79,7 @@ class View(Screen[None]):
 
     def update(self) -> None:
         """Show what there is, once there is a place for it."""
-        if self.is_mounted and self.body.size.width:
+        if self.is_mounted and self._is_composed and self.body.size.width:
             self.show(self.body.size.width)
 
     def show(self, width: int) -> None:
