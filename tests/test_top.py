@@ -19,7 +19,9 @@ from kvmstats_fast.top.counted import WholeCounted, add, bridge, count
 from kvmstats_fast.top.feed import Feed, FilesFeed, HostFeed, Replay, overlapping
 from kvmstats_fast.top.model import Model
 from kvmstats_fast.top.page import make_page, vcpus_of
-from kvmstats_fast.top.table import Who, fits, make_table
+from kvmstats_fast.top.table import Who, fits, globs, make_table
+
+CAPTURES = Path(__file__).parent / "data" / "captures" / "x86_64-6.1"
 
 
 def parts(samples, edges):
@@ -144,30 +146,35 @@ def test_rows_are_in_the_order_of_any_column():
     [
         ((), ["db", "web-1", "web-2"]),
         (("web-*",), ["web-1", "web-2"]),
-        (("WEB",), ["web-1", "web-2"]),
-        (("2", "db"), ["db", "web-2"]),
-        (("77",), ["db"]),
-        (("nothing",), []),
+        (("WEB-1",), ["web-1"]),
+        (("web",), []),
+        (globs("WEB"), ["web-1", "web-2"]),
+        (globs("2 db"), ["db", "web-2"]),
+        (globs("77"), ["db"]),
+        (globs("nothing"), []),
     ],
 )
-def test_guests_are_chosen_by_globs_parts_of_names_and_pids(patterns, rows):
+def test_guests_are_chosen_by_globs_and_at_the_prompt_by_parts_of_names_and_pids(patterns, rows):
     """Any of several; case does not matter."""
     table = table_of(count(moved([*vm("web-1", pid=1000), *vm("web-2", pid=1001), *vm("db", pid=77)], 2)))
     assert [table.rows[at].label for at in table.order("name", patterns)] == rows
 
 
-def test_statistics_are_chosen_by_globs_and_parts_of_names():
-    """Counts are rates, times are shares of the time; nothing is there twice."""
+def test_statistics_are_chosen_by_globs_and_at_the_prompt_by_parts_of_names():
+    """Counts are rates, times are shares of the time; nothing is there twice; a name is that and no part of others."""
     counted = count(moved(vm("web"), 3))
     names = {
         column.name: column.form
-        for column in table_of(counted, "vm", ("[him]*_exits", "t_wait")).columns
+        for column in table_of(counted, "vm", globs("[him]*_exits t_wait")).columns
         if column.is_kind
     }
     assert names == {"io_exits/s": "rate", "halt_exits/s": "rate", "mmio_exits/s": "rate", "halt_wait_ns/s": "share"}
-    columns = table_of(counted, "vcpu", ("exits",)).columns
+    columns = table_of(counted, "vcpu", globs("exits")).columns
     assert len({column.name for column in columns}) == len(columns)
-    wait = table_of(counted, "vcpu", ("wait_ns",)).column("halt_wait_ns/s")
+    assert [one.name for one in table_of(counted, "vcpu", ("io_exits", "exits")).columns if one.is_kind] == [
+        "io_exits/s"
+    ]
+    wait = table_of(counted, "vcpu", globs("wait_ns")).column("halt_wait_ns/s")
     assert (wait * 2 == WholeCounted(counted, "vcpu").change("halt_wait_ns")).all()
     assert not fits("io", "halt_exits")
     assert fits("[hi]*", "io_exits")
@@ -290,7 +297,7 @@ def test_the_page_of_a_vm_has_its_statistics_and_histograms():
     one = make_page(counted, counted, who.of(1), 80)
     exits = int(total.select(vcpu=1).total("exits")[0])
     assert [line.split()[1] for line in one if line.startswith("exits ")] == [f"{exits:,}"]
-    assert [line for line in make_page(counted, counted, who, 80, ("signal",)) if line.startswith("signal_exits")]
+    assert [line for line in make_page(counted, counted, who, 80, globs("signal")) if line.startswith("signal_exits")]
     assert make_page((), (), who, 80)[-2:] == ["nothing moved yet", ""]
 
 
@@ -338,6 +345,15 @@ def test_a_replay_gives_what_was_recorded_step_by_step(tmp_path):
         got = collect(Replay([str(path)], interval, 1e6))
         assert len(got) == steps
         assert sum(int(one.total("exits").sum()) for one in got) == int(run.total("exits").sum())
+
+
+@pytest.mark.parametrize("form", ["run.npz", "run"])
+def test_a_replay_is_of_the_vms_that_are_named(tmp_path, form):
+    """Of runs that have them; the others are not there."""
+    for number, files in enumerate([[*vm("web"), *vm("db")], vm("other"), vm("web")]):
+        moved(files, 5).save(tmp_path / f"{number}{form}")
+    got = collect(Replay([str(tmp_path / f"{number}{form}") for number in range(3)], None, 1e6, ["w*"]))
+    assert [one.vms for one in got] == [("web",)] * 8
 
 
 @pytest.mark.parametrize("interval", [None, 5.0])
@@ -456,6 +472,26 @@ def test_a_host_is_watched_while_vms_come_and_go():
 
 
 # ---- the verb
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["x.npz", "-g", "webb"], (2, "no VM 'webb' in these files; did you mean web?")),
+        (["x.npz", "-e", "exitz"], (2, "no statistic 'exitz' in these files; did you mean exits")),
+        ([str(CAPTURES)], (2, "a capture is one reading, which has no rate: top does not go with it")),
+        (["nothing"], (1, "nothing: No such file or directory")),
+    ],
+)
+def test_what_a_recording_has_not_is_said_before_anything_is_shown(words, end, tmp_path, monkeypatch, capsys):
+    """As the other verbs say it, with their exit status."""
+    monkeypatch.chdir(tmp_path)
+    status, said = end
+    moved(vm("web"), 5).save("x.npz")
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(getattr(__import__("sys"), name), "isatty", lambda: True, raising=False)
+    assert cli.main(["top", *words]) == status
+    assert said in capsys.readouterr().err
 
 
 def test_where_there_is_no_terminal_it_says_what_prints_the_same(capsys, monkeypatch):

@@ -181,7 +181,11 @@ def test_filters_choose_vms_and_statistics_and_c_clears_them():
             await pilot.press("g", *"w*b", "enter")
             assert rows(pilot) == ["web"]
             assert "guests: w*b" in seen(pilot)[1]
-            await pilot.press("f", *"t_wait", "space", *"mmio", "enter")
+            await pilot.press("f", *"nosuch", "enter")
+            assert "no statistic fits: *nosuch*" in seen(pilot)[1]
+            await pilot.press("f", *["backspace"] * 8)
+            await pilot.press(*"t_wait", "space", *"mmio", "enter")
+            assert "statistics: *t_wait* *mmio*" in seen(pilot)[1]
             assert "halt_wait_ns" in seen(pilot)[3]
             assert "mmio_exits" in seen(pilot)[3]
             await pilot.press("g", *"db")

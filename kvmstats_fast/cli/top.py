@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add_targets(parser)
     parser.add_argument(
-        "-e", "--event", action="append", metavar="EVENT", help="statistics that have columns: globs, or parts of names"
+        "-e", "--event", action="append", metavar="EVENT", help="statistic or glob that has a column (may be repeated)"
     )
     parser.add_argument(
         "-I", "--interval", type=interval, metavar="TIME", help="between sweeps (default: 1s); of FILE, of each step"
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Show it until the user ends it."""
     from kvmstats_fast.cli._targets import check_targets  # noqa: PLC0415 - imports numpy
 
-    check_targets(arguments)
+    check_targets(arguments, guests_of_files=True)
     if arguments.speed and not arguments.file:
         raise UsageError("--speed is that of a recording: it takes FILE")
     if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
@@ -100,11 +100,17 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _open(arguments: argparse.Namespace, opened: ExitStack) -> Feed:
     """Return where samples come from."""
+    from kvmstats_fast.cli._files import check_no_capture, check_selection, open_runs  # noqa: PLC0415
     from kvmstats_fast.cli._targets import open_targets  # noqa: PLC0415
+    from kvmstats_fast.selection import Selection  # noqa: PLC0415
     from kvmstats_fast.top.feed import FilesFeed, HostFeed, Replay  # noqa: PLC0415
 
     if arguments.file:
-        return Replay(arguments.file, arguments.interval, arguments.speed or 1.0)
+        runs = open_runs(arguments.file)
+        check_no_capture(runs, "top")
+        chosen = Selection.of(tuple(arguments.event or ()), arguments.guest, None, None, None)
+        check_selection(runs, chosen, "these files")
+        return Replay(arguments.file, arguments.interval, arguments.speed or 1.0, arguments.guest)
     if arguments.socket:
         return FilesFeed(open_targets(arguments, opened).files, arguments.interval or 1.0)
     return HostFeed(named_vms(arguments), arguments.interval or 1.0, inject=arguments.inject)

@@ -25,6 +25,7 @@ from kvmstats_fast.cli._grammar import duration
 from kvmstats_fast.top.feed import Replay
 from kvmstats_fast.top.keys import KEYS, NOT_HERE
 from kvmstats_fast.top.page_screen import TextScreen
+from kvmstats_fast.top.table import globs
 from kvmstats_fast.top.table_screen import TableScreen
 from kvmstats_fast.top.view import View
 
@@ -250,7 +251,10 @@ class TopApp(App[None]):
             said.append("since the reset")
         said += [
             f"{what}: {' '.join(some)}"
-            for what, some in (("statistics", model.events), ("guests", model.guests))
+            for what, some in (
+                ("statistics" if model.weights else "no statistic fits", model.events),
+                ("guests", model.guests),
+            )
             if some
         ]
         if refused := feed.refused:
@@ -293,7 +297,7 @@ class TopApp(App[None]):
         """Ask which statistics are shown."""
 
         def choose(text: str) -> None:
-            self.model.events = tuple(text.split())
+            self.model.events = globs(text)
 
         self.ask("statistics", " ".join(self.model.events), choose)
 

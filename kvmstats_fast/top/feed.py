@@ -15,6 +15,7 @@ from kvmstats_fast.formats.recordings import open_recordings
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.follow import follow
 from kvmstats_fast.sampling.sampler import Sampler
+from kvmstats_fast.selection import Selection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -206,6 +207,8 @@ class Replay(Feed):
         Seconds of the recording that are shown at a time, if its sweeps are no rarer.
     speed : float
         How much faster than it was recorded.
+    vms : sequence of str, optional
+        Names or globs of VMs. Default: all.
 
     Attributes
     ----------
@@ -215,8 +218,15 @@ class Replay(Feed):
 
     is_recorded = True
 
-    def __init__(self, paths: Sequence[str], interval: float | None = None, speed: float = 1.0) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        interval: float | None = None,
+        speed: float = 1.0,
+        vms: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(interval or _STEP)
+        self._selection = Selection.of((), vms, None, None, None)
         self.speed = speed
         self.is_paused = False
         self._steps = 0
@@ -226,7 +236,8 @@ class Replay(Feed):
         self._recordings = open_recordings(others) if others else ()
 
     def _run(self) -> None:
-        for samples in overlapping(chain(map(Samples.load, self._whole), self._recordings)):
+        recorded = chain(map(Samples.load, self._whole), self._recordings)
+        for samples in overlapping(one for one in map(self._selection.take, recorded) if one.files):
             self._has_begun.set()
             start = 0
             while start < max(len(samples) - 1, 1) and not self._is_stopped:

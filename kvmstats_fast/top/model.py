@@ -27,7 +27,7 @@ class Model:
     by : {"vm", "vcpu"}
         What has a row.
     events, guests : tuple of str
-        What is shown: statistics, VMs; globs or parts of names. Empty: exits by kind, all.
+        Globs of what is shown: statistics, VMs. Empty: exits by kind, all.
     sort : str
         Name of a column; where there is none of this name, all exits take its place.
     is_reversed : bool

@@ -60,7 +60,7 @@ def make_page(last: Counted, total: Counted, who: Who, width: int, events: Seque
     who : Who
     width : int
     events : sequence of str
-        Which statistics, by text in their names or globs; none: those that moved.
+        Globs of statistics; none: those that moved.
     """
     last, total = find(last, who), find(total, who)
     rows = [row for row in _make_rows(last, total, who) if _is_wanted(row, events)]

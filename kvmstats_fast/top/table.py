@@ -100,9 +100,13 @@ class Who:
 
 
 def fits(pattern: str, text: str) -> bool:
-    """Return whether a text is what a glob says, or has a text without wildcards in it; case does not matter."""
-    pattern, text = pattern.lower(), text.lower()
-    return fnmatchcase(text, pattern) if set(pattern) & set("*?[") else pattern in text
+    """Return whether a text is what a glob says; case does not matter."""
+    return fnmatchcase(text.lower(), pattern.lower())
+
+
+def globs(text: str) -> tuple[str, ...]:
+    """Return the globs of what was typed at a prompt: a word without wildcards is a part of a name."""
+    return tuple(word if set(word) & set("*?[") else f"*{word}*" for word in text.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +266,7 @@ def make_table(counted: Counted, by: str, events: Sequence[str] = ()) -> Table:
     counted : Counted
     by : {"vm", "vcpu"}
     events : sequence of str
-        Statistics that have columns, by text in their names or globs; none: exits by kind.
+        Globs of statistics that have columns; none: exits by kind.
     """
     rows, failed = _make_rows(counted, by)
     vcpus, vms = WholeCounted(counted, "vcpu"), WholeCounted(counted, "vm")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from kvmstats_fast.top.page_screen import PageScreen
-from kvmstats_fast.top.table import Layout, Table
+from kvmstats_fast.top.table import Layout, Table, globs
 from kvmstats_fast.top.view import View, bindings
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class TableScreen(View):
         model = self.top.model
 
         def choose(text: str) -> None:
-            model.guests = tuple(text.split())
+            model.guests = globs(text)
 
         self.top.ask("guests or pids", " ".join(model.guests), choose)
 
