@@ -104,6 +104,15 @@ def test_clock_snapshots_say_what_time_it_was(tmp_path):
     assert {one.primary_trace_clock for one in snapshots} == {pb.BUILTIN_CLOCK_MONOTONIC}
 
 
+def test_a_clock_before_1970_and_a_host_that_is_no_text_are_in_it(x, tmp_path):
+    """A trace cannot hold such a time: it is by CLOCK_MONOTONIC alone. Bytes that are no UTF-8 are escaped."""
+    x.wall_offset = -(10**18)
+    replace(x, host="h\udcff").to_perfetto(tmp_path / "x")
+    counters, _, packets = read(tmp_path / "x")
+    assert {path[0] for path in counters} == {"h\\xff"}
+    assert {clock.clock_id for one in packets for clock in one.clock_snapshot.clocks} == {pb.BUILTIN_CLOCK_MONOTONIC}
+
+
 def test_a_recording_is_converted_batch_by_batch(x, tmp_path, monkeypatch, capsys):
     """Of several batches, and more packets than are made at once, it shows what the samples do."""
     made_at_once, serialize = [], TraceProtoBuilder.serialize

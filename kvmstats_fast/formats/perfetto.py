@@ -85,7 +85,8 @@ def to_perfetto(
 
 def _number(run: str, path: tuple[str, ...]) -> int:
     """Return the 64-bit number of a track, which no track of another trace has: they may be put together."""
-    return int.from_bytes(hashlib.blake2b("\0".join((run, *path)).encode(), digest_size=8).digest(), "big")
+    name = "\0".join((run, *path)).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big")
 
 
 class _Trace:
@@ -169,6 +170,8 @@ class _Trace:
             snapshot, time = packet.clock_snapshot, int(samples.time[sweep])
             clocks = {snapshot.Clock.MONOTONIC: time, snapshot.Clock.REALTIME: int(samples.wall_time[sweep])}
             for clock, now in clocks.items():
+                if now < 0:  # a trace has no time before 1970, and is by CLOCK_MONOTONIC anyway
+                    continue
                 snapshot.clocks.add(clock_id=clock, timestamp=now)
             snapshot.primary_trace_clock = snapshot.Clock.MONOTONIC
 
