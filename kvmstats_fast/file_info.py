@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
+#: Characters that a label may have: recordings with longer texts are refused.
+MOST_LABEL = 4096
+#: Characters of a guest's name: a command line has room for megabytes, and each row of a table would have them.
+MOST_NAME = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
@@ -25,7 +30,7 @@ class FileInfo:
     pid : int or None
         Of the VMM, where it is known: for files of a `VirtualMachine`, and for those of this process' own VMs.
     name : str
-        Of the guest, as the VMM's command line has it; empty where it is not known.
+        Of the guest, as the VMM's command line has it, at most 1024 characters; empty where it is not known.
     vm : str
         A label that joins the files of one VM, and that no other VM sampled with it has. In this order:
 

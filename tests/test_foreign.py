@@ -108,6 +108,29 @@ def test_a_recording_is_read_without_what_is_none_of_its_files(path):
         made.assert_same(kf.Samples.load(path), X)
 
 
+def record(samples, path):
+    """Write by a Recorder."""
+    with kf.Recorder(path) as recorder:
+        recorder.write(samples)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"host": "h" * 256}, r"host'?\]? is 'h+\.\.\.h+'; it must be a text of at most 255"),
+        ({"files": tuple(replace(info, vm="v" * 4097) for info in X.files)}, "of at most 4096 characters"),
+        ({"files": tuple(replace(info, pid=2**40) for info in X.files)}, "a whole number"),
+    ],
+)
+@pytest.mark.parametrize("form", ["run", "run.npz", "recorder", "set"])
+def test_what_readers_would_refuse_is_not_written(form, change, text, tmp_path):
+    """It is a ValueError that says what is wrong, while the samples are still there, and there is no file."""
+    path, odd = tmp_path / form, replace(X, **change)
+    with pytest.raises(ValueError, match=f"^these samples cannot be written: .*{text}"):
+        odd.to_parquet(path) if form == "set" else record(odd, path) if form == "recorder" else odd.save(path)
+    assert not [one for one in tmp_path.rglob("*") if one.is_file()]
+
+
 # ---- what metadata may say
 
 DEEP = b"[" * 100_000

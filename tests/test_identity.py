@@ -8,6 +8,7 @@ from dataclasses import replace
 import hypothesis
 import pytest
 from helpers import examples, exit_status, forked
+from holder import Holder
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
@@ -174,6 +175,11 @@ class Twice(Mapping):
             "files has '' as the label of a VM; it must be text, and not empty",
         ),
         (lambda files: {"no\udcfftext": files[:3]}, ValueError, "it must be text"),
+        (
+            lambda files: {"n" * 4097: files[:3]},
+            ValueError,
+            r"'n+\.\.\.' as the label .* of 4097 characters; it may have",
+        ),
         (lambda _: {"web": 3}, TypeError, r"files\['web'\] is an int; it must be StatsFiles, or lists of them"),
         (lambda files: {"web": files[:3], "db": [3]}, TypeError, r"files\['db'\] has an int; it must be StatsFiles"),
         (lambda files: {"web": files}, ValueError, r"files\['web'\] has 2 files of vCPU 0; a label joins the files of"),
@@ -210,3 +216,22 @@ def test_the_files_of_a_forked_childs_vm_have_its_pid():
                     assert [one.pid for one in kf.Sampler([file]).files] == [os.getpid()]
 
     assert exit_status(forked(work)) == 0
+
+
+@pytest.mark.real_vm
+def test_a_guests_name_of_any_length_spoils_no_recording(resources, tmp_path):
+    """Its owner chooses it, on a command line of some 100 kB: two VMs of one such name have labels that files take."""
+    machines = [kf.attach(resources.enter_context(Holder(1, name="n" * 100_000)).pid) for _ in range(2)]
+    for machine in machines:
+        resources.callback(machine.close)
+    name = "n" * 1024
+    with kf.follow([machine.pid for machine in machines], 0.001, count=5) as chunks:
+        followed = kf.Samples.concatenate(list(chunks))
+    for x in (kf.Sampler(machines).run(0, count=2), followed):
+        assert {info.name for info in x.files} == {name}
+        assert len(x.vms) == 2
+        assert all(vm.startswith(name) and len(vm) < len(name) + 20 for vm in x.vms)
+        path = tmp_path / str(len(x))
+        x.save(path)
+        x.save(path.with_suffix(".npz"))
+        assert kf.Samples.load(path).files == kf.Samples.load(path.with_suffix(".npz")).files == x.files

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from reprlib import repr as short_repr
 from typing import Any, TypeAlias
 
 from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.file_info import MOST_LABEL
 from kvmstats_fast.formats.limits import MOST_FILES, MOST_METADATA
 
 #: Raises `Wrong` for a value that it does not accept.
@@ -64,7 +65,7 @@ def flag(value: Any) -> None:
         raise Wrong(value, "true or false")
 
 
-def text(most: int = 4096) -> Check:
+def text(most: int = MOST_LABEL) -> Check:
     """Accept a text of at most so many characters."""
 
     def check(value: Any) -> None:
@@ -160,6 +161,15 @@ def mapping(inner: dict[str, Check]) -> Check:
             _check_inside(check_one, value[name], name)
 
     return check
+
+
+def check_written(fields: Mapping[str, str], checks: Mapping[str, Check]) -> None:
+    """Raise ValueError if a reader would refuse the JSON of any of these fields."""
+    try:
+        for field, check in checks.items():
+            read_json(fields[field].encode(), field, "these samples cannot be written", check)
+    except KvmStatsError as error:
+        raise ValueError(str(error)) from None
 
 
 def _check_inside(check: Check, value: Any, key: int | str) -> None:

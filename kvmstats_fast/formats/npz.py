@@ -21,7 +21,7 @@ from kvmstats_fast.formats._put import put_directory, put_file
 from kvmstats_fast.formats.batches import check_order, check_steps
 from kvmstats_fast.formats.errors import check_errors, describe, restore
 from kvmstats_fast.formats.limits import check_size
-from kvmstats_fast.formats.metadata import INT64, Check, listed, mapping, read_json, whole
+from kvmstats_fast.formats.metadata import INT64, Check, check_written, listed, mapping, read_json, whole
 from kvmstats_fast.formats.origin import BATCH_FIELDS, FORMAT, HOST, INTERVAL, KERNEL, KIND, check_files, check_format
 from kvmstats_fast.formats.stream_file import open_regular
 from kvmstats_fast.formats.wanted import ALWAYS
@@ -102,7 +102,9 @@ def _write_npz(samples: Samples, file: Any, *, compressed: bool) -> None:
         arrays[f"{number}.header_and_descriptors"] = np.frombuffer(group.schema.encoding.prefix, np.uint8)
         for name in group.places:
             arrays[f"{number}.{order[name]}"] = group.view(name)
-    arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    text = json.dumps(about)
+    check_written({"about": text}, {"about": mapping(_PLAIN | {"files": check_files(FORMAT)})})
+    arrays["about"] = np.frombuffer(text.encode(), np.uint8)
     (np.savez_compressed if compressed else np.savez)(file, **arrays)  # type: ignore[arg-type]
 
 

@@ -17,6 +17,7 @@ from kvmstats_fast.formats.metadata import (
     UINT64,
     Check,
     Wrong,
+    check_written,
     choice,
     flag,
     listed,
@@ -168,10 +169,17 @@ class Origin:
         )
 
     def encode(self) -> dict[str, str]:
-        """Return it as schema metadata: ASCII, because not every reader of Arrow takes bytes."""
+        """Return it as schema metadata: ASCII, because not every reader of Arrow takes bytes.
+
+        Raises
+        ------
+        ValueError
+            If it says what readers refuse.
+        """
         plain = {name: getattr(self, name) for name in _CHECKS}
         plain["files"] = [astuple(info) for info in self.files]
         metadata = {f"kvmstats.{name}": json.dumps(value) for name, value in plain.items()}
+        check_written(metadata, {f"kvmstats.{name}": check for name, check in _CHECKS.items()})
         metadata["kvmstats.format"] = str(FORMAT)
         metadata["kvmstats.header_and_descriptors"] = b64encode(self.stats.encoding.prefix).decode()
         return metadata

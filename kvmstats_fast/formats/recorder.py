@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories
+from kvmstats_fast.formats.origin import Origin
 from kvmstats_fast.formats.part_writer import PartWriter
 from kvmstats_fast.formats.pending import Pending
 from kvmstats_fast.formats.stream_writer import Options, Written
@@ -161,7 +162,7 @@ class Recorder(Closing):
         ValueError
             If they are of another host or kernel than those before; if they are of the same files, but of other
             statistics or another interval; if they are earlier; if a file that had failed was read again; if they are
-            of no files; or if the recording has ended.
+            of no files; if they say what readers refuse (docs/recording-format.md); or if the recording has ended.
         RuntimeError
             In a forked child, because the recording is its parent's, or while another thread writes.
 
@@ -289,6 +290,9 @@ class Recorder(Closing):
             raise ValueError(f"{self.path}: these samples are of no files: there is nothing to write")
         if len(samples) and self._last is not None and samples.time[0] < self._last:
             raise ValueError(f"{self.path}: these samples are older than those before: write them in the order of time")
+        if self._first is None or samples.files != self._first.files:
+            for group in samples.groups:  # now: they may wait, with others, for as long as they like
+                Origin.of(samples, group).encode()
         if self._first is None:
             return False
         if differs := _find_difference(self._first, samples):

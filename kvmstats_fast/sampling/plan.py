@@ -18,7 +18,7 @@ from kvmstats_fast._text import printable
 from kvmstats_fast.abi import StatType
 from kvmstats_fast.encoding import kind_of
 from kvmstats_fast.errors import warn_caller
-from kvmstats_fast.file_info import FileInfo, Known, label_vms
+from kvmstats_fast.file_info import MOST_LABEL, FileInfo, Known, label_vms
 from kvmstats_fast.groups import Block
 from kvmstats_fast.samples import SampleError, Samples
 from kvmstats_fast.sampling.vcpu_threads import open_schedstats
@@ -344,6 +344,10 @@ def _check_label(vm: object) -> None:
         raise TypeError(f"files has {article(vm)} as the label of a VM; it must be a str")
     if not vm or any("\ud800" <= character <= "\udfff" for character in vm):
         raise ValueError(f"files has {vm!r} as the label of a VM; it must be text, and not empty")
+    if len(vm) > MOST_LABEL:
+        raise ValueError(
+            f"files has '{printable(vm)}' as the label of a VM, of {len(vm)} characters; it may have {MOST_LABEL}"
+        )
 
 
 def _flatten(name: str, files: Iterable[StatsFile | Iterable[StatsFile]]) -> list[StatsFile]:

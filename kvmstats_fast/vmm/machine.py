@@ -10,6 +10,7 @@ from kvmstats_fast._arguments import check_seconds
 from kvmstats_fast._resource import Closing
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError
+from kvmstats_fast.file_info import MOST_NAME
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
 from kvmstats_fast.vmm.find import VmProcess, describe, find_guest, has_vm, is_domain
 from kvmstats_fast.vmm.hazard import has_filter
@@ -83,7 +84,7 @@ class VirtualMachine(Closing):
         self.vm = machines[0] if len(machines) == 1 else None
         self.vcpus = tuple(file for file in files if file.kind == "vcpu")
         for file in files:
-            file.handle.owner = file.handle.owner._replace(pid=self.pid, name=self.name, machine=self)
+            file.handle.owner = file.handle.owner._replace(pid=self.pid, name=self.name[:MOST_NAME], machine=self)
 
     @property
     def alive(self) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvmstats_fast._arguments import article, check_seconds
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
+from kvmstats_fast.file_info import MOST_NAME
 from kvmstats_fast.vmm.borrow import hold_process
 from kvmstats_fast.vmm.find import has_vm, is_called, list_pids, look_at, may_attach
 from kvmstats_fast.vmm.machine import LONGEST, attach
@@ -271,7 +272,7 @@ class Roster(Closing):
         return None
 
     def _choose_label(self, about: VmProcess) -> str:
-        name = about.name.encode("utf-8", "backslashreplace").decode()  # no table or file takes surrogates
+        name = about.name[:MOST_NAME].encode("utf-8", "backslashreplace").decode()  # no table or file takes surrogates
         return _unlike(self.machines, name or f"pid {about.pid}", f" (pid {about.pid})")
 
     def _let_go(self, pid: int) -> None:
