@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from qemu import until
 
 import kvmstats_fast as kf
 from kvmstats_fast import cli
-from kvmstats_fast.cli import _grammar
+from kvmstats_fast.cli import _grammar, stat
 from kvmstats_fast.testing import counts_right, exit_counter
 
 STATS = [
@@ -205,3 +206,51 @@ def test_a_bad_argument_is_one_line_and_status_2(arguments, capsys, recording):
     out, err = capsys.readouterr()
     assert (status, out) == (2, "")
     assert "Traceback" not in err
+
+
+def test_a_vm_of_which_nothing_moved_is_named(recording, capsys):
+    """It says so, instead of nothing at all; JSON and CSV have no rows."""
+    assert cli.main(["stat", recording, "-e", "still"]) == 0
+    assert capsys.readouterr().out == "VM web (pid 1), 2 vCPUs, 10.000 s\n  nothing moved\n"
+    assert cli.main(["stat", recording, "-e", "still", "-j"]) == 0
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.real_vm
+@pytest.mark.parametrize("interval", [[], ["-I", "10ms"]])
+def test_a_vm_that_ends_is_shown_as_it_was_read_last_and_named_once(interval, monkeypatch):
+    """Those that run are counted on; when the last one has ended, it is over, as of itself."""
+    monkeypatch.setattr(stat, "_LOOK", 0.01)
+    with Holder(name="one") as one, Holder(name="two") as two:
+        run = "guest.run(300)"
+        steps = iter([lambda: (one.do(run), two.do(run)), lambda: None, one.end, lambda: None, two.end])
+
+        def take(latest, samples):
+            there = taken(latest, samples)
+            next(steps, lambda: None)()
+            return there
+
+        taken = stat._Latest.take
+        monkeypatch.setattr(stat._Latest, "take", take)
+        command = ["stat", "-p", str(one.pid), "-p", str(two.pid), *interval, "-j", "-e", exit_counter()]
+        out, said = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(said):
+            assert cli.main(command) == 0
+        rows = [json.loads(line) for line in out.getvalue().splitlines()]
+        for vmm in (one, two):
+            assert 300 <= sum(row["value"] for row in rows if row["pid"] == vmm.pid) <= 310
+            assert said.getvalue().count(f"process {vmm.pid} ") == 1
+        assert "Errno" not in said.getvalue()
+        assert len(said.getvalue().splitlines()) == 2
+
+
+@pytest.mark.real_vm
+@pytest.mark.parametrize("interval", [[], ["-I", "1h"]])
+@pytest.mark.parametrize(("words", "said"), [(["-e", "exitz"], "'exitz'"), (["--vcpu", "0,7"], "has a vCPU 7")])
+def test_what_no_vm_has_is_said_before_anything_is_counted(interval, words, said, tmp_path, capsys):
+    """Not after the hour for which it was to be counted: the command is not even started."""
+    with Holder() as vmm:
+        command = ["--", "touch", str(tmp_path / "started")]
+        assert cli.main(["stat", "-p", str(vmm.pid), *words, *interval, *command]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "started").exists()

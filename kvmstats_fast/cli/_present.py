@@ -63,8 +63,8 @@ def vms_of(
     return vms
 
 
-def present(rows: Sequence[Row], vms: Mapping[tuple[str, str], Vm], screen: Screen) -> None:
-    """Print a block for each VM."""
+def present(rows: Sequence[Row], vms: Mapping[tuple[str, str], Vm], screen: Screen, *, zero: bool) -> None:
+    """Print a block for each VM; what did not move is left out, unless `zero`."""
     blocks: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         blocks.setdefault((row.host, row.vm), []).append(row)
@@ -74,8 +74,10 @@ def present(rows: Sequence[Row], vms: Mapping[tuple[str, str], Vm], screen: Scre
         lines = [""] if number else []
         title = _title(block[0], about, several_hosts=len(hosts) > 1)
         lines += map(screen.title, wrap_text(title, screen.width))
-        for vcpu in dict.fromkeys(row.vcpu for row in block):
-            chosen = [row for row in block if row.vcpu == vcpu]
+        shown = [row for row in block if row.moved or zero]
+        lines += [] if shown else ["  nothing moved"]
+        for vcpu in dict.fromkeys(row.vcpu for row in shown):
+            chosen = [row for row in shown if row.vcpu == vcpu]
             lines += [] if vcpu is None else [f" vCPU {vcpu}"]
             lines += _table(chosen, about.vcpus or 1 if vcpu is None else 1, screen.width)
             for row in chosen:
@@ -112,9 +114,7 @@ def arrange(rows: Sequence[_Row]) -> list[tuple[str, _Row, _Row | None]]:
 
 def _table(rows: Sequence[Row], vcpus: int, width: int) -> list[str]:
     cells = [_cells(row, indent, every, vcpus) for indent, row, every in arrange(rows)]
-    if not cells:
-        return ["  nothing moved"] if not rows else []
-    return fit_table(cells, "<>><", width, [3])
+    return fit_table(cells, "<>><", width, [3]) if cells else []
 
 
 def _cells(row: Row, indent: str, every: Row | None, vcpus: int) -> tuple[str, str, str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 import math
 import sys
+import threading
+import time
 import warnings
 from collections import deque
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvmstats_fast._text import describe_error
 from kvmstats_fast.analysis.several_runs import SeveralRuns
 from kvmstats_fast.cli._command import call_at_end, ended_by_signals, start, wait_for
 from kvmstats_fast.cli._files import check_no_capture, check_selection, choose, open_runs
@@ -34,7 +37,7 @@ from kvmstats_fast.cli._rows import rows_of
 from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.cli._targets import are_named, check_targets, open_targets
 from kvmstats_fast.cli.run import start_and_show
-from kvmstats_fast.errors import SamplingWarning
+from kvmstats_fast.errors import SamplingWarning, VmGoneError
 from kvmstats_fast.formats.wanted import resample_steps
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.measure import measure
@@ -47,8 +50,10 @@ if TYPE_CHECKING:
     from kvmstats_fast.cli._present import Vm
     from kvmstats_fast.cli._recorded import Run
     from kvmstats_fast.cli._rows import Key, Row
-    from kvmstats_fast.cli._targets import Targets
     from kvmstats_fast.formats.wanted import Step
+    from kvmstats_fast.stats_file import StatsFile
+
+_LOOK = 1.0  # s between looks at what there is
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -92,10 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
             return 0
         targets = open_targets(arguments, opened)
+        files = _of_vcpus(targets.files, arguments.vcpu)
         show = _Shown(arguments, opened, targets.vmms)
-        if arguments.interval:
-            return _count_intervals(arguments, targets, show)
-        return _count_once(arguments, targets, show)
+        return (_count_intervals if arguments.interval else _count_once)(arguments, files, show)
 
 
 def _run_vmm(arguments: argparse.Namespace) -> int:
@@ -136,17 +140,20 @@ class _Shown:
         for samples in runs:
             together.add_step(samples, follows=False)
             rows |= rows_of(together.end_run(), self.by)
+        elapsed: dict[tuple[str, str], float] = {}
+        for samples in runs:
+            for info in samples.files:
+                elapsed[info.host, info.vm] = max(samples.elapsed, elapsed.get((info.host, info.vm), 0.0))
         files = [info for samples in runs for info in samples.files]
-        elapsed = max(samples.elapsed for samples in runs)
-        self.write([*rows.values()], lambda: vms_of(files, together.figures("vm"), lambda _: elapsed, self._vmms), time)
+        self.write([*rows.values()], lambda: vms_of(files, together.figures("vm"), elapsed.get, self._vmms), time)
 
     def write(
         self, every: Sequence[Row], vms: Callable[[], dict[tuple[str, str], Vm]], time: float | None = None
     ) -> None:
         """Show rows of these VMs."""
-        rows = [row for row in every if row.moved or self._arguments.zero]
+        zero = self._arguments.zero
         if not self._writer.text:
-            self._writer.write(rows, time)
+            self._writer.write([row for row in every if row.moved or zero], time)
             return
         output = self._writer.output
         if self._blocks:
@@ -154,7 +161,7 @@ class _Shown:
         self._blocks += 1
         if time is not None:
             print(f"{time:.3f} s", file=output)
-        present(rows, vms(), Screen.of(output, self._arguments.color))
+        present(every, vms(), Screen.of(output, self._arguments.color), zero=zero)
         output.flush()
 
 
@@ -217,21 +224,80 @@ def _pairs(steps: Iterable[Step], interval: float) -> Iterator[Samples]:
             before = after
 
 
-def _count_once(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
-    with ended_by_signals() as ended, measure(targets.files, sched=arguments.sched) as measured:
-        status = 0
-        if arguments.command:
-            status = wait_for(start(arguments.command))
-        else:
-            ended.wait(arguments.duration)
-    show([_chosen(measured.samples, arguments)])
-    _report_lost(measured.samples)
+def _of_vcpus(files: Sequence[StatsFile], vcpus: Sequence[int] | None) -> Sequence[StatsFile]:
+    """Return the files of some vCPUs."""
+    there = {file.vcpu_id for file in files}
+    for one in vcpus or ():
+        if one not in there:
+            raise UsageError(f"no VM that is counted has a vCPU {one}")
+    return files if vcpus is None else [file for file in files if file.vcpu_id in vcpus]
+
+
+class _Latest:
+    """What each VM had counted when it was read last, and what cannot be read any more."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, Samples] = {}
+        self._lost: dict[str, None] = {}
+
+    def take(self, samples: Samples) -> list[str]:
+        """Take another reading; return the VMs of which there is anything left, for which it counts."""
+        failed = {error.file for error in samples.errors}
+        there = dict.fromkeys((info.vm for at, info in enumerate(samples.files) if at not in failed), samples)
+        self._of |= there
+        for error in samples.errors:
+            gone = isinstance(error.error, VmGoneError)  # which says of what itself
+            self.lose(describe_error(error.error) if gone else f"{samples.files[error.file]}: {error.error}")
+        return [*there]
+
+    def lose(self, text: str) -> None:
+        """Say, once, what cannot be read any more."""
+        if text not in self._lost:
+            self._lost[text] = None
+            print(f"kvmstats: {text}", file=sys.stderr)
+
+    def runs(self) -> list[Samples]:
+        """Return the readings, each of the VMs for which it is the last."""
+        readings = {id(samples): samples for samples in self._of.values()}
+        return [one.select(vm=[vm for vm, its in self._of.items() if its is one]) for one in readings.values()]
+
+
+def _count_once(arguments: argparse.Namespace, files: Sequence[StatsFile], show: _Shown) -> int:
+    """Count until the end; now and then look what there is, because nobody says beforehand when a VM ends."""
+    process, latest, gone = None, _Latest(), None
+    with usage_errors():
+        measuring = measure(files, arguments.event, sched=arguments.sched)
+    with ended_by_signals() as ended:
+        try:
+            with measuring as measured:
+                over = ended
+                if arguments.command:
+                    process, over = start(arguments.command), threading.Event()
+                    call_at_end(process, over.set)
+                end = time.monotonic() + (arguments.duration or math.inf)
+                while not over.wait(min(_LOOK, max(end - time.monotonic(), 0))) and time.monotonic() < end:
+                    latest.take(measured.samples)
+            latest.take(measured.samples)
+        except VmGoneError as error:
+            gone = error
+        status = 0 if process is None else wait_for(process)
+    runs = latest.runs()
+    if gone is not None:
+        if not runs:
+            raise gone
+        for file in files:  # the error is about one of them
+            try:
+                file.read()
+            except VmGoneError as error:  # noqa: PERF203
+                latest.lose(describe_error(error))
+    show(runs)
     return status
 
 
-def _count_intervals(arguments: argparse.Namespace, targets: Targets, show: _Shown) -> int:
-    sampler = Sampler(targets.files, sched=arguments.sched)
-    process = None
+def _count_intervals(arguments: argparse.Namespace, files: Sequence[StatsFile], show: _Shown) -> int:
+    with usage_errors():
+        sampler = Sampler(files, arguments.event, sched=arguments.sched)
+    process, latest = None, _Latest()
     with ended_by_signals(sampler.stop), warnings.catch_warnings():
         warnings.simplefilter("ignore", SamplingWarning)  # said once, at the end
         count = None if arguments.count is None else arguments.count + 1
@@ -243,18 +309,9 @@ def _count_intervals(arguments: argparse.Namespace, targets: Targets, show: _Sho
             first = None
             for before, after in pairwise(chunks):
                 first = before if first is None else first
-                both = Samples.concatenate([before, after])
-                show([_chosen(both, arguments)], (int(after.time[-1]) - int(first.time[0])) / 1e9)
+                if there := latest.take(after):
+                    both = Samples.concatenate([before, after]).select(vm=there)
+                    show([both], (int(after.time[-1]) - int(first.time[0])) / 1e9)
         if stream.missed:
             print(f"kvmstats: intervals missed: {stream.missed}", file=sys.stderr)
     return 0 if process is None else wait_for(process)
-
-
-def _chosen(samples: Samples, arguments: argparse.Namespace) -> Samples:
-    with usage_errors():
-        return samples.select(*arguments.event or (), vcpu=arguments.vcpu)
-
-
-def _report_lost(samples: Samples) -> None:
-    for error in samples.errors:
-        print(f"kvmstats: {samples.files[error.file]}: {error.error}", file=sys.stderr)
