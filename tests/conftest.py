@@ -19,9 +19,11 @@ from kvmstats_fast.testing import KvmUnavailableError, TinyGuest, exit_counter
 def pytest_configure():
     """Handle SIGINT, which tests send to themselves, even where a shell has it ignored in the background.
 
-    And forget how wide the terminal is, of which pytest-xdist tells its processes: what tests read goes to none.
+    And forget how wide the terminal is, of which pytest-xdist tells its processes: what tests read goes to none. And
+    let the hundreds of interpreters that are started keep what the first one has compiled.
     """
-    os.environ.pop("COLUMNS", None)
+    for name in ("COLUMNS", "PYTHONDONTWRITEBYTECODE"):
+        os.environ.pop(name, None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -90,9 +90,10 @@ class Qmp:
         self.socket.close()
 
 
-def plain_qemu(folder, resources, *more, vcpus=4):
-    """Start QEMU as anybody would: (process, monitor); both end with `resources`."""
+def plain_qemu(folder, resources, *more, vcpus=4, nice=0):
+    """Start QEMU as anybody would: (process, monitor); both end with `resources`. One that is nice takes idle time."""
     command, path = arguments(folder, *more, vcpus=vcpus)
+    command = ["nice", "-n", str(nice), *command] if nice else command
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     resources.callback(process.wait)
     resources.callback(process.kill)

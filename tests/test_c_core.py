@@ -37,6 +37,8 @@ WRAP = "-Wl,--wrap=pread,--wrap=pread64"
 # It calls pread under a sanitizer, too, without being told.
 ADDRESSES = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREADS = ["-O1", "-fsanitize=thread"]
+# The core is compiled as it is shipped; the long tests of it as fast as possible.
+NOT_OPTIMIZED = "-O0"
 # Rates are worked out four at once where the processor has AVX2, unless the core is told not to.
 TWO_LANES = "-DKVMSTATS_TWO_LANES"
 HAS_FOUR_LANES = platform.machine() == "x86_64" and "avx2" in Path("/proc/cpuinfo").read_text().split()
@@ -146,8 +148,8 @@ def linked(tmp_path_factory, compiled):
         core = [compiled(source, *flags) for source in CORE]
         number = len(list(folder.iterdir()))
         if list(flags) == SHIPPED:
-            return build(folder / f"{number}", *core, compiled(test, *flags))
-        test = compiled(test, *dict.fromkeys([*flags, LIBC_PREAD]))
+            return build(folder / f"{number}", *core, compiled(test, *flags, NOT_OPTIMIZED))
+        test = compiled(test, *dict.fromkeys([*flags, LIBC_PREAD]), NOT_OPTIMIZED)
         return build(folder / f"{number}", *flags, *core, test, WRAP)
 
     return linked

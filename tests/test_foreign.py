@@ -609,19 +609,19 @@ def mutate(script, *arguments):
 
 def test_of_inputs_of_every_kind_none_is_a_riddle():
     """Stats files, hand-over messages, command lines, times and conditions: only documented errors, and no fd stays."""
-    inputs = numbers(2000)
+    inputs = numbers(1000)
     said, came = mutate("mutate_inputs.py", len(inputs), inputs.start)
-    assert said.startswith("2000 inputs from ")
-    assert min(came[name] for name in ("parsed", "FormatError", "received", "HandOverError", "text read")) > 10
-    assert sum(count for name, count in came.items() if name.startswith("command line")) > 200
+    assert said.startswith("1000 inputs from ")
+    assert min(came[name] for name in ("parsed", "FormatError", "received", "HandOverError", "text read")) > 5
+    assert sum(count for name, count in came.items() if name.startswith("command line")) > 100
 
 
 def test_of_thousands_of_lies_none_is_a_riddle():
     """Bytes, well-formed Arrow and .npz members changed at random: only documented errors, in bounded time."""
-    inputs = numbers(1500)
+    inputs = numbers(600)
     said, came = mutate("mutate_recordings.py", len(inputs), inputs.start)
-    assert said.startswith("1500 inputs: ")
-    assert min(came["read"], came["KvmStatsError"], came["FormatError"], came["merged"]) > 30
+    assert said.startswith("600 inputs: ")
+    assert min(came["read"], came["KvmStatsError"], came["FormatError"], came["merged"]) > 10
 
 
 def test_a_footer_that_contradicts_itself_does_not_end_the_process():

@@ -89,8 +89,13 @@ def vmm_of(pid, seconds=30):
 
 
 def ask(vmm, tid, fds, *, in_run=False, **more):
-    """Attempt until the thread is met in a call."""
-    return until(lambda: (a := vmm.attempt(tid, fds, in_run=in_run, **more)).result not in inject._TRANSIENT and a)
+    """Attempt until the thread is met in a call, by a tracer that the machine lets begin in time."""
+
+    def was_met(attempt):
+        not_begun = attempt.result == Result.KILLED and inject._STEPS[lib.KVMSTATS_STEP_NONE] in str(attempt.error)
+        return attempt.result not in inject._TRANSIENT and not not_begun
+
+    return until(lambda: was_met(a := vmm.attempt(tid, fds, in_run=in_run, **more)) and a)
 
 
 # ---- QEMU

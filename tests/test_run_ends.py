@@ -196,7 +196,7 @@ def test_a_stream_that_is_forgotten_in_a_cycle_only_stops(files, monkeypatch):
         end(ring)
 
     monkeypatch.setattr(run._Ring, "end", end_here)
-    for _ in range(20):
+    for _ in range(10):
         cycle = [sampler.stream(0.001)]
         cycle.append(cycle)
         cycle[0].__enter__()
@@ -265,7 +265,7 @@ def test_a_fork_in_the_middle_of_sweeps_leaves_the_child_a_free_sampler(files, t
     try:
         with samplers[2].stream(0.0001) as stream:
             next(stream)
-            for _ in range(30):
+            for _ in range(15):
                 child = forked(use)
                 assert until(lambda child=child: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
                 assert exit_status(child) == 0

@@ -437,7 +437,7 @@ def test_a_file_can_be_parsed_at_any_step_of_parsing_another(meanwhile):
                 sys.settrace(trace)
             return trace
 
-        stride = 5 if meanwhile is meanwhile_forked else 1
+        stride = 11 if meanwhile is meanwhile_forked else 1
         sys._getframe().f_trace_opcodes = True
         kf.parse(REAL)
         sys.settrace(trace)

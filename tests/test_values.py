@@ -266,7 +266,7 @@ def found_rows(paths):
     file=st.integers(1, 12),
     values=st.sampled_from(["raw", "delta", "rate"]),
 )
-@hypothesis.settings(examples(12), suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(examples(8), suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_a_data_set_has_the_changes_of_whole_runs(  # noqa: PLR0917 - Hypothesis names them
     cuts, failures, midnight, group, file, values, tmp_path_factory
 ):
