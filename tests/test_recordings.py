@@ -170,6 +170,32 @@ def test_rates_are_by_the_time_that_anything_of_it_was_sampled(tmp_path):
     assert r.figures("vcpu")["exits/s"].values[0] == pytest.approx(sum(first) / 22)
 
 
+def test_what_two_runs_sampled_of_a_file_at_one_time_is_refused(form, tmp_path):
+    """It would count twice, and its rate be twice what it was: of two recorders the error says to take one."""
+    first, second = run_of(start=0), run_of(start=11)
+    third = run_of(start=5, seed=3).select("exits", vm="db")
+    one = opened(tmp_path / "one", form, [first, second])
+    assert one.total("exits", by=None) == first.total("exits").sum() + second.total("exits").sum()
+    r = opened(tmp_path / "two", form, [first, second, third])
+    for ask in (lambda r: r.total("exits"), lambda r: r.mean_rate("exits", by="host"), lambda r: r.figures()):
+        with pytest.raises(kf.KvmStatsError, match=r"exits of db/[01] was sampled by two runs at the same time"):
+            ask(r)
+        ask(r.select(vm="web"))
+    assert r.total("halt_wait_ns") == one.total("halt_wait_ns")
+    assert sum(len(x) for x in r) >= len(first) + len(second) + len(third)
+
+
+@pytest.mark.parametrize("ns", [{"wall_offset": EPOCH - 5 * 10**9}, {"wall_offset": EPOCH + 10**12, "start": 5}])
+def test_a_clock_that_begins_anew_is_no_second_run_at_the_same_time(ns, tmp_path):
+    """Where the wall clock was set back, or the host booted, only one of the two clocks has them overlap."""
+    first, second = run_of(start=0), run_of(start=ns.get("start", 11))
+    second.wall_offset = ns["wall_offset"]
+    for number, x in enumerate((first, second)):
+        record(tmp_path / f"{number}", [x])
+    r = kf.open_recordings(tmp_path)
+    assert r.total("exits", by=None) == first.total("exits").sum() + second.total("exits").sum()
+
+
 @pytest.mark.filterwarnings("ignore:.*resets")
 def test_a_run_is_one_run_to_compare_however_many_pieces_it_is_read_in(form, tmp_path, monkeypatch):
     """Pieces are no runs: intervals from them would be too narrow. Kinds that a data set keeps apart are one run."""

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvmstats_fast._text import printable
 from kvmstats_fast.analysis.formulas import figures_of
 from kvmstats_fast.analysis.halted import Halted
 from kvmstats_fast.analysis.time_shares import BLOCKING, HALT, NEEDED
 from kvmstats_fast.analysis.whole_run import Whole
 from kvmstats_fast.changes import add_exactly, add_up_group
+from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.file_info import group_files
 from kvmstats_fast.spans import last_sweeps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     import numpy.typing as npt
 
@@ -135,6 +138,8 @@ class _Run:
         self.read_ns = np.zeros(len(self.files), np.int64)
         #: Where an uninterrupted stretch of sweeps begins, by the wall clock; and what `read_ns` was there.
         self.stretches: list[tuple[int, npt.NDArray[np.int64]]] = []
+        #: The first and the last sweep, each by the wall clock and by `Samples.time`.
+        self.began = self.ended = (0, 0)
         #: `Samples.time` of the last sweep that was added, and its values by kernel and statistic.
         self._last: tuple[int, list[list[npt.NDArray[np.uint64]]]] | None = None
 
@@ -146,6 +151,9 @@ class _Run:
         if not follows:
             self._last = None
         values = [[group.view(name) for name in kernel.stats] for kernel, group in self._zip(samples)]
+        if not self.stretches:
+            self.began = int(samples.wall_time[0]), int(samples.time[0])
+        self.ended = int(samples.wall_time[-1]), int(samples.time[-1])
         if self._last is None:
             self.stretches.append((int(samples.wall_time[0]), self.read_ns.copy()))
         else:
@@ -164,6 +172,11 @@ class _Run:
 
     def _zip(self, samples: Samples) -> Iterator[tuple[_Kernel, Group]]:
         return zip(self.kernels, samples.groups, strict=True)
+
+    def overlaps(self, other: _Run) -> bool:
+        """Return whether they have time in common by both clocks, of which either may begin anew or be set back."""
+        ranges = zip(self.began, self.ended, other.began, other.ended, strict=True)
+        return all(start < other_stop and other_start < stop for start, stop, other_start, other_stop in ranges)
 
     def counts(self) -> Iterator[KernelCounts]:
         """Yield what was counted of each kind and kernel, if there was a sweep."""
@@ -209,10 +222,13 @@ class Tally:
         ------
         KeyError
             If it is of different types, units or sizes in different runs.
+        KvmStatsError
+            If a file was sampled by two runs at the same time, so that it would count twice.
         """
         found = [(run, kernel) for run in self._runs for kernel in run.kernels if name in kernel.change]
         if not found:
             return None
+        _check_once((run, kernel, {name}) for run, kernel in found)
         stats = [replace(kernel.stats[name], offset=0) for _, kernel in found]
         if any(stat != stats[0] for stat in stats[1:]):
             raise KeyError(f"{name!r} has different types, units or sizes in runs of different kernels: select some")
@@ -231,8 +247,31 @@ class Tally:
         return {label: _measure(found) / 1e9 for label, found in stretches.items()}
 
     def figures(self, by: str) -> Figures:
-        """Return the figures of all runs together, see `Samples.figures`; a rate is over the time of `seconds`."""
+        """Return the figures of all runs together, see `Samples.figures`; a rate is over the time of `seconds`.
+
+        Raises
+        ------
+        KvmStatsError
+            As `count`.
+        """
+        _check_once((run, kernel, kernel.change.keys()) for run in self._runs for kernel in run.kernels)
         return figures_of(_WholeTally(self._runs, "vcpu"), _WholeTally(self._runs, "vm"), by)
+
+
+def _check_once(found: Iterable[tuple[_Run, _Kernel, AbstractSet[str]]]) -> None:
+    """Raise KvmStatsError if two of the runs have the same statistic of the same file at the same time."""
+    runs: dict[FileInfo, list[tuple[_Run, AbstractSet[str]]]] = {}
+    for run, kernel, names in found:
+        for index in kernel.columns.tolist():
+            runs.setdefault(run.files[index], []).append((run, names))
+    for info, there in runs.items():
+        there.sort(key=lambda one: one[0].began)
+        for (one, names), (other, others) in pairwise(there):
+            if (twice := names & others) and one.overlaps(other):
+                raise KvmStatsError(
+                    f"{min(twice)} of {printable(str(info))} was sampled by two runs at the same time, and would count "
+                    "twice: name the recordings of one of them, or take other times of them by themselves (between)"
+                )
 
 
 def group(files: Sequence[FileInfo], by: str | None) -> dict[str, list[int]]:

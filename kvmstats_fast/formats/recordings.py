@@ -296,6 +296,8 @@ class Recordings:
             If there is no such statistic, or if it is in VM and in vCPU files, or of different types or units.
         ValueError
             If `by` is none of these, or more was counted than fits.
+        KvmStatsError
+            If two runs sampled it of the same file at the same time, as two recorders do: it would count twice.
         """
         _, counted = self._count(name, by)
         return _only(_add_up(counted, by), by)
@@ -371,6 +373,8 @@ class Recordings:
         ------
         ValueError
             If `by` is none of these.
+        KvmStatsError
+            As `total`.
         """
         check_by(by)
         stats = [stat for run in self._runs for stream in run.source.streams() for stat in stream.stats]
