@@ -97,8 +97,14 @@ def test_a_run_that_ended_by_itself_was_not_interrupted(files):
 ASYNC = """
 import asyncio, signal
 
+def interrupt():
+    while len(os.listdir("/proc/self/task")) < 4:  # with asyncio's thread, and that of the run
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+
 async def main():
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Thread(target=interrupt).start()
     try:
         await asyncio.to_thread(sampler.run, 0.01)
     finally:
@@ -141,7 +147,10 @@ with sampler.stream(0.001, chunk=2, count=6) as stream:
     print(sum(len(part) + part.missed for part in stream))
 print(len(signal.pthread_sigmask(signal.SIG_BLOCK, [])), subprocess.run(["true"]).returncode)
 ours = os.getpid()
+before = len(os.listdir("/proc/self/task"))
 if not os.fork():
+    while len(os.listdir(f"/proc/{ours}/task")) == before:  # the run's thread is not there yet
+        time.sleep(0.01)
     time.sleep(0.3)
     os.kill(ours, signal.SIGINT)
     os._exit(0)

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import math
 import os
 import resource
 import signal
@@ -273,14 +274,22 @@ def test_ctrl_c_ends_a_run_at_once_with_what_was_sampled(files, arguments, wait)
     """SIGINT ends a bounded or endless run within 100 ms; everything sampled before is there, in order."""
 
     def attempt():
-        sent = []
+        sent, before = [], kernel_threads()
 
         def interrupt():
+            until(lambda: len(kernel_threads() - before) == 2)  # this one, and that of the run
+            time.sleep(0.3)
             sent.append(time.monotonic())
             os.kill(os.getpid(), signal.SIGINT)
 
-        threading.Timer(0.3, interrupt).start()
-        samples = kf.Sampler(files).run(0.01, wait=wait, **arguments)
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        try:
+            samples = kf.Sampler(files).run(0.01, wait=wait, **arguments)
+        except KeyboardInterrupt:  # the thread that calls had not come to wait for the run's yet
+            return math.inf
+        finally:
+            interrupter.join()
         ended = time.monotonic()
         assert samples.interrupted
         assert "interrupted" in repr(samples)
