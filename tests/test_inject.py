@@ -288,7 +288,10 @@ def test_a_paused_vm_is_refused_and_does_as_soon_as_it_runs(qemu):
     """The VM's own file can be had at once, those of vCPUs that run nowhere cannot, and the reason is told in time."""
     qemu.qmp("stop")
     with watchdog(60):  # nothing but the timeout ends it
-        vm, *vcpus = open_missing(qemu.pid, timeout=0.5)
+        for timeout in (0.5, 2, 10):  # a busy host takes some of it for the VM's file
+            vm, *vcpus = open_missing(qemu.pid, timeout=timeout)
+            if vm.error is None:
+                break
     assert vm.error is None
     assert len(vcpus) == 4
     for vcpu in () if HOLDS_VCPUS else vcpus:
@@ -450,8 +453,9 @@ def test_no_register_is_lost_when_the_tracer_dies(target, step):
     assert vmm_process.is_well()
 
 
-def test_no_signal_is_lost(target):
+def test_no_signal_is_lost(target, monkeypatch):
     """Queued signals that arrive all the while reach their handler, each once, also those that come before the stop."""
+    monkeypatch.setattr(inject, "_PATIENCE", 60)  # a busy host is no reason to kill a tracer
     vmm_process = target(1, 2)
     vmm = vmm_of(vmm_process.pid, 3600)
     vm = vmm.look()[0][0]
@@ -523,24 +527,23 @@ def test_a_thread_that_nothing_wakes_times_out(target):
 
 def test_a_tracer_that_hangs_is_killed(target):
     """One that is itself stopped does not hold up its caller, and leaves no zombie."""
-    vmm_process = target(0, 0, "vfork")
-    vmm = vmm_of(vmm_process.pid, 0.2)
-    mine = {vmm_process.pid}
 
-    def stop_it():
-        def children():
-            return {
-                int(c) for t in Path("/proc/self/task").iterdir() for c in (t / "children").read_text().split()
-            } - mine
+    def children():
+        return {int(c) for t in Path("/proc/self/task").iterdir() for c in (t / "children").read_text().split()}
 
-        for child in until(children):
-            os.kill(child, signal.SIGSTOP)
+    def stop_another(mine):
+        for child in until(lambda: children() - mine, seconds=2):
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGSTOP)
 
-    mine |= {int(c) for t in Path("/proc/self/task").iterdir() for c in (t / "children").read_text().split()}
-    stopper = threading.Thread(target=stop_it)
-    stopper.start()
-    attempt = vmm.attempt(vmm_process.tids["vfork"], (0,), in_run=False)
-    stopper.join()
+    for _ in range(10):
+        vmm_process = target(0, 0, "vfork")
+        stopper = threading.Thread(target=stop_another, args=[children()])
+        stopper.start()
+        attempt = vmm_of(vmm_process.pid, 0.2).attempt(vmm_process.tids["vfork"], (0,), in_run=False)
+        stopper.join()
+        if attempt.result != Result.TIMEOUT:  # which it is where the tracer ends before it is stopped
+            break
     assert attempt.result == Result.KILLED
     assert vmm_process.thread("vfork")["calls"] == 0  # it waits yet
     assert os.waitpid(-1, os.WNOHANG | 0x40000000) == (0, 0)
@@ -603,7 +606,7 @@ def test_a_traced_process_is_refused(target):
     command = [shutil.which("python3"), "-c", TRACER, str(vmm_process.pid)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as tracer:
         assert tracer.stdout.readline() == "traced\n"
-        results = open_missing(vmm_process.pid, timeout=0.5)
+        results = open_missing(vmm_process.pid, timeout=30)  # of which it takes little: no thread is left to try
         assert {r.result for r in results} == {Result.TRACED}
         assert f"process {tracer.pid} traces it" in str(results[0].error)
         tracer.stdin.close()
