@@ -6,6 +6,7 @@ from pathlib import Path
 
 import made
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 import kvmstats_fast as kf
@@ -74,6 +75,47 @@ def test_memory_that_arrow_lacks_to_open_a_file_is_not_called_damage(tmp_path, m
     monkeypatch.setattr(pa.ipc, "open_stream", fail)
     with pytest.raises(MemoryError):
         kf.Samples.load(tmp_path / "run")
+
+
+def save(folder):
+    """Write an Arrow stream."""
+    X.save(folder / "run", compression="zstd")
+
+
+def convert(folder):
+    """Write a Parquet file."""
+    kf.to_parquet(X, folder / "set")
+
+
+@pytest.mark.parametrize(
+    ("write", "where", "method"), [(save, pa.ipc, "new_stream"), (convert, pa.parquet, "ParquetWriter")]
+)
+def test_memory_that_a_codec_lacks_to_write_is_a_memory_error(write, where, method, tmp_path, monkeypatch):
+    """Arrow calls that an OSError without a number; nothing half-written is left."""
+    make = getattr(where, method)
+
+    class Writer:
+        def __init__(self, *arguments, **options):
+            self.writer = make(*arguments, **options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.writer.close()
+
+        def fail(self, *_, **__):
+            raise OSError("ZSTD compression failed: Allocation error : not enough memory")
+
+        write_batch = write_table = fail
+
+        def __getattr__(self, name):
+            return getattr(self.writer, name)
+
+    monkeypatch.setattr(where, method, Writer)
+    with pytest.raises(MemoryError, match="ZSTD compression failed"):
+        write(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_recorder_without_memory_says_so_and_ends_readable(tmp_path, monkeypatch):

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.sampling.memory import Memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 #: Dates that a conversion makes directories for: ten years.
 MOST_DATES = 3660
@@ -39,6 +46,17 @@ def as_shortage(error: Exception, source: str) -> MemoryError | None:
     """Return a MemoryError if that is what it is: Arrow's is an ArrowException, too, and its codecs only say so."""
     short = isinstance(error, MemoryError) or any(text in str(error) for text in _SHORTAGES)
     return MemoryError(f"{source}: {error}") if short else None
+
+
+@contextmanager
+def saying_shortage(target: Path) -> Iterator[None]:
+    """Have a shortage of memory while `target` is written be a MemoryError, in whatever form Arrow says so."""
+    try:
+        yield
+    except Exception as error:
+        if shortage := as_shortage(error, str(target)):
+            raise shortage from error
+        raise
 
 
 def check_memory(size: int, source: str) -> None:

@@ -17,7 +17,7 @@ from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories, put_file
 from kvmstats_fast.formats.arrow import arrow_schema, decode_dictionaries, one_group, to_batch
-from kvmstats_fast.formats.limits import MOST_DATES
+from kvmstats_fast.formats.limits import MOST_DATES, saying_shortage
 from kvmstats_fast.formats.origin import Origin
 from kvmstats_fast.formats.parquet_file import check_same_values
 from kvmstats_fast.formats.pending import bytes_of, bytes_per_sweep, cut_sweeps
@@ -301,7 +301,8 @@ class _File:
         joined = None if values[0] is None else [np.concatenate(of_column) for of_column in zip(*values, strict=True)]
         batch, happened = to_batch(samples, one_group(samples), self._coded, joined, by_file=True)
         table = decode_dictionaries(self._pa.Table.from_batches([batch]))
-        self._writer.write_table(table, row_group_size=max(len(table), 1))
+        with saying_shortage(self.path):
+            self._writer.write_table(table, row_group_size=max(len(table), 1))
         self._happened.append(happened)
 
     def end(self) -> None:

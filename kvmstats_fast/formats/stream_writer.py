@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvmstats_fast.formats import arrow, need
 from kvmstats_fast.formats._put import open_new
-from kvmstats_fast.formats.limits import MOST_IN_BATCH
+from kvmstats_fast.formats.limits import MOST_IN_BATCH, saying_shortage
 from kvmstats_fast.formats.origin import Origin
 from kvmstats_fast.formats.pending import bytes_per_sweep, cut_sweeps
 from kvmstats_fast.formats.stream_file import END_OF_STREAM
@@ -102,7 +102,8 @@ class StreamWriter:
                 ):
                     batch, happened = arrow.to_batch(part, group, schema)
                     metadata = {f"kvmstats.{what}": json.dumps(value) for what, value in happened.items()}
-                    writer.write_batch(batch, custom_metadata=metadata)
+                    with saying_shortage(file.path):
+                        writer.write_batch(batch, custom_metadata=metadata)
                     if self._options.sync:
                         file.sync()
                 grown = sum(file.position for file in self._files) - sum(ends)
