@@ -166,6 +166,7 @@ def grown(call, calls):
         tracemalloc.stop()
 
 
+@pytest.mark.measures_memory
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_leaves_no_memory_and_no_fd_behind(name):
     """After a warm-up, 200 calls leave less than 8 bytes each, half of the smallest object, 50 slow ones less than 200

@@ -173,6 +173,7 @@ print(peak() - before, sum(x[name].nbytes for name in x.names))
 """
 
 
+@pytest.mark.measures_memory
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_the_whole_takes_little_more_memory_than_its_values(compression, path):
     """Batches are let go of as they are copied, those that are mapped from the file too; so it is through growth."""

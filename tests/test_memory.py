@@ -196,6 +196,7 @@ for room in sys.argv[1:]:
 """
 
 
+@pytest.mark.measures_memory
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("stream", [False, True])
 def test_under_a_limit_of_memory_a_run_is_right_or_a_memory_error(threads, stream):

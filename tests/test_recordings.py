@@ -417,6 +417,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.measures_memory
 def test_memory_does_not_grow_with_a_run(tmp_path):
     """However long it is: 85 MiB of values are asked in a fraction of it."""
     x = made.samples([("vcpu", VCPU, 64)], 60)

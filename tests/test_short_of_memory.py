@@ -15,6 +15,7 @@ VCPU = made.schema_of(None, "vcpu")
 X = made.samples([("vm", made.schema_of(None, "vm"), 1), ("vcpu", VCPU, 2)], 9)
 
 
+@pytest.mark.measures_memory
 def test_at_every_limit_the_result_is_right_or_a_memory_error():
     """Opening, running, streaming, recording, saving, loading and converting, each in a process of its own."""
     command = [sys.executable, Path(__file__).parent / "short_of_memory.py", "4"]
