@@ -218,13 +218,14 @@ def test_the_core_is_clean_under_the_sanitizers(linked):
     assert core_checks(check(linked(TEST_CORE, *ADDRESSES))) > 1000
 
 
-def test_the_core_is_clean_under_valgrind(linked):
+@pytest.mark.parametrize("test", [TEST_CORE, TEST_RUN], ids=["core", "run"])
+def test_the_core_is_clean_under_valgrind(linked, test):
     """No check of the core uses an uninitialised value, accesses memory it does not own, or leaks."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         pytest.skip("there is no valgrind")
-    program = linked(TEST_CORE, LIBC_PREAD)
-    assert core_checks(check(valgrind, "--quiet", "--error-exitcode=99", "--leak-check=full", program)) > 1000
+    output = check(valgrind, "--quiet", "--error-exitcode=99", "--leak-check=full", linked(test, LIBC_PREAD))
+    assert re.fullmatch(r"test_(core|run): \d{4,} checks\n", output)
 
 
 @pytest.mark.usefixtures("sanitizers")
