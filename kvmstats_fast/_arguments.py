@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from numbers import Real
 from typing import TYPE_CHECKING, SupportsFloat, TypeVar, cast
@@ -32,15 +33,16 @@ def check_integer(
     return number
 
 
-def check_seconds(name: str, value: object, most: float, *, zero: bool) -> float:
+def check_seconds(name: str, value: object, most: float = math.inf, *, zero: bool) -> float:
     """Return an argument as seconds; TypeError if it is not a number, ValueError if it is out of range."""
-    wanted = f"0 or more seconds, at most {most:g}" if zero else f"more than 0 seconds, at most {most:g}"
+    wanted = "0 or more seconds" if zero else "more than 0 seconds"
+    wanted += f", at most {most:g}" if most < math.inf else ""
     if not isinstance(value, (Real, SupportsFloat)) or isinstance(value, str):
         raise TypeError(f"{name} is {article(value)}; it must be a number of seconds")
     try:
         seconds = float(value)
     except OverflowError:
-        seconds = float("inf")
+        seconds = math.inf
     if not (0 <= seconds <= most) or (seconds == 0 and not zero):
         raise ValueError(f"{name} is {value}; it must be {wanted}")
     return seconds

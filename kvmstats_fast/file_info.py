@@ -124,7 +124,7 @@ _BY: dict[str, Callable[[FileInfo], str]] = {
 
 def check_by(by: str) -> None:
     """Raise ValueError if this is no word for what files are added up by."""
-    if by not in _BY:
+    if by not in tuple(_BY):  # which need not be hashable
         raise ValueError(f"by is {by!r}; it must be one of {', '.join(map(repr, _BY))}")
 
 

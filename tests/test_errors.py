@@ -106,6 +106,60 @@ def test_what_is_not_a_name_is_a_type_error_with_a_sentence(call, wrong):
     assert len(str(caught.value)) > 30
 
 
+@pytest.mark.parametrize("wrong", [3, None, b"exits", ["exits"], 1.5], ids=repr)
+def test_what_is_not_a_name_is_refused_by_recordings_too(wrong, tmp_path):
+    """And a mapping that is asked for one has no such key."""
+    x().save(tmp_path / "run")
+    recordings = kf.open_recordings(tmp_path / "run")
+    for ask in (recordings.total, recordings.mean_rate, recordings.histogram):
+        with pytest.raises(TypeError, match="not the name of a statistic"):
+            ask(wrong)
+    if not isinstance(wrong, list):
+        assert wrong not in kf.compare(x(), x())
+
+
+@pytest.mark.parametrize("by", [[], {}, 5, "pid", ""], ids=repr)
+def test_what_is_added_up_by_is_one_of_three_words(by, tmp_path):
+    """Whatever else it is, and whoever is asked."""
+    x().save(tmp_path / "run")
+    recordings = kf.open_recordings(tmp_path / "run")
+    asks = [
+        lambda: x().figures(by=by),
+        lambda: x().histogram("hist").by(by),
+        lambda: recordings.figures(by),
+        lambda: recordings.total("exits", by),
+    ]
+    for ask in asks:
+        with pytest.raises(ValueError, match=r"by is .*; it must be one of 'host', 'vm', 'vcpu'"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "error", "message"),
+    [
+        ("rotate_bytes", "1M", TypeError, "rotate_bytes is a str; it must be a whole number, at least 1"),
+        ("rotate_bytes", 0, ValueError, "rotate_bytes is 0; it must be at least 1"),
+        ("rotate_seconds", "60", TypeError, "rotate_seconds is a str; it must be a number of seconds"),
+        ("rotate_seconds", 0, ValueError, "rotate_seconds is 0; it must be more than 0 seconds"),
+        ("rotate_seconds", float("nan"), ValueError, "rotate_seconds is nan; it must be more than 0 seconds"),
+        ("flush_seconds", None, TypeError, "flush_seconds is a NoneType; it must be a number of seconds"),
+        ("flush_seconds", -1, ValueError, "flush_seconds is -1; it must be 0 or more seconds"),
+        ("flush_bytes", 1.5, TypeError, "flush_bytes is a float; it must be a whole number, at least 1"),
+        ("batch_bytes", b"", TypeError, "batch_bytes is a bytes; it must be a whole number, at least 0"),
+        ("batch_bytes", -1, ValueError, "batch_bytes is -1; it must be at least 0"),
+        ("host", 7, TypeError, "host is an int; it must be the name of a host"),
+    ],
+)
+def test_a_wrong_argument_of_a_writer_is_named_before_anything_is_made(name, wrong, error, message, tmp_path):
+    """What is wrong, and what would be right."""
+    x().save(tmp_path / "run")
+    write = kf.Recorder if name != "host" else lambda path, host: kf.to_parquet(tmp_path / "run", path, host=host)
+    with pytest.raises(error) as caught:
+        write(tmp_path / "new", **{name: wrong})
+    assert str(caught.value) == message
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

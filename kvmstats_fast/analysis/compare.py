@@ -97,7 +97,7 @@ class Comparison(Mapping[str, Change]):
         try:
             return self._by_name[name]
         except KeyError:
-            near = get_close_matches(name, self._by_name, n=1)
+            near = get_close_matches(name, self._by_name, n=1) if isinstance(name, str) else []  # `5 in compared`
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise KeyError(f"{name!r} is not on both sides{hint}") from None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kvmstats_fast._arguments import article
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories, put_file
@@ -128,6 +129,8 @@ def write_parquet(  # noqa: PLR0913 - what to_parquet is told
     if encoding not in _ENCODINGS:
         raise ValueError(f"encoding is {encoding!r}; it must be one of {', '.join(map(repr, _ENCODINGS))}")
     check_mode(mode)
+    if not isinstance(host, str | None):
+        raise TypeError(f"host is {article(host)}; it must be the name of a host")
     with _Parquet(root, host, name, _Options(values, encoding, overwrite, mode)) as writer:
         for run, step in steps:
             for part in step.samples.split():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import operator
 import os
 import re
 import threading
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvmstats_fast._arguments import check_integer, check_seconds
 from kvmstats_fast._resource import Closing
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories
@@ -69,6 +69,8 @@ class Recorder(Closing):
     ------
     FileExistsError
         If there is something at `path`.
+    TypeError, ValueError
+        For arguments of a wrong type or out of range.
     ModuleNotFoundError
         Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
 
@@ -94,16 +96,14 @@ class Recorder(Closing):
     ) -> None:
         self._pending = Pending(0, 0, 0)
         self._closed = True
-        if rotate_bytes is not None and operator.index(rotate_bytes) < 1:
-            raise ValueError(f"rotate_bytes is {rotate_bytes}; it must be at least 1")
-        if rotate_seconds is not None and not rotate_seconds > 0:
-            raise ValueError(f"rotate_seconds is {rotate_seconds}; it must be above 0")
-        if not flush_seconds >= 0:
-            raise ValueError(f"flush_seconds is {flush_seconds}; it must be at least 0")
-        if operator.index(flush_bytes) < 1:
-            raise ValueError(f"flush_bytes is {flush_bytes}; it must be at least 1")
-        if batch_bytes is not None and operator.index(batch_bytes) < 0:
-            raise ValueError(f"batch_bytes is {batch_bytes}; it must be at least 0")
+        if rotate_bytes is not None:
+            rotate_bytes = check_integer("rotate_bytes", rotate_bytes, 1)
+        if rotate_seconds is not None:
+            rotate_seconds = check_seconds("rotate_seconds", rotate_seconds, zero=False)
+        flush_seconds = check_seconds("flush_seconds", flush_seconds, zero=True)
+        flush_bytes = check_integer("flush_bytes", flush_bytes, 1)
+        if batch_bytes is not None:
+            batch_bytes = check_integer("batch_bytes", batch_bytes, 0)
         if compression not in (None, "zstd", "lz4"):
             raise ValueError(f"compression is {compression!r}; it must be 'zstd', 'lz4' or None")
         check_mode(mode)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 
-from kvmstats_fast._arguments import check_seconds
+from kvmstats_fast._arguments import check_name, check_seconds
 from kvmstats_fast.analysis.histogram import Histogram, adder_of, adds_up
 from kvmstats_fast.analysis.tally import Counted, Tally, add_changes, group
 from kvmstats_fast.errors import unknown_stat
@@ -397,6 +397,7 @@ class Recordings:
         """Count what a statistic, and what adds it up, changed by; what was counted before is at hand."""
         if by is not None:
             check_by(by)
+        check_name(name)
         if name not in self.names:
             raise unknown_stat(name, self.names, "these recordings")
         if name not in self._counted:
