@@ -83,6 +83,12 @@ class SamplingWarning(UserWarning):
     """
 
 
+#: What keeps a process from starting a thread, when the kernel says EAGAIN.
+THREAD_LIMITS = (
+    "the limits are RLIMIT_NPROC (ulimit -u) of this user, pids.max of this process' cgroups, and the sysctls "
+    "kernel.threads-max and kernel.pid_max"
+)
+
 _BLOCKS = {
     lib.KVMSTATS_BLOCK_HEADER: "header",
     lib.KVMSTATS_BLOCK_ID: "id",

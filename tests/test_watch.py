@@ -1,14 +1,16 @@
 """A VM may go while its VMM runs on: its files are let go of soon, and those of other VMs are not."""
 
+import _thread
 import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from helpers import open_fds, run_while, stats_fds, until
+from helpers import exit_status, forked, open_fds, run_while, stats_fds, until
 
 import kvmstats_fast as kf
 from kvmstats_fast.vmm import mark, watch
@@ -286,6 +288,50 @@ def test_what_a_look_costs(vmm, resources):
 
 
 # ---- borrowers
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), MemoryError()], ids=repr)
+def test_a_look_that_fails_does_not_end_the_watch(vmm, resources, monkeypatch, error):
+    """It is about one VM, and of that moment: the others, and the end of this one, are noticed."""
+    vmm.do("guest, files = boot()")
+    other = Vmm(resources)
+    other.do("guest, files = boot()")
+    first, second = (resources.enter_context(kf.attach(one.pid)) for one in (vmm, other))
+    look_at, failed = watch.Watched.look, threading.Event()
+
+    def fail(watched):
+        if watched is first._watched:
+            failed.set()
+            raise error
+        look_at(watched)
+
+    monkeypatch.setattr(watch.Watched, "look", fail)
+    assert failed.wait(30)
+    other.do("stop(guest, files)")
+    until(lambda: all(file.closed for file in second.files))
+    vmm.process.kill()
+    until(lambda: all(file.closed for file in first.files))
+
+
+def test_a_watch_that_cannot_begin_is_an_error_that_names_the_limits(vmm):
+    """Of `attach`; one that follows the VM says why it does not, and goes on. Nothing stays open."""
+    vmm.do("guest, files = boot()")
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_thread, "start_new_thread", refuse)
+            fds = open_fds()
+            with pytest.raises(kf.AttachError, match=r"cannot be started; .*RLIMIT_NPROC .*pids\.max"):
+                kf.attach(vmm.pid)
+            with kf.follow(vmm.pid, 0.001, count=3) as chunks:
+                assert not list(chunks)
+                assert "RLIMIT_NPROC" in chunks.refused[vmm.pid]
+            assert open_fds() == fds
+
+    assert exit_status(forked(work)) == 0
 
 
 def test_a_borrower_is_no_vmm(vmm):

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from kvmstats_fast._kvmstats import ffi, lib
 from kvmstats_fast._resource import Closing, Fd
-from kvmstats_fast.errors import KvmStatsError, SamplingWarning, warn_caller
+from kvmstats_fast.errors import THREAD_LIMITS, KvmStatsError, SamplingWarning, warn_caller
 from kvmstats_fast.joining import find_steps
 from kvmstats_fast.sampling.memory import check_memory
 from kvmstats_fast.sampling.plan import IN_USE, Rows
@@ -345,7 +345,4 @@ def _thread_refused(error: int) -> Exception:
         mmap.mmap(-1, 8 << 20 if soft == resource.RLIM_INFINITY else max(soft, mmap.PAGESIZE)).close()
     except (OSError, ValueError):
         return MemoryError("there is not enough memory for the stack of a thread")
-    return KvmStatsError(
-        f"{text}; the limits are RLIMIT_NPROC (ulimit -u) of this user, pids.max of this process' cgroups, and the "
-        "sysctls kernel.threads-max and kernel.pid_max"
-    )
+    return KvmStatsError(f"{text}; {THREAD_LIMITS}")

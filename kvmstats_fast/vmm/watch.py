@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._text import printable
 from kvmstats_fast._unpatched import unpatched
-from kvmstats_fast.errors import KvmStatsError, VmGoneError
+from kvmstats_fast.errors import THREAD_LIMITS, AttachError, KvmStatsError, VmGoneError
 from kvmstats_fast.handle import null_fd
 from kvmstats_fast.vmm.mark import Marks, mark_dead
 
@@ -135,12 +135,24 @@ class Watcher:
             epoll.close()
 
     def start(self) -> select.epoll:
-        """Start the thread, if there is none yet; it has the capabilities of the thread that calls this first."""
+        """Start the thread, if there is none yet; it has the capabilities of the thread that calls this first.
+
+        Raises
+        ------
+        AttachError
+            If it cannot be started: what is not watched would keep the memory of its VM.
+        """
         with self.lock:
             if self._epoll is None:
-                epoll = unpatched("select", "epoll")()
-                start_thread = unpatched("_thread", "start_new_thread")
-                start_thread(self._work, (epoll,))  # in one step, for the sake of Ctrl-C
+                try:
+                    epoll = unpatched("select", "epoll")()
+                    start_thread = unpatched("_thread", "start_new_thread")
+                    start_thread(self._work, (epoll,))  # in one step, for the sake of Ctrl-C
+                except OSError as error:
+                    raise AttachError(error.errno, f"the VMM cannot be watched: {error.strerror}") from None
+                except RuntimeError:
+                    text = f"the thread that watches VMMs cannot be started; {THREAD_LIMITS}"
+                    raise AttachError(errno.EAGAIN, text) from None
                 self._epoll = epoll
             return self._epoll
 
@@ -186,7 +198,8 @@ class Watcher:
             with self.lock:
                 watched = self._watched.get(pidfd)
                 if watched is not None and watched.process.is_held:
-                    watched.look()
+                    with suppress(OSError, MemoryError):  # the others are looked at, and this one in a second
+                        watched.look()
 
 
 WATCHER = Watcher()
