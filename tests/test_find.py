@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -467,6 +468,25 @@ def test_the_table_has_a_line_a_process(monkeypatch, capsys, proc):
         f"    7  qemu-system-x86_64  we\\x1b[31mb  6           vm, vcpu 0-2,5  {why % 7}",
         f"12345  firecracker         -            2 in 2 VMs  none            {why % 12345}",
     ]
+
+
+def test_the_table_says_who_has_nothing_to_attach_to_and_what_helps_once(monkeypatch, capsys, proc):
+    """In the column that a narrow terminal keeps, too; -w has each reason, and the advice once for all of them."""
+    for pid, name in ((7, "web"), (8, "db")):
+        proc.add(pid, ["qemu-system-x86_64", "-name", name], vm_links(2))
+    found, _ = scan(proc.root)
+    found = [replace(one, attachable=True, why_not="") for one in found]
+    monkeypatch.setattr("kvmstats_fast.cli.list.scan", lambda _: (found, 0))
+
+    def refuse(pid):
+        raise kf.AttachError(errno.ENOENT, f"process {pid} holds none. What helps: something")
+
+    monkeypatch.setattr("kvmstats_fast.vmm.machine.attach", refuse)
+    monkeypatch.setenv("COLUMNS", "50")
+    assert cli.main(["list", "-w"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[-1] for line in lines[1:3]] == ["no files: see -w"] * 2
+    assert lines[3:] == ["", "7: process 7 holds none", "8: process 8 holds none", "What helps: something"]
 
 
 def test_a_long_name_does_not_widen_the_table(monkeypatch, capsys, proc):

@@ -14,6 +14,7 @@ from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.file_info import Known, label_vms
 from kvmstats_fast.vmm.find import scan
+from kvmstats_fast.vmm.ways import split_advice
 
 if TYPE_CHECKING:
     import argparse
@@ -27,7 +28,7 @@ _FIELDS = ("vm", "pid", "vmm", "name", "uid", "vms", "vcpus", "attachable", "why
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "List the processes that have VMs or vCPUs open, and whether their fds may be borrowed. With -p, -g or FILE, a "
+        "List the processes that have VMs or vCPUs open, and whether they can be attached to. With -p, -g or FILE, a "
         "recording, Parquet data set or capture, list statistics: their type, unit and buckets."
     )
     add_vms(parser)
@@ -80,7 +81,7 @@ def _print_table(found: list[VmProcess], screen: Screen) -> None:
             printable(process.name) or "-",
             _vcpus(process),
             _held(process),
-            "yes" if process.attachable else f"no: {process.why_not}",
+            _attach(process),
         )
         for process in found
     ]
@@ -88,9 +89,10 @@ def _print_table(found: list[VmProcess], screen: Screen) -> None:
 
 
 def _print_reasons(found: list[VmProcess], screen: Screen) -> None:
-    """Say of each VM what is missing and what helps."""
+    """Say of each VM what is missing, and what helps: once for all whom the same does."""
     from kvmstats_fast.vmm.machine import attach  # noqa: PLC0415 - numpy, as above
 
+    reasons: dict[str, list[str]] = {}
     for process in found:
         try:
             with attach(process.pid) as machine:
@@ -98,13 +100,25 @@ def _print_reasons(found: list[VmProcess], screen: Screen) -> None:
         except (KvmStatsError, OSError) as error:
             lacking = describe_error(error)
         if lacking:
-            screen.print("", *screen.wrap(f"{process.pid}: {lacking}"))
+            reason, helps = split_advice(lacking)
+            reasons.setdefault(helps, []).append(f"{process.pid}: {reason}")
+    for helps, lines in reasons.items():
+        screen.print(
+            "", *(line for text in lines for line in screen.wrap(text)), *(screen.wrap(helps) if helps else [])
+        )
 
 
 def _vcpus(process: VmProcess) -> str:
     if process.vcpus is None:
         return "?"
     return f"{len(process.vcpus)}" + (f" in {process.vms} VMs" if process.vms is not None and process.vms > 1 else "")
+
+
+def _attach(process: VmProcess) -> str:
+    """How to attach, or why not."""
+    if not process.attachable:
+        return f"no: {process.why_not}"
+    return "no files: see -w" if process.held == () else "yes"
 
 
 def _held(process: VmProcess) -> str:

@@ -72,7 +72,7 @@ INJECT = Way(
     "`attach(pid, inject=True)`",
     "x86-64, permission to trace the VMM, no seccomp filter in it",
     "one of its threads at a time stands still for a moment and makes the ioctl",
-    "where that is acceptable, attach(pid, inject=True)",
+    "where that is acceptable, attach(pid, inject=True), which is --inject",
 )
 
 #: `HOLD` for a domain of libvirt, which starts the VMM itself; docs/attach.md has the steps.
@@ -106,5 +106,11 @@ def advise(*, inject: bool = True, vcpus: bool = True, domain: bool = False) -> 
 
 
 def leave_out_advice(text: str) -> str:
-    """Return the reason in a refusal, without what helps: that stands behind it, once for each VM."""
-    return text.partition(". What helps")[0]
+    """Return the reason in a refusal, without what helps."""
+    return split_advice(text)[0]
+
+
+def split_advice(text: str) -> tuple[str, str]:
+    """Return the reason in a refusal, and what helps, if that is said."""
+    reason, _, helps = text.partition(". What helps")
+    return reason, helps and f"What helps{helps}"
