@@ -2,6 +2,7 @@
 
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -151,6 +152,42 @@ def test_a_flight_recorder_keeps_a_burst_in_full_and_a_sweep_a_second(tmp_path, 
     assert full.tick.tolist() == sorted(set(full.tick.tolist()))
     assert overview.interval == 1.0
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_a_flight_recorder_says_can_be_typed_and_both_parts_are_not_added_up(tmp_path, capsys, held):
+    """It names a recording in which there is something; the folder of both would count everything twice."""
+    path = tmp_path / "out"
+    with Holder(1) as vmm:
+        options = ["-p", str(vmm.pid), "-I", "10ms", "-n", "5", "-o", str(path)]
+        assert cli.main(["record", *options, "--when", f"exits{'<' if held else '>'}1e9/s"]) == 0
+    said = capsys.readouterr().err
+    assert ("of them kept" if held else "none kept: the condition never held") in said
+    assert cli.main(shlex.split(said.rpartition(": kvmstats ")[2])) == 0
+    assert cli.main(["report", str(path)]) == (1 if held else 0)
+    assert ("do not add up: name" in capsys.readouterr().err) is held
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "said"),
+    [
+        (["--", "/no/such/command"], 127, "/no/such/command: No such file or directory"),
+        (["-e", "exitz"], 2, "no statistic 'exitz'"),
+        (["-d", "10ms", "-g", "no-such-guest"], 0, "no VM came; nothing was recorded"),
+    ],
+)
+def test_where_nothing_was_recorded_nothing_is_left(tmp_path, capsys, more, status, said):
+    """No folder that is no recording, and no command that would fail; an empty folder of the user's stays."""
+    path = tmp_path / "out"
+    with Holder(1) as vmm:
+        who = [] if "-g" in more else ["-p", str(vmm.pid)]
+        for mine in (False, True):
+            assert cli.main(["record", *who, "-o", str(path), *more]) == status
+            assert said in (err := capsys.readouterr().err)
+            assert "kvmstats report" not in err
+            assert "Errno" not in err
+            assert path.exists() is mine
+            path.mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -107,12 +107,14 @@ def run(arguments: argparse.Namespace) -> int:
             chunks = opened.enter_context(following)
         if arguments.force:
             _remove(path)
+        if not path.exists():
+            opened.callback(_remove_empty, path)  # of a command that is not there, or a VM that never came
         writer = opened.enter_context(_open(path, arguments, condition))
         shown = _Shown(chunks, writer)
         status = _record(arguments, chunks, writer, shown)
     if arguments.keep:
         _retain(writer, arguments.keep)  # the last files have come into being at the end
-    shown.end(path, "full" if condition else "")
+    shown.end(path)
     return status
 
 
@@ -239,6 +241,13 @@ def _remove(path: Path) -> None:
             folder.rmdir()
 
 
+def _remove_empty(path: Path) -> None:
+    """Remove a recording in which there is nothing."""
+    for folder in (path / "full", path / "overview", path):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 class _Shown:
     """Says on stderr how far it is: on a terminal in one line that changes."""
 
@@ -277,11 +286,19 @@ class _Shown:
     def _print(self, text: str) -> None:
         print(("\r\x1b[K" if self._live else "") + f"kvmstats: {text}", file=sys.stderr)
 
-    def end(self, path: Path, part: str) -> None:
+    def end(self, path: Path) -> None:
         """Say what was recorded, and what can be done with it."""
         sweeps, vms = self._sweeps, len(self.vms)
+        if not self._writer.sweeps:
+            self._print("nothing was recorded" if vms else "no VM came; nothing was recorded")
+            return
+        kept = ""
+        if isinstance(self._writer, _FlightWriter):
+            found = self._writer.full.sweeps
+            kept = f", {found:,} of them kept" if found else ", none kept: the condition never held"
+            path /= "full" if found else "overview"
         self._print(
-            f"{sweeps:,} sweep{'' if sweeps == 1 else 's'} of {vms} VM{'' if vms == 1 else 's'}, "
+            f"{sweeps:,} sweep{'' if sweeps == 1 else 's'} of {vms} VM{'' if vms == 1 else 's'}{kept}, "
             f"{self._chunks.missed:,} ticks missed, {format_si(self._writer.size, 'B')}: "
-            f"kvmstats report {shlex.quote(str(path / part))}"
+            f"kvmstats report {shlex.quote(str(path))}"
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from kvmstats_fast._text import describe_error
 from kvmstats_fast.cli._output import open_private
 from kvmstats_fast.cli._stats_table import print_stats
 from kvmstats_fast.errors import KvmStatsError, VmGoneError
@@ -64,7 +65,7 @@ class _NotStartedError(KvmStatsError):
     """The command is not there, or cannot be executed."""
 
     def __init__(self, status: int, error: OSError) -> None:
-        super().__init__(str(error))
+        super().__init__(describe_error(error))
         self.status = status
 
 
@@ -201,8 +202,8 @@ def _watched(process: subprocess.Popen[Any], files: list[StatsFile]) -> Iterator
         except VmGoneError:
             pass
         except (KvmStatsError, OSError) as error:  # the VMM goes on, and the next look may succeed
-            if said != (said := str(error)):
-                print(f"kvmstats: {error}", file=sys.stderr)
+            if said != (said := describe_error(error)):
+                print(f"kvmstats: {said}", file=sys.stderr)
         pause = min(pause + 0.02, _LOOK)  # often at first, for a short run
         with suppress(TimeoutExpired):
             process.wait(pause)
