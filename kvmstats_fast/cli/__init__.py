@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 #: The verbs and what ``--help`` says of them. The module of a verb is imported only if it is named; it has
 #: ``configure(parser)``, which adds its arguments, and ``run(arguments)``, which returns the exit status.
 _VERBS = {
-    "demo": "run a tiny VM and show the statistics that moved",
+    "list": "list the processes that have VMs",
     "stat": "count for a while, or while a command runs, and show it",
     "top": "show what VMs do on a screen, or replay what was recorded",
-    "list": "list the processes that have VMs",
     "run": "start a VMM and show its statistics at its end",
+    "record": "record the VMs of this host while they come and go",
     "report": "say what was recorded, as text or as a page for a ticket",
     "export": "serve the VMs of this host to Prometheus",
-    "record": "record the VMs of this host while they come and go",
     "compare": "compare recordings: rates of A against B, with intervals",
     "convert": "convert a recording or a captured stats file",
     "capture": "write the whole stats files of a VM, for a bug report",
     "check": "check stats files against the rules of their format",
+    "demo": "run a tiny VM and show the statistics that moved",
     "hold-path": "print the path of the library that makes a VMM keep its stats files open",
 }
 
@@ -86,29 +86,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that has no µ, a name that is no text
             stream.reconfigure(errors="backslashreplace")
-    command: list[str] = []
-    if "--" in argv and argv[0] in _WITH_COMMAND:
-        at = argv.index("--")
-        argv, command = argv[:at], [*argv[at + 1 :]]
-    arguments = make_parser(argv).parse_args(argv)
-    if arguments.verb in _WITH_COMMAND:
-        arguments.command = command
     try:
+        arguments = _parse(argv)
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _show_warning
             status: int = _module(arguments.verb).run(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of our output has gone. Keep the interpreter from flushing into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has gone
+        _end_output()
         return 1
     except KeyboardInterrupt:
         return 130
     except (kvmstats_fast.KvmStatsError, OSError, ImportError, MemoryError) as error:
         print(f"kvmstats: {describe_error(error)}", file=sys.stderr)
+        _end_output()
         return _status(error)
     return status
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return what the command line says; SystemExit if it asks for help, or makes no sense."""
+    command: list[str] = []
+    if "--" in argv and argv[0] in _WITH_COMMAND:
+        at = argv.index("--")
+        argv, command = argv[:at], [*argv[at + 1 :]]
+    try:
+        arguments = make_parser(argv).parse_args(argv)
+    finally:
+        sys.stdout.flush()  # the help
+    if arguments.verb in _WITH_COMMAND:
+        arguments.command = command
+    return arguments
+
+
+def _end_output() -> None:
+    """Write what is left of the output, or drop it: the interpreter would try at exit, with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
