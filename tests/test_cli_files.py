@@ -168,6 +168,7 @@ def test_the_files_of_a_vm_are_captured_whole(tmp_path, capsys):
                 assert (image.id, image.schema.fingerprint) == (file.id, file.schema.fingerprint)
         assert folder.stat().st_mode & 0o777 == 0o700
         assert cli.main(["capture", "-p", str(vmm.pid), "-o", str(folder)]) == 1
+        assert cli.main(["capture", "-p", str(vmm.pid), "--socket", "x", "-o", str(folder)]) == 2
         assert cli.main(["list", "-p", str(vmm.pid), "-w"]) == 0
         (folder / "mine").touch()
         assert cli.main(["capture", "-p", str(vmm.pid), "-o", str(folder), "--force"]) == 1

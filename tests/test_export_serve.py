@@ -391,7 +391,7 @@ def test_a_service_takes_its_textfile_along_and_n_leaves_it(tmp_path):
             first = path.stat().st_ino
             assert until(lambda: path.stat().st_ino != first)
             assert ("kvm_vcpu_exits_total", WEB) in samples(path.read_text())
-            running.send_signal(signal.SIGTERM)
+            running.send_signal(signal.SIGHUP)  # of the terminal's end
             assert running.wait(10) == 0
         assert not list(tmp_path.iterdir())
         with exporting("--textfile", path, "-n", "2", "-I", "10ms", "-p", vmm.pid, "--no-sched") as running:

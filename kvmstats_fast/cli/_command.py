@@ -54,12 +54,13 @@ def on_signals(numbers: Sequence[int], call: Callable[[], object]) -> Iterator[N
 
 @contextmanager
 def ended_by_signals(stop: Callable[[], object] = lambda: None) -> Iterator[threading.Event]:
-    """Have Ctrl-C and SIGTERM end the work, whose result is then shown: they are its ordinary end."""
+    """Have Ctrl-C, SIGTERM and the end of the terminal end the work, whose result is then shown, as is ordinary."""
     ended = threading.Event()
 
     def end() -> None:
         ended.set()
         stop()
 
-    with on_signals((signal.SIGINT, signal.SIGTERM), end):
+    hang_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)  # ignored under nohup
+    with on_signals((signal.SIGINT, signal.SIGTERM, *hang_up), end):
         yield ended

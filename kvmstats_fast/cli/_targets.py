@@ -67,7 +67,10 @@ def open_targets(arguments: argparse.Namespace, opened: ExitStack) -> Targets:
     """
     if arguments.socket:
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(arguments.socket)
+            try:
+                sock.connect(arguments.socket)
+            except OSError as failed:
+                raise OSError(failed.errno, failed.strerror or str(failed), arguments.socket) from None
             files = receive_files(sock)
         for file in files:
             opened.callback(file.close)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from kvmstats_fast import __version__
 from kvmstats_fast.cli._captures import ABOUT, TIME
 from kvmstats_fast.cli._grammar import add_targets
-from kvmstats_fast.cli._targets import open_targets
+from kvmstats_fast.cli._targets import check_targets, open_targets
 from kvmstats_fast.formats._put import PRIVATE, open_new, put_directory
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write them, all or none."""
     arguments.file = []
+    check_targets(arguments)
     with ExitStack() as opened:
         targets = open_targets(arguments, opened)
         path = Path(arguments.output)
