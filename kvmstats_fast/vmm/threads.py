@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KnownBy: TypeAlias = Literal["KVM_RUN", "name", "id"]
 #: include/linux/proc_ns.h, PROC_PID_INIT_INO: KVM writes the numbers of this pid namespace into ids.
-_FIRST_NAMESPACE = "pid:[4026531836]"
+FIRST_NAMESPACE = "pid:[4026531836]"
 _ID = re.compile(r"kvm-(\d+)(?:/vcpu-\d+)?")
 #: QEMU (with debug-threads=on, as libvirt starts it), Firecracker, cloud-hypervisor, crosvm, kvmtool.
 _NAME = re.compile(r"CPU (\d+)/KVM|fc_vcpu (\d+)|(?:crosvm_)?vcpu(\d+)|kvm-vcpu-(\d+)")
@@ -104,7 +104,7 @@ def _by_id(process: Process, tids: Sequence[int], files: Sequence[StatsFile]) ->
 
     Not so where the thread is the first of the process, or made the VM or another vCPU, too.
     """
-    if str(Path("/proc/self/ns/pid").readlink()) != _FIRST_NAMESPACE:
+    if str(Path("/proc/self/ns/pid").readlink()) != FIRST_NAMESPACE:
         return
     made = [(file.vcpu_id, int(match[1])) for file in files if (match := _ID.fullmatch(file.id))]
     makers = Counter(tid for _, tid in made)
