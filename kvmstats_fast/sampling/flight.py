@@ -41,7 +41,7 @@ class Condition:
     name: str
     above: bool
     limit: float
-    per_vcpu: bool = False
+    per_vcpu: bool
 
     @classmethod
     def parse(cls, text: str, *, per_vcpu: bool = False) -> Condition:
