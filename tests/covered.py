@@ -28,6 +28,11 @@ branch = false
 patch = subprocess, _exit
 sigterm = true
 disable_warnings = no-data-collected, module-not-measured, module-not-imported
+[paths]
+# What a test starts without PYTHONPATH takes the package that is installed, which is the same.
+package =
+    {tree}
+    {root}
 [report]
 exclude_also =
     if TYPE_CHECKING:
@@ -112,7 +117,7 @@ def main(arguments):
             shutil.copy(ROOT / name, tree / name)
         build(tree)
         run_c_tests(tree)
-        (tree / "coveragerc").write_text(CONFIG, encoding="ascii")
+        (tree / "coveragerc").write_text(CONFIG.format(tree=tree, root=ROOT), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": str(tree), "COVERAGE_FILE": str(tree / ".coverage")}
         # A test whose time is limited may fail when lines are counted; they are counted all the same.
         coverage = (sys.executable, "-m", "coverage")
