@@ -221,7 +221,8 @@ def test_phases_are_parts_of_a_block(files, exits):
     assert boot.phases["firmware"].counts == {"exits": 1}
     request = m.phases["request"]
     assert request.entries == 200
-    assert 0 < request.cost < request.elapsed < m.elapsed
+    assert 0 < request.elapsed < m.elapsed
+    assert request.cost > 0  # half of it is outside: on a busy host that may be more than all that is within
     with pytest.raises(RuntimeError, match="phase 'late' is a part of a block that has ended"):
         m.phase("late")
     with pytest.raises(TypeError, match="name is an int"):
