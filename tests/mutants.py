@@ -68,6 +68,7 @@ ABOUT = {
     "kvmstats_fast/vmm/threads": "sched attach",
     "kvmstats_fast/vmm/roster": "follow attach",
     "kvmstats_fast/vmm/refusal": "proc attach borrow find",
+    "kvmstats_fast/vmm/find": "find follow attach borrow proc watch",
     "kvmstats_fast/vmm/hold": "hold interrupted",
     "kvmstats_fast/vmm/launch": "hold attach interrupted",
     "kvmstats_fast/vmm": "attach borrow find proc watch",
