@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-import time
+from time import monotonic_ns
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.samples import SampleError
 
+# The hot calls: looked up once.
+_sweep, _wall_offset = lib.kvmstats_sweep, lib.kvmstats_wall_offset
 _LOW_HALF = (1 << 32) - 1
 #: Pairs of readings that are kept before they are added up.
 _PENDING = 64
@@ -40,17 +42,18 @@ class Source(threading.local):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._live = LiveRow(plan)
+        self._values = [group.values for group in self._live.groups]
 
     def read(self) -> Reading:
         """Return a reading; raises what is wrong if no file can be read."""
-        live, offset = self._live, lib.kvmstats_wall_offset()
-        start = time.monotonic_ns()
-        status = lib.kvmstats_sweep(live.c)
-        sweep_ns = time.monotonic_ns() - start
+        live, offset = self._live, _wall_offset()
+        start = monotonic_ns()
+        status = _sweep(live.c)
+        sweep_ns = monotonic_ns() - start
         if status:
             live.check(status, strict=False)
         errors = live.find_errors(0, 1) if status else ()
-        return Reading(start, sweep_ns, offset, tuple(group.values.copy() for group in live.groups), errors)
+        return Reading(start, sweep_ns, offset, tuple([values.copy() for values in self._values]), errors)
 
 
 class Span:
