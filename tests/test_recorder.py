@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from helpers import examples
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
+from kvmstats_fast.testing import SyntheticStats
 
 VM = made.schema_of(None, "vm")
 VCPU = made.schema_of(None, "vcpu")
@@ -101,6 +103,22 @@ def test_a_slow_run_is_as_small_as_one_written_in_large_chunks(path):
     assert recorder.size == least.size
     assert sorted(one.name for one in path.iterdir()) == ["vcpu-00000.arrows", "vm-00000.arrows"]
     made.assert_same(kf.Samples.load(path), x)
+
+
+def test_the_largest_chunks_of_a_stream_are_written_once(path):
+    """Each is a batch at once: none of them waits, or is written again."""
+    written = []
+    with ExitStack() as stack:
+        synthetic = stack.enter_context(SyntheticStats())
+        sampler = kf.Sampler([stack.enter_context(synthetic.open()) for _ in range(100)])
+        stream = stack.enter_context(sampler.stream(0, count=90))
+        recorder = stack.enter_context(kf.Recorder(path))
+        for x in stream:
+            recorder.write(x)
+            written.append(len(x))
+            assert recorder.pending == 0 or sum(written) == 90
+    assert len(written) > 2
+    assert lengths(path) == written
 
 
 def test_what_waits_is_written_when_it_takes_so_many_bytes(path):

@@ -56,7 +56,7 @@ class Recorder(Closing):
         Write what waits when its values take so many bytes.
     batch_bytes : int, optional
         Write the tail again, as one batch, when its values take so many bytes; until then they are held in memory, too.
-        Samples of a quarter of this size (and of `flush_bytes`) become a batch of their own at once. 0: what was
+        Samples of an eighth of this size (and of `flush_bytes`) become a batch of their own at once. 0: what was
         written stays as it is. Default: 16 MiB; 0 if nothing waits.
     sync : bool
         Have everything on the disk before `write` returns (``fsync``), each time; nothing waits. Then neither a crash
@@ -112,7 +112,8 @@ class Recorder(Closing):
         waits = flush_seconds > 0 and not sync
         if batch_bytes is None:
             batch_bytes = _BATCH_BYTES if waits else 0
-        own = max(flush_bytes if waits else 0, batch_bytes // 4)
+        # So that the chunks of a stream, which end at 4 MiB, are written once.
+        own = max(flush_bytes if waits else 0, batch_bytes // 8)
         self._rotate = (rotate_bytes or float("inf"), rotate_seconds or float("inf"))
         self._pending = Pending(flush_seconds if waits else 0, flush_bytes, own)
         self._options, self._batch_bytes = Options(compression, sync, mode), batch_bytes
