@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -490,6 +491,58 @@ def test_a_process_in_another_pid_namespace_is_not_visible():
     if done.returncode:
         pytest.skip(f"no pid namespace can be made here: {done.stderr.strip()}")
     assert "in another pid namespace" in done.stdout
+
+
+#: In a pid namespace of its own, because all mounts of /proc in one may share their options.
+HIDING = """
+import subprocess, sys
+from helpers import NOBODY
+from holder import Holder
+with Holder() as vmm:
+    subprocess.run(["mount", "-o", f"remount,hidepid={sys.argv[1]}", "/proc"], check=True)
+    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    sys.exit(subprocess.run([*user, sys.executable, "-c", sys.argv[2], str(vmm.pid)]).returncode)
+"""
+ATTACH = """
+import sys, kvmstats_fast as kf
+try: kf.attach(int(sys.argv[1]))
+except kf.AttachError as error: print(type(error).__name__, error.strerror)
+"""
+
+
+@needs_root
+@pytest.mark.real_vm
+@pytest.mark.parametrize("hidepid", ["1", "2"])
+def test_a_vmm_that_proc_hides_is_not_taken_for_one_that_ended(hidepid):
+    """It runs on; the error says that other users cannot see it, and what helps."""
+    command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", sys.executable, "-c", HIDING, hidepid, ATTACH]
+    tests = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=tests)
+    if done.returncode:
+        pytest.skip(f"no pid namespace can be made here: {done.stderr.strip()}")
+    assert done.stdout.startswith("AttachError ")
+    assert "hidepid, which hides the processes of other users" in done.stdout
+
+
+@needs_root
+def test_where_there_is_no_proc_it_is_said():
+    """It is not taken for that of another pid namespace."""
+    code = "import kvmstats_fast as kf\ntry: kf.attach(1)\nexcept kf.AttachError as error: print(error.strerror)"
+    mount = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs none /proc && exec "$@"',
+        "sh",
+        sys.executable,
+        "-c",
+        code,
+    ]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    assert "there is no proc file system at /proc" in done.stdout
 
 
 @needs_root

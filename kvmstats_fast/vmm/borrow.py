@@ -40,6 +40,8 @@ def hold_process(pid: int) -> Process:
         raise TypeError(f"{pid!r} is not a pid: pass the number of the VMM's process, as find_vms() lists it") from None
     if not 0 < pid < 2**31:
         raise ValueError(f"{pid} is not a pid: it must be positive, and have at most 31 bits")
+    if not Path("/proc/self").is_symlink():
+        raise AttachError(errno.ENXIO, "there is no proc file system at /proc: mount one (`mount -t proc proc /proc`)")
     if not is_own("/proc"):
         raise AttachError(
             errno.ENXIO,
@@ -69,8 +71,11 @@ def list_files(process: Process) -> list[KvmFile]:
     """
     try:
         files = drop_dead(process, process.kvm_files())
-    except (FileNotFoundError, ProcessLookupError):
+    except ProcessLookupError:
         raise VmGoneError(errno.ESRCH, f"process {process.pid} has ended") from None
+    except FileNotFoundError:
+        process.check_alive()  # else /proc hides it, as with hidepid
+        raise refused(f"reading {process.folder}/fd", process.pid, errno.EACCES) from None
     except OSError as error:
         process.check_alive()
         raise refused(f"reading {process.folder}/fd", process.pid, error.errno or 0) from None
