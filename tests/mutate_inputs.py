@@ -4,8 +4,8 @@
     python tests/mutate_inputs.py --one NUMBER      # that one again, with its traceback
 
 Of 100 inputs 55 are stats files (parse, from_bytes, to_merged, the rules of the format), 15 hand-over messages, 15
-command lines, 10 texts of times and conditions, 5 recordings (`mutate_recordings`). Each has 20 seconds, the process
-2 GiB of address space more than it starts with; no fd may stay open.
+command lines, 10 texts of times and conditions, 5 recordings (`mutate_recordings`). Each has 20 seconds of a
+processor, the process 2 GiB of address space more than it starts with; no fd may stay open.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import socket
 import struct
 import sys
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import mutate_recordings
 import numpy as np
-from mutate_recordings import ADDRESS_SPACE, SECONDS, change_bytes
+from mutate_recordings import ADDRESS_SPACE, SECONDS, change_bytes, limit_time
 
 import kvmstats_fast as kf
 from kvmstats_fast import cli
@@ -276,7 +275,7 @@ def main():
         fds = open_fds()
         for number in range(first, first + count):
             print(number, file=sys.stderr, end="\r", flush=True)  # for who looks for the one that ended the process
-            signal.alarm(SECONDS)
+            limit_time(SECONDS)
             try:
                 came[run_one(number, originals)] += 1
             except kf.KvmStatsError as error:
@@ -288,7 +287,7 @@ def main():
                 print(f"{number}: {type(error).__name__}: {str(error)[:200]}", flush=True)
                 if given.one is not None:
                     traceback.print_exc()
-            signal.alarm(0)
+            limit_time(0)
             if (found := open_fds(fds)) != fds:
                 failures, fds = failures + 1, found
                 print(f"{number}: {fds} fds are open", flush=True)
