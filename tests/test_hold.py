@@ -47,6 +47,7 @@ HELD = {
 #: Compilers of VMMs: which libc, which word size, and which of ioctl's names they import.
 BUILDS = {
     "glibc": ["gcc"],
+    "undefined": ["gcc", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"],  # ends at undefined behaviour
     "musl": ["musl-gcc", "-idirafter", "/usr/include", "-idirafter", f"/usr/include/{os.uname().machine}-linux-gnu"],
     "32-bit": ["gcc", "-m32"],
     "32-bit-time64": ["gcc", "-m32", "-D_TIME_BITS=64", "-D_FILE_OFFSET_BITS=64"],
@@ -80,7 +81,7 @@ def build(tmp_path_factory):
             command = BUILDS[name]
             program = compile_or_skip(folder / name, command, "-pthread", VMM)
             library = LIBRARY
-            if "-m32" in command:
+            if name not in ("glibc", "musl"):
                 library = folder / f"{name}.so"
                 flags = ["-std=c11", "-O2", "-fPIC", "-shared", "-nostdlib", "-fvisibility=hidden", "-ffreestanding"]
                 subprocess.run([*command, *flags, SOURCE, "-o", library, "-lgcc"], check=True)
