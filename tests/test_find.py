@@ -1,5 +1,6 @@
 """Which processes have VMs: made-up proc trees, real VMMs, and what other users see."""
 
+import csv
 import errno
 import io
 import json
@@ -527,6 +528,14 @@ def test_json_is_one_object_a_line(monkeypatch, capsys, proc):
         "attachable": False,
         "why_not": f"{proc.root}/7 is not of this process' pid namespace",
     }
+
+
+def test_csv_has_plain_cells(monkeypatch, capsys, proc):
+    """Numbers with blanks between, and true and false as JSON has them: nothing is as Python writes it."""
+    proc.add(7, ["qemu-system-x86_64", "-name", "web"], vm_links(2))
+    status, out, _ = listed(monkeypatch, capsys, proc.root, "-x")
+    (row,) = csv.DictReader(out.splitlines())
+    assert (status, row["vm"], row["vcpus"], row["attachable"]) == (0, "web", "0 1", "false")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])

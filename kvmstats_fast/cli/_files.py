@@ -121,15 +121,15 @@ def open_runs(paths: Sequence[str]) -> list[Run]:
             if not has_magic(name):
                 raise FileNotFoundError(errno.ENOENT, "No such file or directory", name)
             stored.append(name)  # whose error is about what it fits
+        elif path.suffix == ".npz" and not path.is_dir():
+            runs.append(_InMemory(path, Samples.load(path), is_capture=False))
+        elif is_capture(path):
+            runs.append(_InMemory(path, read_capture(path), is_capture=True))
         elif all(folder.is_dir() and any(folder.iterdir()) for folder in (path / "full", path / "overview")):
             raise KvmStatsError(
                 f"{name}: a flight recorder's two recordings of the same time do not add up: name {path / 'full'}, "
                 f"which has all sweeps around what was found, or {path / 'overview'}, one a second"
             )
-        elif path.suffix == ".npz" and not path.is_dir():
-            runs.append(_InMemory(path, Samples.load(path), is_capture=False))
-        elif is_capture(path):
-            runs.append(_InMemory(path, read_capture(path), is_capture=True))
         else:
             stored.append(name)
     _check_captures(runs)

@@ -85,7 +85,9 @@ class RowWriter(ObjectWriter):
 
 
 def _cell(value: object) -> object:
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+    if isinstance(value, bool):
+        return str(value).lower()  # as JSON has it
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def open_private(path: Path, *, force: bool) -> int:
