@@ -7,6 +7,8 @@ below share/. The exit status is 3 if something that this needs cannot be import
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -40,7 +42,9 @@ def write(library: str, out: Path) -> None:
         "manual_title": "User Commands",
         "description": "KVM's binary statistics, per VM and per vCPU",
     }
-    put(out / MAN_PAGE, str(Manpage(make_parser(), about)))
+    os.environ["COLUMNS"] = "74"  # of usages, whatever the terminal: a page of 80 indents by 7
+    page = str(Manpage(make_parser(), about))
+    put(out / MAN_PAGE, re.sub("(?m)^'", r"\\&'", page))  # which begins a request, too
 
 
 def name_files(parser: argparse.ArgumentParser, file: object, folder: object) -> None:

@@ -38,6 +38,23 @@ def test_man_page_and_completions_know_each_verb_and_option(tmp_path):
     assert subprocess.run(["bash", "-n", pages["bash-completion/completions/kvmstats"]], check=False).returncode == 0
 
 
+def test_the_man_page_is_the_same_of_every_terminal_and_loses_no_line(tmp_path, monkeypatch):
+    """Its lines fit 80 columns, and one that begins with a quote is text, not a request that troff does not know."""
+    pages = []
+    for columns in ("50", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert build_pages(tmp_path / columns).returncode == 0
+        pages.append((tmp_path / columns / "man/man1/kvmstats.1").read_text())
+    assert pages[0] == pages[1]
+    lines = pages[0].splitlines()
+    assert not [line for line in lines if line.startswith("'")]
+    assert r"\&'exits>50000/s', 'halted_fraction<5%': a flight recorder" in lines
+    at = [number for number, line in enumerate(lines) if line.startswith("usage: ")]
+    assert len(at) == len(cli._VERBS)
+    usages = [line.replace("\\", "") for number in at for line in lines[number : lines.index("", number)]]
+    assert max(map(len, usages)) <= 73
+
+
 def test_a_build_can_do_without_man_page_and_completions(tmp_path):
     """Where what makes them is not installed, as off line, the status says so and nothing is written."""
     (tmp_path / "shtab.py").write_text("raise ImportError('no shtab')")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 import re
 import sys
@@ -17,7 +18,6 @@ from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.selection import Selection
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator
 
     from kvmstats_fast.analysis.compare import Comparison
@@ -50,9 +50,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _work(text: str) -> tuple[float, float]:
-    parts = [float(part) for part in text.split(",")]
-    if len(parts) > 2:
-        raise ValueError
+    try:
+        parts = [float(part) for part in text.split(",")]
+    except ValueError:
+        parts = []
+    if not 0 < len(parts) < 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of units of work, such as 1000, or two: 1000,2000")
     return parts[0], parts[-1]
 
 

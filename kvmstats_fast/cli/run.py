@@ -43,7 +43,7 @@ _NOT_PASSED_ON = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
-    parser.usage = "kvmstats run [-h] [-e EVENT] [--json FILE [--force]] [--] COMMAND ..."
+    parser.usage = "kvmstats run [options] [--] COMMAND ..."
     parser.description = (
         "Start COMMAND, any dynamically linked VMM, under the hold library, which opens the stats files of its VMs and "
         "vCPUs; wait for it; and show its statistics. No privilege is needed. The table goes to stderr, because stdout "
