@@ -61,7 +61,9 @@ def test_the_text_is_what_it_was(name, columns, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", str(columns))
     made(3).save("a.npz")
-    made(4).save("b.npz")
+    later = made(4)
+    later.time += 10 * 60 * 10**9
+    later.save("b.npz")
     Path("vcpu0-after.bin").symlink_to(CAPTURES / "vcpu0-after.bin")
     assert cli.main(LINES[name]) == 0
     out, err = capsys.readouterr()
