@@ -64,7 +64,7 @@ def find_parts(
         yield slice(start, min(start + step, rows)), find_values(part, values, si=si)[1]
 
 
-def find_units(stat: Stat, values: str, *, si: bool = False) -> str:
+def find_units(stat: Stat, values: str, *, si: bool) -> str:
     """Return the unit of a column; a histogram's values are counts, whatever its edges are in."""
     if values == "rate":
         return stat.rate_units
