@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 import zipfile
+from contextlib import nullcontext
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from helpers import DATA, numbers, watchdog
 
 import kvmstats_fast as kf
 from kvmstats_fast.file_info import identify
+from kvmstats_fast.formats import parquet
 from kvmstats_fast.vmm.handover import HandOverError
 
 VM = made.schema_of([made.ODD[1], made.ODD[4]], "vm")
@@ -527,6 +529,17 @@ def test_a_recording_on_too_many_dates_is_not_converted(tmp_path):
     with pytest.raises(kf.KvmStatsError, match="'time' is on more than 3660 dates"):
         kf.to_parquet(tmp_path / "run", tmp_path / "set")
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("dates", [2, 3])
+def test_a_recording_may_be_on_as_many_dates_as_is_said(tmp_path, monkeypatch, dates):
+    """On one more it is refused."""
+    monkeypatch.setattr(parquet, "MOST_DATES", 2)
+    x = made.samples([("vcpu", VM, 1)], dates)
+    x.time[:] = np.arange(dates) * 86400 * 10**9
+    x.save(tmp_path / "run")
+    with nullcontext() if dates == 2 else pytest.raises(kf.KvmStatsError, match="more than 2 dates"):
+        kf.to_parquet(tmp_path / "run", tmp_path / "set")
 
 
 # ---- of other versions, and of other errors

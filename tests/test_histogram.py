@@ -392,6 +392,11 @@ def test_sums_that_no_uint64_holds_are_refused():
     totals = kf.Histogram(LOG, [1, 0, 0, 0, 0], 2**63)
     with pytest.raises(ValueError, match="totals of wait_hist is more than a uint64 holds"):
         totals + totals
+    for shape in ((5,), (1, 5), (2, 5)):  # each file by itself
+        counts = np.zeros(shape, np.uint64)
+        counts[..., :2] = 2**63
+        with pytest.raises(ValueError, match="the counts of wait_hist add up to more"):
+            kf.Histogram(LOG, counts)
     files = kf.Histogram(LOG, np.array([half.counts, other.counts]))
     with pytest.raises(ValueError, match="the counts of wait_hist add up to more"):
         files.sum()
