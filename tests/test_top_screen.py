@@ -183,6 +183,11 @@ def test_filters_choose_vms_and_statistics_and_c_clears_them():
             assert "guests: w*b" in seen(pilot)[1]
             await pilot.press("f", *"nosuch", "enter")
             assert "no statistic fits: *nosuch*" in seen(pilot)[1]
+            pilot.app.model.events = ("exits",)  # which has a column of its own, whatever is chosen
+            pilot.app.update()
+            await settle(pilot)
+            assert "statistics: exits" in seen(pilot)[1]
+            pilot.app.model.events = ("*nosuch*",)
             await pilot.press("f", *["backspace"] * 8)
             await pilot.press(*"t_wait", "space", *"mmio", "enter")
             assert "statistics: *t_wait* *mmio*" in seen(pilot)[1]

@@ -252,7 +252,7 @@ class TopApp(App[None]):
         said += [
             f"{what}: {' '.join(some)}"
             for what, some in (
-                ("statistics" if model.weights else "no statistic fits", model.events),
+                ("no statistic fits" if model.last and not model.has_events else "statistics", model.events),
                 ("guests", model.guests),
             )
             if some

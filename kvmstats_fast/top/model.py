@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvmstats_fast.top.counted import add, bridge, count
-from kvmstats_fast.top.table import Table, make_table
+from kvmstats_fast.top.table import Table, fits, make_table
 
 if TYPE_CHECKING:
     from kvmstats_fast.samples import Samples
@@ -125,6 +125,11 @@ class Model:
     def vcpus(self) -> int:
         """How many vCPUs there are."""
         return sum(len(part.files) for part in self.last if part.kind == "vcpu")
+
+    @property
+    def has_events(self) -> bool:
+        """Whether there is a statistic that `events` choose."""
+        return any(fits(one, name) for part in self.last for name in part.stats for one in self.events)
 
     def has(self, who: Who) -> bool:
         """Return whether a VM or vCPU is there."""
