@@ -234,3 +234,28 @@ def test_memory_does_not_grow_with_a_recording(tmp_path, capsys, monkeypatch):
             tracemalloc.stop()
             capsys.readouterr()
         assert peaks[2] < 1.5 * peaks[1] + (1 << 18), arguments
+
+
+@pytest.mark.parametrize("words", [["FIRST", "SECOND", "-e", "exits"], ["FIRST", "-e", "exits", "SECOND"]])
+@pytest.mark.parametrize("verb", ["stat", "report"])
+def test_files_may_stand_before_options_and_behind_them(verb, words, tmp_path, capsys):
+    """As everywhere on a command line."""
+    paths = {"FIRST": tmp_path / "1.npz", "SECOND": tmp_path / "2.npz"}
+    for number, path in enumerate(paths.values()):
+        x = made(start=1000 * number)
+        x.time += 10**12 * number
+        x.save(path)
+    found = [
+        row for row in rows(capsys, verb, *(paths.get(word, word) for word in words)) if row.get("name") == "exits"
+    ]
+    assert [row["value"] for row in found] == [2 * 39 * 300]
+
+
+@pytest.mark.parametrize("words", [["stat", "x", "--bogus", "y"], ["record", "--vcpu", "0"], ["export", "x.npz"]])
+def test_what_a_verb_does_not_take_is_refused_with_its_usage(words, capsys):
+    """Not with that of all verbs."""
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    err = capsys.readouterr().err
+    assert err.startswith(f"usage: kvmstats {words[0]} ")
+    assert f"kvmstats {words[0]}: error: unrecognized arguments: " in err

@@ -57,6 +57,7 @@ def make_parser(configured: Container[str] | None = None) -> argparse.ArgumentPa
     verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
     for verb, text in _VERBS.items():
         verb_parser = verbs.add_parser(verb, help=text)
+        verb_parser.set_defaults(refuse=verb_parser.error)
         if configured is None or verb in configured:
             _module(verb).configure(verb_parser)
     return parser
@@ -112,9 +113,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         at = argv.index("--")
         argv, command = argv[:at], [*argv[at + 1 :]]
     try:
-        arguments = make_parser(argv).parse_args(argv)
+        arguments, left = make_parser(argv).parse_known_args(argv)
     finally:
         sys.stdout.flush()  # the help
+    files = getattr(arguments, "file", None)
+    if not isinstance(files, str | None):  # of several, argparse takes those that stand together
+        files += [word for word in left if not word.startswith("-")]
+        left = [word for word in left if word.startswith("-")]
+    if left:
+        arguments.refuse(f"unrecognized arguments: {' '.join(left)}")
     if arguments.verb in _WITH_COMMAND:
         arguments.command = command
     return arguments
