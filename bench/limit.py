@@ -3,7 +3,8 @@
 `sweeps` calls the C library's pread, as a good C programmer does; `sweeps_in_place` makes the system call where it
 stands, as this package does (csrc/read.h), and nothing else. `lost_ticks` and `overslept_ticks` are the limits of a
 schedule: the ticks that a loop misses on this machine which only reads the clock, or only sleeps from tick to tick.
-`sum_words` and `copy_words` are those of what is worked out over values in memory: they read them, and write as many.
+`sum_words`, `copy_words` and `divide_words` are those of what is worked out over values in memory: they read them, and
+write nothing, as many, or rates.
 """
 
 import importlib.util
@@ -96,6 +97,18 @@ static void copy_words(const unsigned long long *words, long n, long step, unsig
     for (long i = 0; i < n; ++i)
         out[i] = words[i * step];
 }
+
+/* Writes by how much they rose a second, sweep by sweep; of files whose words are so far apart. */
+static void divide_words(const unsigned long long *words, long sweeps, long files, long step, const long long *time,
+                         double *out)
+{
+    for (long sweep = 1; sweep < sweeps; ++sweep) {
+        const unsigned long long *after = words + sweep * files * step, *before = after - files * step;
+        double seconds = (time[sweep] - time[sweep - 1]) / 1e9;
+        for (long file = 0; file < files; ++file)
+            *out++ = (double)(after[file * step] - before[file * step]) / seconds;
+    }
+}
 """
 
 #: A bare loop over files, with the call that reads one still to be filled in. From one sweep to the next it goes `step`
@@ -123,6 +136,7 @@ def compile_limit():
     builder.cdef("long long lost_ns(long long); double text_reads(const int *, long, long);")
     builder.cdef("unsigned long long sum_words(const unsigned long long *, long, long);")
     builder.cdef("void copy_words(const unsigned long long *, long, long, unsigned long long *);")
+    builder.cdef("void divide_words(const unsigned long long *, long, long, long, const long long *, double *);")
     builder.set_source(
         "_kvmstats_limit",
         _SOURCE
