@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import table
 from long_run import FIVE, long_run
+from test_bench_schedule import PRIORITY, may_be_real_time
 
 import kvmstats_fast as kf
 from kvmstats_fast.testing import KvmUnavailableError, TinyGuest
@@ -49,20 +50,23 @@ def busy_vcpus(vcpus):
 @pytest.mark.parametrize(
     "case",
     [
-        (64, None, 1000, "sleep", "zstd"),
-        (64, None, 1000, "sleep", "lz4"),
-        (64, None, 1000, "sleep", None),
-        (64, None, 1000, "sleep", DROPPED),
-        (64, None, 1000, "hybrid", "zstd"),
-        (64, None, 1000, "hybrid", DROPPED),
-        (8, FIVE, 10_000, "hybrid", "zstd"),
-        (8, FIVE, 10_000, "spin", "zstd"),
-        (8, FIVE, 10_000, "spin", DROPPED),
+        (64, None, 1000, "sleep", "zstd", None),
+        (64, None, 1000, "sleep", "lz4", None),
+        (64, None, 1000, "sleep", None, None),
+        (64, None, 1000, "sleep", DROPPED, None),
+        (64, None, 1000, "hybrid", "zstd", None),
+        (64, None, 1000, "hybrid", DROPPED, None),
+        (64, None, 1000, "sleep", "zstd", PRIORITY),
+        (64, None, 1000, "hybrid", "zstd", PRIORITY),
+        (8, FIVE, 10_000, "hybrid", "zstd", None),
+        (8, FIVE, 10_000, "spin", "zstd", None),
+        (8, FIVE, 10_000, "spin", DROPPED, None),
+        (8, FIVE, 10_000, "hybrid", "zstd", PRIORITY),
     ],
 )
 def test_recording(benchmark, tmp_path, limit, case):
     """Ticks missed, the recorder's share of a processor, and how much smaller the file is than the values."""
-    vcpus, stats, rate, wait, compression = case
+    vcpus, stats, rate, wait, compression, priority = case
     ticks = PARTS * SECONDS * rate
     spent = np.zeros(3)  # seconds: on the clock, of this thread, of this process
     bare = []
@@ -77,7 +81,7 @@ def test_recording(benchmark, tmp_path, limit, case):
             for _ in range(PARTS):
                 bare.append(bare_loss(limit, rate, wait))
                 before = clocks()
-                with sampler.stream(1 / rate, wait=wait, duration=SECONDS) as stream:
+                with sampler.stream(1 / rate, wait=wait, duration=SECONDS, priority=priority) as stream:
                     for samples in stream:
                         raw += sum(group.values.nbytes for group in samples.groups)
                         if recorder is not None:
@@ -87,6 +91,8 @@ def test_recording(benchmark, tmp_path, limit, case):
         return missed, overruns, raw / recorder.size if recorder else 0.0
 
     with busy_vcpus(vcpus) as files:
+        if priority and not may_be_real_time(kf.Sampler(files)):
+            pytest.skip("a priority takes CAP_SYS_NICE, or an RLIMIT_RTPRIO")
         missed, overruns, ratio = benchmark.pedantic(record, rounds=1)
     elapsed, own, everything = spent
     title = f"recording {PARTS} x {SECONDS} s of {vcpus} vCPUs, {len(stats) if stats else 'all'} statistics, {rate} Hz"
@@ -97,7 +103,8 @@ def test_recording(benchmark, tmp_path, limit, case):
         f"recorder {own / elapsed:.1%} of a CPU, with sampling and guest {everything / elapsed:.1%}; {smaller}"
         f"at most {MARGIN:.1%} more than the loop: {'reached' if more <= MARGIN else 'MISSED'}"
     )
-    table.add(title, f"{wait}, {compression or 'not compressed'}", None, verdict=text)
+    label = f"{wait}, {compression or 'not compressed'}" + (f", priority {priority}" if priority else "")
+    table.add(title, label, None, verdict=text)
 
 
 def clocks():
@@ -189,33 +196,50 @@ with open(sys.argv[1], "rb") as file:
 print(time.perf_counter_ns() - start)
 """
 
+#: The same into memory that numpy got, and so into pages as large as its own.
+READ_INTO = """
+import os, sys, time
+import numpy, pyarrow
+size = os.path.getsize(sys.argv[1])
+start = time.perf_counter_ns()
+with open(sys.argv[1], "rb", buffering=0) as file:
+    place, whole = 0, numpy.empty(size, numpy.uint8)
+    while place < size:
+        place += file.readinto(whole[place:])
+print(time.perf_counter_ns() - start)
+"""
+
 
 def compare_with_read(benchmark, path):
     """Load a recording that is copied, and read() its file, each in a new process: memory is new to both.
 
-    numpy asks the kernel for huge pages, read() gets small ones. A virtual machine may give free memory back to its
-    host, in huge pages (Documentation/mm/free_page_reporting.rst), and has to ask for it again. What new memory takes
-    by itself, of either size of page, is in the table too.
+    numpy asks the kernel for huge pages, read() gets small ones. A virtual machine may have given free memory back to
+    its host, in huge pages (Documentation/mm/free_page_reporting.rst): to get it again takes longer than all that is
+    compared here. So before each of them another process touches as much memory, which is free again then and there.
     """
     (file,) = path.iterdir()
 
-    def timed(code, where, huge):
+    def run(code, where, huge="1"):
+        environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": huge}
+        call = [sys.executable, "-c", code, where]
+        return subprocess.run(call, capture_output=True, text=True, check=True, env=environment).stdout.split()
+
+    def timed(*what):
         def timer():
-            environment = os.environ | {"NUMPY_MADVISE_HUGEPAGE": huge}
-            call = [sys.executable, "-c", code, where]
-            result = subprocess.run(call, capture_output=True, text=True, check=True, env=environment)
-            return int(result.stdout.split()[0])
+            run(TOUCH, file)
+            return int(run(*what)[0])
 
         return timer
 
     table.compare_timers(
         benchmark,
-        "load of 100 batches, not compressed, beside read() of the file",
+        "load of 100 batches, not compressed, beside read() of the file, into memory that the host has not taken back",
         {
-            "limit: read() of the file": (timed(READ, file, "1"), None),
-            "Samples.load": (timed(LOAD, path, "1"), ("at most", 1.5)),
+            "limit: read() of the file": (timed(READ, file), None),
+            "the same into huge pages": (timed(READ_INTO, file), None),
+            "Samples.load": (timed(LOAD, path), ("at most", 1.5)),
             "Samples.load, into small pages": (timed(LOAD, path, "0"), ("at most", 1.5)),
-            "touching as much new memory, huge pages": (timed(TOUCH, file, "1"), None),
+            "touching as much new memory, huge pages": (timed(TOUCH, file), None),
             "touching as much new memory, small pages": (timed(TOUCH, file, "0"), None),
         },
         rounds=9,
