@@ -196,6 +196,7 @@ def test_where_nothing_was_recorded_nothing_is_left(tmp_path, capsys, more, stat
         (["--before", "1s"], "--before is about what is found: it takes --when"),
         (["--per-vcpu"], "--per-vcpu is about what is found"),
         (["--keep", "2"], "--keep removes old files: it takes --rotate"),
+        (["-e", "sched_run_ns"], "it takes --sched"),
         (["--when", "exits"], "is not a condition"),
     ],
 )

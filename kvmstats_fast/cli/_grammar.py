@@ -124,7 +124,18 @@ def add_guest(parser: argparse.ArgumentParser) -> None:
 
 def add_sched(parser: argparse.ArgumentParser) -> None:
     """Add what asks for the statistics of vCPUs' threads."""
-    parser.add_argument("--sched", action="store_true", help="also what the host's scheduler counts of vCPUs: sched_*")
+    parser.add_argument(
+        "--sched",
+        action="store_true",
+        help="also what the host's scheduler counts of vCPUs: sched_*, of which -e chooses, too",
+    )
+
+
+def check_sched(arguments: argparse.Namespace) -> None:
+    """Raise UsageError if statistics of vCPUs' threads are named, and not asked for."""
+    for event in arguments.event or ():
+        if event.startswith("sched_") and not arguments.sched:
+            raise UsageError(f"{event} is what the host's scheduler counts: it takes --sched")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,7 @@ from kvmstats_fast.cli._grammar import (
     add_event,
     add_sched,
     add_targets,
+    check_sched,
     duration,
     interval,
     named_vms,
@@ -89,6 +90,7 @@ class _Writer(Protocol):
 def run(arguments: argparse.Namespace) -> int:
     """Record."""
     condition = _condition(arguments)
+    check_sched(arguments)
     if arguments.keep and not arguments.rotate:
         raise UsageError("--keep removes old files: it takes --rotate, which begins new ones")
     path = Path(arguments.output or time.strftime("kvmstats-%Y%m%d-%H%M%S"))

@@ -25,6 +25,7 @@ from kvmstats_fast.cli._grammar import (
     add_sched,
     add_selection,
     add_targets,
+    check_sched,
     duration,
     interval,
     number,
@@ -88,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("a recording was counted for as long as it is: -d takes -I")
     if arguments.file and arguments.sched:
         raise UsageError("a recording has what was recorded: --sched does not go with it")
+    if not arguments.file:
+        check_sched(arguments)
     if arguments.command and not are_named(arguments):
         return _run_vmm(arguments)
     with ExitStack() as opened:
