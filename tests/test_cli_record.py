@@ -106,11 +106,11 @@ def test_a_kill_loses_only_what_waited(tmp_path):
         assert len(kf.Samples.load(path)) > 20
 
 
-def test_what_was_flushed_survives_twenty_kills(tmp_path):
+def test_what_was_flushed_survives_ten_kills(tmp_path):
     """At moments of its own choosing: all that was on the disk before the kill is read, and no sweep is there twice."""
     rng = random.Random(20)
     with Holder(1) as vmm:
-        for number in range(20):
+        for number in range(10):
             path = tmp_path / f"out{number}"
             with recording("-p", vmm.pid, "-I", "1ms", "-o", path, "--rotate", "100ms") as running:
                 assert until((path / "vcpu-00001.arrows").exists)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from helpers import stats_fds, until
 from holder import Holder
-from qemu import firmware, needs_qemu, plain_qemu
+from qemu import firmware, needs_qemu, plain_qemu, stand_by
 
 from kvmstats_fast import cli
 from kvmstats_fast._text import display_width
@@ -109,9 +109,9 @@ def vms(tmp_path_factory):
         patch.setenv("LD_PRELOAD", str(hold_library()))
         boot = firmware(folder)
         names = (f"web-{os.getpid()}", f"\u65e5\u672c\u8a9e-{os.getpid()}")
-        found = [
-            plain_qemu(folder, resources, *boot, "-name", f"guest={name}", vcpus=2, nice=19)[0].pid for name in names
-        ]
+        found = [plain_qemu(folder, resources, *boot, "-name", f"guest={name}", vcpus=2)[0].pid for name in names]
+        for pid in found:
+            stand_by(pid)
         yield found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers import until
-from qemu import arguments, firmware, needs_qemu
+from qemu import arguments, firmware, needs_qemu, stand_by
 from test_export_serve import exporting
 
 import kvmstats_fast as kf
@@ -147,6 +147,7 @@ class Scene:
         self._resources.callback(machine.process.wait)
         self._resources.callback(machine.process.kill)
         assert until(lambda: machine.refresh() or len(machine.vcpus) == vcpus)
+        stand_by(machine.pid)
         return machine
 
 

@@ -20,7 +20,7 @@ import kvmstats_fast as kf
 from kvmstats_fast.testing import SyntheticStats
 
 # Every instruction: KVMSTATS_INTERRUPT_STEP=1, some twenty minutes.
-STEP = int(os.environ.get("KVMSTATS_INTERRUPT_STEP", "307"))
+STEP = int(os.environ.get("KVMSTATS_INTERRUPT_STEP", "499"))
 
 pytestmark = [
     pytest.mark.real_vm,
