@@ -60,13 +60,13 @@ def test_a_link_says_what_its_file_is(link, file):
 #: A VMM, or a backup, with an open file whose path is longer than PATH_MAX.
 LONG_PATH = """
 import os, sys
+from kvmstats_fast.testing import TinyGuest  # first: Python 3.13.0 imports no numpy where there is no getcwd
 os.chdir(sys.argv[1])
 for _ in range(20):
     os.mkdir("d" * 250)
     os.chdir("d" * 250)
 log = open("log", "w")
 if sys.argv[2] == "vmm":
-    from kvmstats_fast.testing import TinyGuest
     guest = TinyGuest(1)
     files = guest.open_stats()
 print("ready", flush=True)
