@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from holder import Holder
+from sql import duckdb, needs_duckdb
 
 mpl.use("Agg")
 import kvmstats_fast as kf
@@ -45,6 +46,7 @@ def blocks(language, *, least):
                 r"\b(attach|find_vms|follow|machine|vm_fd|time_shares)\b", match[1]
             )
             marks = [pytest.mark.real_vm] if needs_vm else []
+            marks += [needs_duckdb] if "duckdb" in match[1] and language == "python" else []
             found.append(pytest.param(match[1], id=f"{page.stem}-{line}", marks=marks))
     assert len(found) >= least
     return found
@@ -61,6 +63,12 @@ def run_of(host, vm, day="2026-11-27"):
     return make_samples(files, values, start=f"{day} 14:00")
 
 
+def stop_soon(sampler):
+    """Stop what an asyncio program awaits, once it has begun."""
+    if not sampler.stop():
+        asyncio.get_running_loop().call_later(0.05, stop_soon, sampler)
+
+
 @pytest.fixture
 def world(tmp_path, monkeypatch, request):
     """The names that the guides take for granted, in a folder where their recordings lie."""
@@ -71,8 +79,9 @@ def world(tmp_path, monkeypatch, request):
     for number, vm in enumerate(("web", "db", "web-1")):
         with kf.Recorder(f"rec/{number}") as recorder:
             recorder.write(run_of("node1", vm, "2026-11-23"))
-    names = {name: __import__(name) for name in ("asyncio", "duckdb", "pandas", "polars")}
+    names = {name: __import__(name) for name in ("asyncio", "pandas", "polars")}
     names |= {"kf": kf, "plot": plot, "Sampler": kf.Sampler, "x": x, "send": lambda *_: None, "work": lambda: None}
+    names |= {"duckdb": duckdb, "stop_soon": stop_soon}
     names |= {"boot": lambda _: None, "configurations": (1, 2), "results": {}, "handed": []}
     made = SyntheticStats(vm="web", host="node1", pid=7)
     names["files"] = [made.open()]
@@ -119,10 +128,7 @@ def test_each_block_of_python_runs(block, world):
     record(world["x"], block)
     if "await" in block:
         body = "\n".join(f"    {line}" for line in block.splitlines())
-        block = f"async def main():\n    asyncio.get_running_loop().call_later(0.05, sampler.stop)\n{body}\n"
-        exec(block, world)
-        asyncio.run(world["main"]())
-        return
+        block = f"async def main():\n    stop_soon(sampler)\n{body}\nasyncio.run(main())\n"
     if "kf.follow" in block:
         block = block.replace('"web-*"', "None").replace("send(", "chunks.stop(); send(")
     try:

@@ -517,7 +517,11 @@ def capabilities(pid):
     """{thread: (effective, permitted, bounding, no_new_privs)} of a process."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        status = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        try:
+            lines = (task / "status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):  # the one that has just answered
+            continue
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         found[task.name] = (
             *(int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd")),
             int(status["NoNewPrivs"]),
