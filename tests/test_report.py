@@ -168,6 +168,34 @@ def test_what_was_recorded_at_the_same_time_is_counted_in_the_same_time(tmp_path
     assert (row["value"], row["rate"]) == (2 * 16500, pytest.approx(2 * 16500 / 15))
 
 
+@pytest.mark.parametrize("by", ["vm", "vcpu", "host"])
+def test_a_vm_that_died_early_in_a_run_has_its_rate_by_the_time_that_it_was_read(by, tmp_path, capsys):
+    """Over several runs too: what a run goes on for without it is no time of it."""
+    first = run_of()
+    first.errors = tuple(kf.SampleError(file, 3, kf.VmGoneError(3, "gone")) for file in range(2))
+    first.groups[0].values[3:] = 0
+    for number, x in enumerate((first, run_of(start=1_790_000_100))):
+        x.save(tmp_path / f"{number}")
+    (row, *_) = objects(capsys, tmp_path, "--by", by, "-e", "exits")["statistic"]
+    rates = kf.open_recordings(tmp_path).mean_rate("exits", by=by)
+    assert row["value"] == 300 * (3 + 55)
+    assert row["rate"] == pytest.approx(next(iter(rates.values()))) == pytest.approx(300 * 58 / (2 + 10))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_run_of_one_sweep_takes_nothing_from_the_others(last, tmp_path, capsys):
+    """Nothing is counted in it, in no time: what counts is as without it, before others and after them."""
+    run_of().save(tmp_path / "whole")
+    alone = {row["name"]: row for row in objects(capsys, tmp_path)["statistic"]}
+    run_of(start=1_790_000_100 if last else 1_780_000_000)[:1].save(tmp_path / "one")
+    for row in objects(capsys, tmp_path)["statistic"]:
+        if row["name"] != "memory":
+            assert (row["value"], row["rate"]) == (alone[row["name"]]["value"], alone[row["name"]]["rate"])
+            assert row.get("buckets") == alone[row["name"]].get("buckets")
+        del alone[row["name"]]
+    assert not alone
+
+
 def test_two_halves_say_what_the_whole_does():
     """Figures and advice of a run that is given in parts, which share a sweep, are those of the run."""
     x = run_of()

@@ -244,7 +244,7 @@ class Tally:
         for run in self._runs:
             for label, rows in group(run.files, by).items():
                 stretches.setdefault(label, []).extend(run.ns_of(rows))
-        return {label: _measure(found) / 1e9 for label, found in stretches.items()}
+        return {label: cover_ns(found) / 1e9 for label, found in stretches.items()}
 
     def figures(self, by: str) -> Figures:
         """Return the figures of all runs together, see `Samples.figures`; a rate is over the time of `seconds`.
@@ -304,7 +304,7 @@ class _WholeTally(Whole):
             [stat for kernel, _ in self._kernels for stat in kernel.stats.values()],
         )
         self._stretches = stretches
-        self.seconds = np.array([_measure(stretches[place]) / 1e9 or np.nan for place in range(len(files))], np.float64)
+        self.seconds = np.array([cover_ns(stretches[place]) / 1e9 or np.nan for place in range(len(files))], np.float64)
 
     def change(self, name: str) -> Values:
         """Return the change of a statistic, (n,)."""
@@ -332,7 +332,7 @@ class _WholeTally(Whole):
 
     def elapsed(self, files: Sequence[int]) -> float:
         """Return how many seconds any of some files was read; NaN if that is no time."""
-        return _measure(one for file in files for one in self._stretches[file]) / 1e9 or np.nan
+        return cover_ns(one for file in files for one in self._stretches[file]) / 1e9 or np.nan
 
     def files_having(self, names: Iterable[str]) -> list[int]:
         """Return the indices of the files that have all these statistics."""
@@ -353,7 +353,7 @@ def add_changes(parts: Sequence[Change], what: str) -> Change:
     return add_exactly(whole.view(np.uint64), 0, what)
 
 
-def _measure(stretches: Iterable[tuple[int, int]]) -> int:
+def cover_ns(stretches: Iterable[tuple[int, int]]) -> int:
     """Return how long stretches are together, what they have in common counted once."""
     length, until = 0, None
     for start, stop in sorted(stretches):

@@ -11,6 +11,7 @@ import numpy as np
 
 from kvmstats_fast._text import describe_error, plain_number
 from kvmstats_fast.analysis.several_runs import SeveralRuns
+from kvmstats_fast.analysis.tally import cover_ns
 from kvmstats_fast.cli._files import EVERYTHING, check_no_capture, check_selection, open_runs
 from kvmstats_fast.cli._rows import Row, add_buckets, rates_over_time, rows_of
 from kvmstats_fast.errors import KvmStatsError, RecordingWarning, warn_caller
@@ -135,15 +136,15 @@ class Summary(Row):
 
     Attributes
     ----------
-    runs : list of (Run, float or None)
-        The runs that have it, and its rate over each.
+    read : list of (int, int)
+        From when to when its files were read in each run, of CLOCK_REALTIME in ns.
     time : list of numpy.ndarray
         Of each run CLOCK_REALTIME in ns at the edges of the steps, int64 (steps + 1,).
     steps : list of numpy.ndarray
         Of each run the rate in each step, of instant values the value, float64 (steps,).
     """
 
-    runs: list[tuple[Run, float | None]] = field(default_factory=list)
+    read: list[tuple[int, int]] = field(default_factory=list)
     time: list[npt.NDArray[np.int64]] = field(default_factory=list)
     steps: list[npt.NDArray[np.float64]] = field(default_factory=list)
 
@@ -165,29 +166,21 @@ class Summary(Row):
 
     def add_run(self, row: Row, run: Run) -> None:
         """Add what the row was in a further run."""
-        if self.runs:
-            self.value = row.value if row.rate is None and row.buckets is None else self.value + row.value
+        is_further = bool(self.read)
+        self.read.append((run.start, run.start + round(np.nan_to_num(row.seconds) * 1e9)))
+        if is_further:
+            self.value = self.value + row.value if self.is_counted else row.value
             self.buckets = add_buckets(self.buckets, row.buckets)
             self.pid = self.pid if self.pid == row.pid else None
-        self.runs.append((run, row.rate))
-        self.rate = _mean_rate(self.runs)
-
-
-def _mean_rate(runs: list[tuple[Run, float | None]]) -> float | None:
-    """Return the rate over all runs: what was counted in them, by the time that any of them covers."""
-    known = [(run, rate) for run, rate in runs if rate is not None and run.seconds]
-    if len(known) < 2:
-        return known[0][1] if known else None
-    return sum(rate * run.seconds for run, rate in known) / cover(run for run, _ in known)
+            if self.rate is None or row.rate is None:
+                self.rate = row.rate if self.rate is None else self.rate
+            else:
+                self.rate = self.value / (cover_ns(self.read) / 1e9)
 
 
 def cover(runs: Iterable[Run]) -> float:
     """Return how many seconds any of some runs covers."""
-    covered, until = 0, 0
-    for start, stop in sorted((run.start, run.stop) for run in runs):
-        covered += max(stop - max(start, until), 0)
-        until = max(until, stop)
-    return covered / 1e9
+    return cover_ns((run.start, run.stop) for run in runs) / 1e9
 
 
 class Recorded:

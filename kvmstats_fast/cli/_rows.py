@@ -43,6 +43,8 @@ class Row:
         Per second; None of instant values and peaks, and where that is not defined.
     buckets : list of int or None
         Of a histogram.
+    seconds : float
+        How long any of its files was read; NaN of no time.
     """
 
     host: str
@@ -53,6 +55,12 @@ class Row:
     value: float
     rate: float | None
     buckets: list[int] | None
+    seconds: float
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the value adds up."""
+        return _is_counted(self.stat)
 
     @property
     def moved(self) -> bool:
@@ -143,7 +151,8 @@ def _key(info: FileInfo, stat: Stat, by: str) -> Key:
 
 def _add(a: Row, b: Row) -> Row:
     rate = None if a.rate is None or b.rate is None else a.rate + b.rate
-    return replace(a, value=a.value + b.value, rate=rate, buckets=add_buckets(a.buckets, b.buckets))
+    seconds = _longest([a.seconds, b.seconds])
+    return replace(a, value=a.value + b.value, rate=rate, buckets=add_buckets(a.buckets, b.buckets), seconds=seconds)
 
 
 def _known(part: Samples, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -155,7 +164,7 @@ def _known(part: Samples, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def _make_row(counts: KernelCounts, stat: Stat, columns: Sequence[int], by: str) -> Row:
-    counted = stat.grows and stat.type != StatType.PEAK
+    counted = _is_counted(stat)
     changes = counts.change[stat.name] if counted else counts.end[stat.name]
     info = counts.files[columns[0]]
     host, vm, vcpu, _ = _key(info, stat, by)
@@ -167,7 +176,17 @@ def _make_row(counts: KernelCounts, stat: Stat, columns: Sequence[int], by: str)
     if counted:
         scaled = chosen.astype(np.float64) if stat.is_histogram else stat.scale_array(chosen)
         rate = _sum_known(scaled / counts.seconds[columns].reshape(-1, *[1] * (chosen.ndim - 1)))
-    return Row(host, vm, None if by == "host" else info.pid, vcpu, stat, value, rate, buckets)
+    seconds = _longest(counts.seconds[columns].tolist())
+    return Row(host, vm, None if by == "host" else info.pid, vcpu, stat, value, rate, buckets, seconds)
+
+
+def _is_counted(stat: Stat) -> bool:
+    """Return whether its changes add up; those of instant values and peaks do not."""
+    return stat.grows and stat.type != StatType.PEAK
+
+
+def _longest(seconds: Iterable[float]) -> float:
+    return max((one for one in seconds if not math.isnan(one)), default=math.nan)
 
 
 def _sum_known(rates: npt.NDArray[np.float64]) -> float | None:
