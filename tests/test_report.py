@@ -182,6 +182,18 @@ def test_a_vm_that_died_early_in_a_run_has_its_rate_by_the_time_that_it_was_read
     assert row["rate"] == pytest.approx(next(iter(rates.values()))) == pytest.approx(300 * 58 / (2 + 10))
 
 
+@pytest.mark.parametrize("by", ["vm", "host"])
+def test_a_vcpu_that_died_early_adds_what_it_counted_and_no_rate_of_its_own(by, tmp_path, capsys):
+    """The rate of a VM is what its files counted by the time that any of them was read, as its figure is."""
+    x = run_of()
+    x.errors = (kf.SampleError(0, 3, kf.VmGoneError(3, "gone")),)
+    x.groups[0].values[3:, 0] = 0
+    x.save(tmp_path / "run")
+    found = objects(capsys, tmp_path, "--by", by, "-e", "exits")
+    assert found["statistic"][0]["rate"] == pytest.approx(900 / 10)
+    assert found["figure"][0]["value"] == pytest.approx(900 / 10)
+
+
 @pytest.mark.parametrize("last", [True, False])
 def test_a_run_of_one_sweep_takes_nothing_from_the_others(last, tmp_path, capsys):
     """Nothing is counted in it, in no time: what counts is as without it, before others and after them."""

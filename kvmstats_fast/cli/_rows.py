@@ -150,9 +150,9 @@ def _key(info: FileInfo, stat: Stat, by: str) -> Key:
 
 
 def _add(a: Row, b: Row) -> Row:
-    rate = None if a.rate is None or b.rate is None else a.rate + b.rate
-    seconds = _longest([a.seconds, b.seconds])
-    return replace(a, value=a.value + b.value, rate=rate, buckets=add_buckets(a.buckets, b.buckets), seconds=seconds)
+    value, seconds = a.value + b.value, _longest([a.seconds, b.seconds])
+    rate = _rate(a.stat, value, seconds)
+    return replace(a, value=value, rate=rate, buckets=add_buckets(a.buckets, b.buckets), seconds=seconds)
 
 
 def _known(part: Samples, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -172,12 +172,14 @@ def _make_row(counts: KernelCounts, stat: Stat, columns: Sequence[int], by: str)
     buckets = chosen.sum(axis=0).tolist() if stat.shape else None
     total = sum(chosen.tolist()) if buckets is None else sum(buckets)
     value = total if buckets is not None else total / stat.factor if stat.exponent < 0 else total * stat.factor
-    rate = None
-    if counted:
-        scaled = chosen.astype(np.float64) if stat.is_histogram else stat.scale_array(chosen)
-        rate = _sum_known(scaled / counts.seconds[columns].reshape(-1, *[1] * (chosen.ndim - 1)))
     seconds = _longest(counts.seconds[columns].tolist())
-    return Row(host, vm, None if by == "host" else info.pid, vcpu, stat, value, rate, buckets, seconds)
+    pid = None if by == "host" else info.pid
+    return Row(host, vm, pid, vcpu, stat, value, _rate(stat, value, seconds), buckets, seconds)
+
+
+def _rate(stat: Stat, value: float, seconds: float) -> float | None:
+    """Return what was counted by the time that any of its files was read: one that died early adds no rate."""
+    return None if math.isnan(seconds) or not _is_counted(stat) else value / seconds
 
 
 def _is_counted(stat: Stat) -> bool:
@@ -187,8 +189,3 @@ def _is_counted(stat: Stat) -> bool:
 
 def _longest(seconds: Iterable[float]) -> float:
     return max((one for one in seconds if not math.isnan(one)), default=math.nan)
-
-
-def _sum_known(rates: npt.NDArray[np.float64]) -> float | None:
-    known = rates[~np.isnan(rates)]
-    return float(known.sum()) if known.size else None
