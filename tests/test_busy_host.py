@@ -4,10 +4,14 @@ import gc
 import os
 import resource
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from helpers import NOBODY, exit_status, forked, kernel_threads, open_fds
+from holder import Holder
+from qemu import until
 
 import kvmstats_fast as kf
 from kvmstats_fast.testing import SyntheticStats
@@ -81,6 +85,22 @@ def test_the_priority_is_that_of_the_threads_of_the_run_alone(files):
             assert (len(own), policies(own)) == (2, wanted)
             assert policies(before) == ordinary
     assert policies(before) == ordinary
+
+
+@pytest.mark.real_vm
+@pytest.mark.usefixtures("real_time")
+def test_a_recording_s_priority_is_that_of_the_thread_that_samples(tmp_path):
+    """`kvmstats record --priority`: what writes to the disk, and all else, stays as it was."""
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "kvmstats_fast", "record", "-I", "1ms", "--priority", "7", "-o", path]
+    with Holder() as vmm, subprocess.Popen([*command, "-p", str(vmm.pid)], stderr=subprocess.PIPE) as running:
+        try:
+            assert until(path.exists)  # it samples by then
+            threads = Path(f"/proc/{running.pid}/task").iterdir()
+            assert policies(int(thread.name) for thread in threads) == {*policies([0]), (os.SCHED_FIFO, 7)}
+        finally:
+            running.kill()
 
 
 def test_a_priority_that_is_refused_says_what_it_takes(files):

@@ -198,6 +198,7 @@ def test_where_nothing_was_recorded_nothing_is_left(tmp_path, capsys, more, stat
         (["--keep", "2"], "--keep removes old files: it takes --rotate"),
         (["-e", "sched_run_ns"], "it takes --sched"),
         (["--when", "exits"], "is not a condition"),
+        (["--priority", "100"], "priority is 100; it must be from 1 to 99"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_status_2(arguments, text, capsys):

@@ -60,6 +60,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-I", "--interval", type=interval, default=1.0, metavar="TIME", help="default: 1s")
     parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="record for so long (10m, 24h)")
     parser.add_argument("-n", "--count", type=number, metavar="N", help="number of sweeps")
+    parser.add_argument("--priority", type=number, metavar="1-99", help="sample before all that is not real-time")
     parser.add_argument("-o", "--output", metavar="PATH", help="a new directory (default: kvmstats-DATE-TIME)")
     parser.add_argument("--force", action="store_true", help="replace a recording that is there")
     parser.add_argument("--rotate", metavar="SIZE|TIME", type=_rotation, help="begin new files (100M, 1h)")
@@ -104,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
                 inject=arguments.inject,
                 count=arguments.count,
                 duration=arguments.duration,
+                priority=arguments.priority,
                 sched=arguments.sched,
             )
             chunks = opened.enter_context(following)
