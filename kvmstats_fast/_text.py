@@ -34,6 +34,12 @@ def describe_error(error: Exception) -> str:
     return printable(text, 1 << 14)
 
 
+def waits_for(names: Sequence[object] | None) -> str:
+    """Return what is said where none of the VMs that are wanted, by name or pid, is there yet."""
+    called = f" called {' or '.join(printable(str(name)) for name in names)}" if names else ""
+    return f"no VM{called} yet; it waits for one"
+
+
 def format_table(rows: Sequence[Sequence[str]], align: str) -> str:
     """Return a line for each row, with columns that line up two blanks apart.
 

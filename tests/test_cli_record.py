@@ -184,6 +184,7 @@ def test_where_nothing_was_recorded_nothing_is_left(tmp_path, capsys, more, stat
         for mine in (False, True):
             assert cli.main(["record", *who, "-o", str(path), *more]) == status
             assert said in (err := capsys.readouterr().err)
+            assert ("no VM called no-such-guest yet; it waits for one" in err) is ("-g" in more)
             assert "kvmstats report" not in err
             assert "Errno" not in err
             assert path.exists() is mine

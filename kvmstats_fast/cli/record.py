@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvmstats_fast._text import format_si, printable
+from kvmstats_fast._text import format_si, printable, waits_for
 from kvmstats_fast.cli._command import call_at_end, ended_by_signals, on_signals, start, wait_for
 from kvmstats_fast.cli._grammar import (
     UsageError,
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not path.exists():
             opened.callback(_remove_empty, path)  # of a command that is not there, or a VM that never came
         writer = opened.enter_context(_open(path, arguments, condition))
-        shown = _Shown(chunks, writer)
+        shown = _Shown(chunks, writer, waits_for(names))
         status = _record(arguments, chunks, writer, shown)
     if arguments.keep:
         _retain(writer, arguments.keep)  # the last files have come into being at the end
@@ -255,7 +255,7 @@ def _remove_empty(path: Path) -> None:
 class _Shown:
     """Says on stderr how far it is: on a terminal in one line that changes."""
 
-    def __init__(self, chunks: Follow, writer: _Writer) -> None:
+    def __init__(self, chunks: Follow, writer: _Writer, waits: str) -> None:
         self._chunks, self._writer = chunks, writer
         self._began = self._said = time.monotonic()
         self._live = sys.stderr.isatty()
@@ -263,7 +263,7 @@ class _Shown:
         self.vms: dict[str, None] = {}
         self._sweeps = 0
         if not chunks.machines:
-            self._print("no VM yet; it waits for one")
+            self._print(waits)
 
     def update(self, samples: Samples) -> None:
         """Take note of what was written."""

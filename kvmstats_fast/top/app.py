@@ -244,7 +244,7 @@ class TopApp(App[None]):
         if feed.is_over:
             said.append("the recording has ended" if feed.is_recorded else "these VMs have ended")
         elif not model.last:
-            said.append("no VM yet; it waits for one" if feed.vms == 0 else "reading")
+            said.append(feed.waits if feed.vms == 0 else "reading")
         if self._is_paused:
             said.append("paused (Space goes on)")
         if model.is_total:

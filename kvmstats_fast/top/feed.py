@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvmstats_fast._text import waits_for
 from kvmstats_fast.formats.recordings import open_recordings
 from kvmstats_fast.samples import Samples
 from kvmstats_fast.sampling.follow import follow
@@ -41,9 +42,12 @@ class Feed(ABC):
         Whether nothing comes any more.
     error : Exception or None
         Why it ended, if not of itself.
+    waits : str
+        What it says where there is no VM.
     """
 
     is_recorded = False
+    waits = waits_for(None)
 
     def __init__(self, interval: float) -> None:
         self.interval = interval
@@ -147,6 +151,7 @@ class HostFeed(_Live):
     def __init__(self, names: Sequence[str | int] | None, interval: float, *, inject: bool = False) -> None:
         super().__init__(interval)
         self._names, self._inject = names, inject
+        self.waits = waits_for(names)
 
     def _open(self, interval: float) -> Follow:
         return follow(self._names, interval, inject=self._inject, overlap=True, sched=True)
