@@ -91,7 +91,7 @@ def test_kvmstats_run_outlives_a_refusal(monkeypatch, capsys, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600  # it shows what the guest did
     assert "made no VM" in capsys.readouterr().err
     assert main(["run", "--json", str(path), "--", sys.executable, "-c", "print('ran')"]) == 1
-    assert "exists" in capsys.readouterr().err
+    assert "it is there already" in capsys.readouterr().err
 
 
 @pytest.mark.real_vm
@@ -227,9 +227,9 @@ def test_a_signal_before_there_is_a_vmm_leaves_no_file_without_a_vmm(tmp_path, m
     """The signal is caught before the file is made: it cannot come between the two."""
     made = run_module._new
 
-    def signalled(path):
+    def signalled(path, **more):
         os.kill(os.getpid(), signal.SIGUSR1)
-        return made(path)
+        return made(path, **more)
 
     monkeypatch.setattr(run_module, "_new", signalled)
     status = main(["run", "--json", str(tmp_path / "stats"), "--", command, "-c", "import time; time.sleep(60)"])
