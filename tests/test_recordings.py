@@ -1,6 +1,8 @@
 """Many recordings at once: answers are those of numpy over all sweeps in memory, wherever the sweeps lie."""
 
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -168,6 +170,18 @@ def test_rates_are_by_the_time_that_anything_of_it_was_sampled(tmp_path):
     assert r.figures("host")["exits/s"].values == pytest.approx(sum(exits) / 28)
     first = (int(x.total("exits")[0]) for x in lives)
     assert r.figures("vcpu")["exits/s"].values[0] == pytest.approx(sum(first) / 22)
+
+
+@pytest.mark.parametrize("way", [lambda one: pickle.loads(pickle.dumps(one)), copy.deepcopy])
+def test_recordings_go_to_another_process_as_they_are(form, way, tmp_path):
+    """With what was selected: a worker of dask or multiprocessing answers the same."""
+    run = run_of()
+    r = opened(tmp_path, form, [run]).select("exits", vm="web").between(1, 8)
+    other = way(r)
+    assert repr(other) == repr(r)
+    assert other.total("exits", "vcpu") == r.total("exits", "vcpu")
+    if form == "recording":
+        made.assert_same(way(kf.Recording(tmp_path / "rec" / "0")).load(), run)
 
 
 def test_what_two_runs_sampled_of_a_file_at_one_time_is_refused(form, tmp_path):

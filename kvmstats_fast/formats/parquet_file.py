@@ -71,6 +71,10 @@ class ParquetFile:
                     f"{path}: kvmstats.batches is about {len(self._batches)} row groups; it has {file.num_row_groups}"
                 )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where it is: another process opens it anew."""
+        return type(self), (self.path,)
+
     def _open(self) -> Any:
         pq = need("pyarrow.parquet", "arrow")
         with open_regular(self.path) as fd:

@@ -78,6 +78,10 @@ class StreamFile:
         self.origin = Origin.decode(self._schema.metadata, str(path))
         self.stats: list[Stat] = stats_of(self._schema, self.origin, str(path))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle where it is: another process opens it anew."""
+        return type(self), (self.path,)
+
     def _open(self, *, in_place: bool) -> _Opened:
         """Open the file.
 
