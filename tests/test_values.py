@@ -146,7 +146,7 @@ def test_a_recording_is_converted_as_a_whole(x, tmp_path):
     kf.to_csv(tmp_path / "run", tmp_path / "all.csv", values="delta")
     x.to_csv(tmp_path / "x.csv", values="delta")
     other.to_csv(tmp_path / "other.csv", values="delta")
-    found, first, second = (pl.read_csv(tmp_path / f"{name}.csv") for name in ("all", "x", "other"))
+    found, first, second = (pl.read_csv(tmp_path / f"{name}.csv", infer_schema=False) for name in ("all", "x", "other"))
     columns = ["file", "exits", "wait_hist[4]", "gauge", "several[0]"]
     assert found.select(columns).rows() == first.select(columns).rows() + second.select(columns).rows()
 

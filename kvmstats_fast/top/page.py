@@ -130,7 +130,7 @@ def _describe(row: Row, total: Counted) -> str:
     having = [part for part in total if stat.name in part.stats]
     adders = [part.stats.get(name) for part in having]
     known = all(adder is not None and adds_up(adder, stat) for adder in adders)
-    raw = sum(part.change[name].sum() for part in having) if known else None
+    raw = np.array([part.change[name].sum() for part in having], np.uint64).sum() if known else None
     histogram = Histogram(stat, np.array(row.buckets, np.uint64), raw)
     unit = histogram.units
     text = "" if histogram.mean is None else f"mean {format_si(histogram.mean, unit)}, "
