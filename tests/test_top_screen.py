@@ -121,8 +121,8 @@ def rows(pilot):
 
 
 def run(test, *arguments, **more):
-    """Run a coroutine, but no longer than half a minute."""
-    asyncio.run(asyncio.wait_for(test(*arguments, **more), 30))
+    """Run a coroutine; one that hangs ends, if late: the host may be busy."""
+    asyncio.run(asyncio.wait_for(test(*arguments, **more), 300))
 
 
 HOST = [*vm("web", 4), *vm("db", 2), *vm("app", 1)]
