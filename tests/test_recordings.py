@@ -320,8 +320,10 @@ def test_what_is_opened_is_found_by_path_directory_or_glob(tmp_path):
 
 def test_what_cannot_be_opened_is_said(tmp_path):
     """Nothing there, nothing that a glob fits, no recording, no paths."""
-    with pytest.raises(FileNotFoundError, match="no recording"):
-        kf.open_recordings(tmp_path / "none")
+    for name in ("nothing", "nothing.npz", "nothing.parquet"):
+        with pytest.raises(FileNotFoundError, match="there is no recording") as caught:
+            kf.open_recordings(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="name like this"):
         kf.open_recordings(str(tmp_path / "x*"))
     with pytest.raises(kf.KvmStatsError, match="no recording in it, and no Parquet file"):
