@@ -52,7 +52,7 @@ ABOUT = {
     "kvmstats_fast/answers": "samples vms spans figures histogram",
     "kvmstats_fast/conversions": "formats samples perfetto",
     "kvmstats_fast/series": "series twin samples",
-    "kvmstats_fast/changes": "samples twin spans values series",
+    "kvmstats_fast/changes": "samples twin spans values series histogram",
     "kvmstats_fast/joining": "samples follow recordings recording vms cli_files",
     "kvmstats_fast/selection": "selection samples vms",
     "kvmstats_fast/spans": "spans wall_clock samples recordings",

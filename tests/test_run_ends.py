@@ -322,6 +322,16 @@ def test_a_program_ends_whatever_is_under_way(ending):
     assert in_a_process(ENDINGS[ending] + "\nprint('end')") == "end"
 
 
+def test_at_the_end_of_a_program_no_thread_reads_on(files):
+    """It would write to memory that the interpreter takes back."""
+    before = kernel_threads()
+    with kf.Sampler(files).stream(0.001) as stream:
+        next(stream)
+        assert kernel_threads() > before
+        run._end_all()
+        assert kernel_threads() == before
+
+
 # ---- what is asked for wrongly
 
 
