@@ -25,7 +25,7 @@ CONFIG = """
 source_pkgs = kvmstats_fast
 parallel = true
 branch = false
-patch = subprocess, _exit
+patch = subprocess, fork, _exit
 sigterm = true
 disable_warnings = no-data-collected, module-not-measured, module-not-imported
 [paths]
