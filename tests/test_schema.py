@@ -342,6 +342,7 @@ def test_schemas_are_equal_if_their_descriptors_are_and_survive_pickling():
     one, other = kf.parse(REAL).schema, made_of(PLAIN).schema
     assert pickle.loads(pickle.dumps(one)) is one
     assert one != other
+    assert one != one.fingerprint
     assert one.fingerprint != other.fingerprint
     assert hash(one) == hash(pickle.loads(pickle.dumps(one)))
     for kernel in ("v2-x86_64", "arm64-6.1"):

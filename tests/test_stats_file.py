@@ -157,6 +157,24 @@ def test_from_bytes_that_fails_leaves_no_fd_behind():
     assert open_fds() == before
 
 
+def test_a_file_that_fails_behind_its_first_read_is_refused_with_its_fd(monkeypatch):
+    """What was read of it is no capture of a shorter file."""
+    pread = os.pread
+
+    def fails_behind(fd, size, offset):
+        if offset:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(fd, size, offset)
+
+    with SyntheticStats(stats=[kf.Stat(f"s{i}", 0, 0, 0, 0, 1, -1) for i in range(300)]) as made:
+        fd = os.dup(made.fileno())
+        monkeypatch.setattr(os, "pread", fails_behind)
+        with pytest.raises(OSError, match=rf"fd {fd}\b") as caught:
+            kf.StatsFile(fd)
+        os.close(fd)
+    assert caught.value.errno == errno.EIO
+
+
 def test_an_fd_that_is_not_a_stats_file_is_refused_with_its_name():
     """An empty file, a pipe, a directory, an fd that is not KVM's: each error names the file and the call."""
     null = os.open(os.devnull, os.O_RDONLY)
