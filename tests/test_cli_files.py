@@ -249,3 +249,28 @@ def test_what_is_converted_can_be_read_under_its_name(recordings, words, capsys)
     assert cli.main(["convert", f"{recordings}/a1.npz", "-o", *words]) == 2
     assert "ends so" in capsys.readouterr().err
     assert not Path(words[0]).exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run --json OUT --force /nowhere/vmm",
+        "stat -j -o OUT --force -- /nowhere/vmm",
+        "stat FILE -j -o OUT --force -e nothing_of_this_name",
+        "report nowhere -j -o OUT --force",
+        "report FILE nowhere --html OUT --force",
+        "compare FILE nowhere -j -o OUT --force",
+        "list nowhere -j -o OUT --force",
+        "check nowhere -j -o OUT --force",
+        "convert nowhere --to csv -o OUT --force",
+    ],
+)
+def test_what_fails_leaves_what_it_was_to_replace(line, tmp_path, monkeypatch, capsys):
+    """--force replaces a file by what a verb has to say, and by nothing else."""
+    monkeypatch.chdir(tmp_path)
+    run_of(group_of(EXITS, [0], {"exits": np.arange(9)[:, None]})).save("FILE.npz")
+    Path("OUT").write_text("something")
+    assert cli.main(line.replace("FILE", "FILE.npz").split()) not in (0, 130)
+    assert Path("OUT").read_text() == "something"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE.npz", "OUT"]
+    capsys.readouterr()

@@ -225,13 +225,13 @@ def test_a_signal_ends_the_vmm_and_then_the_run(tmp_path, name):
 @pytest.mark.parametrize("command", ["no-such-vmm", sys.executable])
 def test_a_signal_before_there_is_a_vmm_leaves_no_file_without_a_vmm(tmp_path, monkeypatch, capfd, command):
     """The signal is caught before the file is made: it cannot come between the two."""
-    made = run_module._new
+    made = run_module.open_private
 
     def signalled(path, **more):
         os.kill(os.getpid(), signal.SIGUSR1)
         return made(path, **more)
 
-    monkeypatch.setattr(run_module, "_new", signalled)
+    monkeypatch.setattr(run_module, "open_private", signalled)
     status = main(["run", "--json", str(tmp_path / "stats"), "--", command, "-c", "import time; time.sleep(60)"])
     if command == "no-such-vmm":
         assert (status, (tmp_path / "stats").exists()) == (127, False)

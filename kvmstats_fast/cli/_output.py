@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import stat
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from kvmstats_fast.cli._rows import Row
 
-_REPLACED = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+_REPLACED = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 #: Of a row of a statistic, in the order of columns.
@@ -90,26 +92,62 @@ def _cell(value: object) -> object:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def open_private(path: Path, *, force: bool) -> int:
-    """Return the fd of a new file, the user's alone; with `force` also of one that is there, emptied."""
+class _Replacing(io.FileIO):
+    """A file that keeps what was in it until something is written."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd, "w")
+        self.has_begun = False
+
+    def begin(self) -> None:
+        """Take away what was in it; a second call does nothing."""
+        if not self.has_begun:
+            self.has_begun = True
+            if stat.S_ISREG(os.fstat(self.fileno()).st_mode):  # not a device or a pipe
+                self.truncate(0)
+
+    def write(self, data: Any) -> int:
+        """Write behind what was written before."""
+        self.begin()
+        return super().write(data)
+
+
+@contextmanager
+def open_private(path: Path, *, force: bool, whole: bool = False) -> Iterator[TextIO]:
+    """Open a new file, the user's alone; with `force` also one that is there.
+
+    What fails before anything was written leaves no new file, and one that was there as it was; what fails later leaves
+    what was written. Where only the `whole` is worth something, that is removed, and a whole may be empty.
+    """
+    is_new = True
     try:
-        return os.open(path, _REPLACED, PRIVATE) if force else open_new(path, PRIVATE)
+        fd = open_new(path, PRIVATE)
     except FileExistsError:
-        raise taken(path) from None
+        if not force:
+            raise taken(path) from None
+        fd, is_new = os.open(path, _REPLACED, PRIVATE), False
+    raw = _Replacing(fd)
+    with io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", newline="") as file:
+        is_ended = False
+        try:
+            yield file
+            file.flush()
+            raw.begin()
+            is_ended = True
+        finally:
+            with suppress(OSError):  # raised already, or by the end of this block
+                file.flush()
+            is_half = whole and not is_ended and (is_new or raw.has_begun)
+            is_nothing = not whole and is_new and not os.fstat(fd).st_size
+            if is_half or is_nothing:
+                path.unlink()
 
 
 @contextmanager
 def open_output(arguments: argparse.Namespace) -> Iterator[TextIO]:
-    """Open what ``-o`` names: a new file, the user's alone, that is removed again if nothing came to be in it."""
+    """Open what ``-o`` names; a new file that nothing came to be in is removed again."""
     if arguments.output == "-":
         yield sys.stdout
-        return
-    path = Path(arguments.output)
-    fd = open_private(path, force=arguments.force)
-    with open(fd, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:  # noqa: PTH123 - of an fd
-        try:
+    else:
+        with open_private(Path(arguments.output), force=arguments.force) as file:
             yield file
-        finally:
-            file.flush()
-            if not os.fstat(fd).st_size and not arguments.force:
-                path.unlink()

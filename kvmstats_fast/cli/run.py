@@ -8,10 +8,10 @@ import json
 import signal
 import sys
 import threading
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import TimeoutExpired
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def start_and_show(command: list[str], events: list[str] | None, path: Path | No
     """Run a VMM to its end, and write what its files said as JSON to a new file, or as a table to stderr."""
     with ExitStack() as stack:
         pass_on_to = _pass_signals_on(stack)  # before there is a file that a signal would leave behind
-        output = stack.enter_context(_new(path, force=force)) if path else None
+        output = stack.enter_context(open_private(path, force=force, whole=True)) if path else None
         files: list[StatsFile] = []
         stack.callback(_close, files)
         process = stack.enter_context(_start(command))
@@ -124,17 +124,6 @@ def not_started(error: OSError) -> Exception:
     if error.errno in (errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ENOEXEC):
         return _NotStartedError(_NOT_EXECUTABLE, error)
     return error
-
-
-@contextmanager
-def _new(path: Path, *, force: bool) -> Iterator[TextIO]:
-    """Open a new file, which is the user's alone, and is removed again if anything is raised."""
-    with open(open_private(path, force=force), "w", encoding="utf-8") as file:  # noqa: PTH123 - of an fd
-        try:
-            yield file
-        except BaseException:
-            path.unlink()
-            raise
 
 
 def _close(files: list[StatsFile]) -> None:
