@@ -172,6 +172,7 @@ def test_launch_interrupted_within_popen(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         return pid
 
+    monkeypatch.setattr(subprocess, "_USE_POSIX_SPAWN", False)  # as Python 3.13 would
     monkeypatch.setattr(module, name, fork_and_interrupt)
     before, processes = open_files(), children()
     with pytest.raises(KeyboardInterrupt):

@@ -116,7 +116,7 @@ def test_a_time_is_read_to_the_nanosecond():
         (("now",), ValueError, "start is 'now'"),
         (("2026-11-27 14:00 CET",), ValueError, "not of a known form"),
         (("",), ValueError, "not of a known form"),
-        ((np.datetime64("NaT"),), ValueError, "start is NaT, which is no time"),
+        ((np.datetime64("NaT", "ns"),), ValueError, "start is NaT, which is no time"),
         ((None, pd.NaT), ValueError, "stop is NaT, which is no time"),
         ((np.datetime64(2**62, "D"),), ValueError, "no time from the year 1 to 9999"),
         ((-1,), ValueError, "start is -1; it must be 0 or more seconds"),
