@@ -478,6 +478,16 @@ def test_yama_is_read_where_there_is_one(monkeypatch, tmp_path):
         assert "ptrace_scope is 3" in explain_refusal(1, errno.EPERM)
 
 
+def unshared(*options, command, env=None):
+    """Run a command in namespaces of its own; what it prints."""
+    probe = subprocess.run(["unshare", *options, "true"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"no such namespace can be made here: {probe.stderr.strip()}")
+    done = subprocess.run(["unshare", *options, *command], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @needs_root
 def test_a_process_in_another_pid_namespace_is_not_visible():
     """A child that is first in a pid namespace of its own does not see the pids of this one."""
@@ -486,27 +496,23 @@ def test_a_process_in_another_pid_namespace_is_not_visible():
         + BORROW
         + "try: borrow(int(sys.argv[1]))\nexcept kf.VmGoneError as error: print(error.strerror)"
     )
-    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code, str(os.getpid())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no pid namespace can be made here: {done.stderr.strip()}")
-    assert "in another pid namespace" in done.stdout
+    command = [sys.executable, "-c", code, str(os.getpid())]
+    assert "in another pid namespace" in unshared("--pid", "--fork", "--mount-proc", command=command)
 
 
 #: In a pid namespace of its own, because all mounts of /proc in one may share their options.
 HIDING = """
 import subprocess, sys
-from helpers import NOBODY
+import kvmstats_fast as kf
+from helpers import NOBODY, exit_status, forked
 from holder import Holder
+def attach():
+    try: kf.attach(vmm.pid)
+    except kf.AttachError as error: print(type(error).__name__, error.strerror, flush=True)
 with Holder() as vmm:
+    kf.attach(vmm.pid).close()  # imports what that user may not
     subprocess.run(["mount", "-o", f"remount,hidepid={sys.argv[1]}", "/proc"], check=True)
-    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    sys.exit(subprocess.run([*user, sys.executable, "-c", sys.argv[2], str(vmm.pid)]).returncode)
-"""
-ATTACH = """
-import sys, kvmstats_fast as kf
-try: kf.attach(int(sys.argv[1]))
-except kf.AttachError as error: print(type(error).__name__, error.strerror)
+    sys.exit(exit_status(forked(attach, uid=NOBODY)))
 """
 
 
@@ -515,34 +521,19 @@ except kf.AttachError as error: print(type(error).__name__, error.strerror)
 @pytest.mark.parametrize("hidepid", ["1", "2"])
 def test_a_vmm_that_proc_hides_is_not_taken_for_one_that_ended(hidepid):
     """It runs on; the error says that other users cannot see it, and what helps."""
-    command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", sys.executable, "-c", HIDING, hidepid, ATTACH]
+    command = [sys.executable, "-c", HIDING, hidepid]
     tests = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=tests)
-    if done.returncode:
-        pytest.skip(f"no pid namespace can be made here: {done.stderr.strip()}")
-    assert done.stdout.startswith("AttachError ")
-    assert "hidepid, which hides the processes of other users" in done.stdout
+    said = unshared("--mount", "--pid", "--fork", "--mount-proc", command=command, env=tests)
+    assert said.startswith("AttachError ")
+    assert "hidepid, which hides the processes of other users" in said
 
 
 @needs_root
 def test_where_there_is_no_proc_it_is_said():
     """It is not taken for that of another pid namespace."""
     code = "import kvmstats_fast as kf\ntry: kf.attach(1)\nexcept kf.AttachError as error: print(error.strerror)"
-    mount = [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        'mount -t tmpfs none /proc && exec "$@"',
-        "sh",
-        sys.executable,
-        "-c",
-        code,
-    ]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
-    assert "there is no proc file system at /proc" in done.stdout
+    mount = ["sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh", sys.executable, "-c", code]
+    assert "there is no proc file system at /proc" in unshared("--mount", command=mount)
 
 
 @needs_root
@@ -554,11 +545,8 @@ def test_a_proc_of_another_pid_namespace_is_not_believed(inject):
         f"try: kf.attach(process.pid, inject={inject})\nexcept kf.AttachError as error: print(error.strerror)\n"
         "finally: process.kill()"
     )
-    command = ["unshare", "--pid", "--fork", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no pid namespace can be made here: {done.stderr.strip()}")
-    assert "/proc belongs to another pid namespace" in done.stdout
+    command = [sys.executable, "-c", code]
+    assert "/proc belongs to another pid namespace" in unshared("--pid", "--fork", command=command)
 
 
 @needs_root
@@ -569,11 +557,9 @@ def test_root_of_a_user_namespace_is_told_that_its_capabilities_do_not_count():
         + BORROW
         + "try: borrow(int(sys.argv[1]))\nexcept kf.AttachError as error: print(error.strerror)"
     )
-    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", code, str(os.getpid())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no user namespace can be made here: {done.stderr.strip()}")
-    assert "in another user namespace" in done.stdout
+    command = [sys.executable, "-c", code, str(os.getpid())]
+    said = unshared("--user", "--map-root-user", command=command)
+    assert "in another user namespace" in said
 
 
 @pytest.mark.real_vm
