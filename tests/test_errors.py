@@ -109,6 +109,7 @@ def test_what_is_not_a_name_is_a_type_error_with_a_sentence(call, wrong):
 @pytest.mark.parametrize("wrong", [3, None, b"exits", ["exits"], 1.5], ids=repr)
 def test_what_is_not_a_name_is_refused_by_recordings_too(wrong, tmp_path):
     """And a mapping that is asked for one has no such key."""
+    pytest.importorskip("pyarrow")
     x().save(tmp_path / "run")
     recordings = kf.open_recordings(tmp_path / "run")
     for ask in (recordings.total, recordings.mean_rate, recordings.histogram):
@@ -121,6 +122,7 @@ def test_what_is_not_a_name_is_refused_by_recordings_too(wrong, tmp_path):
 @pytest.mark.parametrize("by", [[], {}, 5, "pid", ""], ids=repr)
 def test_what_is_added_up_by_is_one_of_three_words(by, tmp_path):
     """Whatever else it is, and whoever is asked."""
+    pytest.importorskip("pyarrow")
     x().save(tmp_path / "run")
     recordings = kf.open_recordings(tmp_path / "run")
     asks = [
@@ -152,6 +154,7 @@ def test_what_is_added_up_by_is_one_of_three_words(by, tmp_path):
 )
 def test_a_wrong_argument_of_a_writer_is_named_before_anything_is_made(name, wrong, error, message, tmp_path):
     """What is wrong, and what would be right."""
+    pytest.importorskip("pyarrow")
     x().save(tmp_path / "run")
     write = kf.Recorder if name != "host" else lambda path, host: kf.to_parquet(tmp_path / "run", path, host=host)
     with pytest.raises(error) as caught:
