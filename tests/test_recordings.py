@@ -199,6 +199,15 @@ def test_what_two_runs_sampled_of_a_file_at_one_time_is_refused(form, tmp_path):
     assert sum(len(x) for x in r) >= len(first) + len(second) + len(third)
 
 
+def test_what_counts_twice_is_found_whatever_was_sampled_in_between(tmp_path):
+    """A long run goes on behind a short one of another statistic, and meets one of its own."""
+    long, other, own = run_of(sweeps=40), run_of(start=10, sweeps=4), run_of(start=20, sweeps=4)
+    for number, x in enumerate([long.select("exits"), other.select("halt_wait_ns"), own.select("exits")]):
+        record(tmp_path / f"{number}", [x])
+    with pytest.raises(kf.KvmStatsError, match=r"exits of \w+/[01] was sampled by two runs at the same time"):
+        kf.open_recordings(tmp_path).figures()
+
+
 @pytest.mark.parametrize("ns", [{"wall_offset": EPOCH - 5 * 10**9}, {"wall_offset": EPOCH + 10**12, "start": 5}])
 def test_a_clock_that_begins_anew_is_no_second_run_at_the_same_time(ns, tmp_path):
     """Where the wall clock was set back, or the host booted, only one of the two clocks has them overlap."""

@@ -266,12 +266,17 @@ def _check_once(found: Iterable[tuple[_Run, _Kernel, AbstractSet[str]]]) -> None
             runs.setdefault(run.files[index], []).append((run, names))
     for info, there in runs.items():
         there.sort(key=lambda one: one[0].began)
-        for (one, names), (other, others) in pairwise(there):
-            if (twice := names & others) and one.overlaps(other):
-                raise KvmStatsError(
-                    f"{min(twice)} of {printable(str(info))} was sampled by two runs at the same time, and would count "
-                    "twice: name the recordings of one of them, or take other times of them by themselves (between)"
-                )
+        before: list[tuple[_Run, AbstractSet[str]]] = []  # those that have not ended by then
+        for run, names in there:
+            before = [one for one in before if one[0].ended > run.began]
+            for other, others in before:
+                if (twice := names & others) and run.overlaps(other):
+                    raise KvmStatsError(
+                        f"{min(twice)} of {printable(str(info))} was sampled by two runs at the same time, and would "
+                        "count twice: name the recordings of one of them, or take other times of them by themselves "
+                        "(between)"
+                    )
+            before.append((run, names))
 
 
 def group(files: Sequence[FileInfo], by: str | None) -> dict[str, list[int]]:
