@@ -361,3 +361,23 @@ def test_a_failure_leaves_nothing(error, tmp_path, monkeypatch):
         kf.to_parquet(failing, tmp_path / "set", overwrite=True)
     assert {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()} == before
     assert names(tmp_path) == ["run", "run.csv", "run.npz", "set"]
+
+
+def test_what_takes_the_place_of_a_claim_is_not_removed(tmp_path, monkeypatch):
+    """Without hard links a name is claimed by an empty file; if the rest fails, only that is removed."""
+
+    def refused(*_, **__):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def overtaken(made, path):
+        (tmp_path / "rival").write_text("of another")
+        (tmp_path / "rival").replace(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(made))
+
+    monkeypatch.setattr(_put, "renameat2", refused)
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(Path, "rename", overtaken)
+    with pytest.raises(OSError, match="Input/output error"), _put.put_file(tmp_path / "x", overwrite=False, mode=0o600):
+        pass
+    assert names(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_text() == "of another"

@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from kvmstats_fast._kvmstats import lib
@@ -268,8 +269,7 @@ def _rename_new(made: Path, path: Path) -> None:
         else:
             made.unlink()
             return
-        os.close(os.open(path, _NEW_FILE, PRIVATE))
-        abandon = path.unlink
+        abandon = partial(_remove_claim, path, _claim(path))
     try:
         made.rename(path)
     except BaseException as error:
@@ -278,6 +278,21 @@ def _rename_new(made: Path, path: Path) -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOTEMPTY:  # another has taken the place of the claim
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         raise
+
+
+def _claim(path: Path) -> os.stat_result:
+    """Make an empty file, and return what it is known by."""
+    fd = os.open(path, _NEW_FILE, PRIVATE)
+    try:
+        return os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove_claim(path: Path, claim: os.stat_result) -> None:
+    """Remove a file that was made to claim its name, unless another has taken its place."""
+    if os.path.samestat(path.lstat(), claim):
+        path.unlink()
 
 
 def _displace(made: Path, path: Path) -> list[Path]:
