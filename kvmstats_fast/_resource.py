@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from itertools import starmap
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -58,14 +59,14 @@ class Unique:
         raise TypeError(f"a {name} cannot be copied or pickled, because it owns files or memory; make another one")
 
 
-class Closing(Unique):
+class Closing(Unique, ABC):
     """Base of what is closed at the end of a ``with`` block."""
 
     __slots__ = ()
 
+    @abstractmethod
     def close(self) -> None:
         """Close it; a second call does nothing."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         return self

@@ -140,7 +140,7 @@ def open_private(path: Path, *, force: bool, whole: bool = False) -> Iterator[Te
             is_half = whole and not is_ended and (is_new or raw.has_begun)
             is_nothing = not whole and is_new and not os.fstat(fd).st_size
             if is_half or is_nothing:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

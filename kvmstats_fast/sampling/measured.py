@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -39,12 +40,12 @@ class _Changes(Mapping[str, "npt.NDArray[Any]"]):
         return len(self._samples.names)
 
 
-class Results:
+class Results(ABC):
     """What a block says, while it runs and afterwards."""
 
+    @abstractmethod
     def read_span(self) -> Span:
         """Return the readings that count; within a block the second one is taken now. Inner to the package."""
-        raise NotImplementedError
 
     @property
     def counts(self) -> dict[str, int]:
