@@ -1,7 +1,6 @@
 """A real QEMU with KVM, and its monitor."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -38,19 +37,18 @@ def arguments(folder, *more, vcpus=4):
     return [*command, "-qmp", f"unix:{path},server=on,wait=off"], path
 
 
-def firmware(folder, *, spin=False):
+def firmware(folder, *macros):
     """Arguments for a firmware that counts at 0x7000 as fast as it can, and the ticks of its clock at 0x46c.
 
-    Its other vCPUs halt, or `spin`: they have no exits and no halts.
+    With REST it halts between ticks, and leaves the processor to the tests. Its other vCPUs halt, or with SPIN have no
+    exits and no halts.
     """
     if shutil.which("gcc") is None:
         pytest.skip("there is no gcc to build a firmware")
     image = folder / "firmware"
     linker = "-Wl,--oformat=binary,-Ttext=0,--entry=0,--build-id=none"
-    subprocess.run(
-        ["gcc", *(["-DSPIN"] if spin else []), "-nostdlib", "-static", "-no-pie", linker, FIRMWARE, "-o", image],
-        check=True,
-    )
+    defined = [f"-D{macro}" for macro in macros]
+    subprocess.run(["gcc", *defined, "-nostdlib", "-static", "-no-pie", linker, FIRMWARE, "-o", image], check=True)
     return "-bios", str(image)
 
 
@@ -89,12 +87,6 @@ class Qmp:
         """Hang up."""
         self.file.close()
         self.socket.close()
-
-
-def stand_by(pid):
-    """Leave a VMM, which is there for many tests and busy, the time that nobody else wants."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        os.setpriority(os.PRIO_PROCESS, int(task.name), 19)
 
 
 def plain_qemu(folder, resources, *more, vcpus=4):

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from helpers import stats_fds, until
 from holder import Holder
-from qemu import firmware, needs_qemu, plain_qemu, stand_by
+from qemu import firmware, needs_qemu, plain_qemu
 
 from kvmstats_fast import cli
 from kvmstats_fast._text import display_width
@@ -107,11 +107,9 @@ def vms(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vms")
     with ExitStack() as resources, pytest.MonkeyPatch.context() as patch:
         patch.setenv("LD_PRELOAD", str(hold_library()))
-        boot = firmware(folder)
+        boot = firmware(folder, "REST")
         names = (f"web-{os.getpid()}", f"\u65e5\u672c\u8a9e-{os.getpid()}")
         found = [plain_qemu(folder, resources, *boot, "-name", f"guest={name}", vcpus=2)[0].pid for name in names]
-        for pid in found:
-            stand_by(pid)
         yield found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers import until
-from qemu import arguments, firmware, needs_qemu, stand_by
+from qemu import arguments, firmware, needs_qemu
 from test_export_serve import exporting
 
 import kvmstats_fast as kf
@@ -114,7 +114,7 @@ class Scene:
 
     def __init__(self, folder, resources):
         self._folder, self._resources = folder, resources
-        self._bios = firmware(folder)
+        self._bios = firmware(folder, "REST")
         self.names = [f"{name} {time.monotonic_ns()}" for name in ("web", "db")]
         self.web = self.boot(self.names[0], 2)
         guests = [word for name in self.names for word in ("-g", name)]
@@ -147,7 +147,6 @@ class Scene:
         self._resources.callback(machine.process.wait)
         self._resources.callback(machine.process.kill)
         assert until(lambda: machine.refresh() or len(machine.vcpus) == vcpus)
-        stand_by(machine.pid)
         return machine
 
 

@@ -160,7 +160,7 @@ def two_of_qemu(resources, cpu):
     if str(Path("/proc/self/ns/pid").readlink()) != FIRST_NAMESPACE:
         pytest.skip("the ids of KVM's files have the numbers of another pid namespace")
     folder = Path(resources.enter_context(TemporaryDirectory()))
-    process, monitor = plain_qemu(folder, resources, *firmware(folder, spin=True), vcpus=2)
+    process, monitor = plain_qemu(folder, resources, *firmware(folder, "SPIN"), vcpus=2)
     machine = resources.enter_context(kf.attach(process.pid, inject=True))
     for tid in (one["thread-id"] for one in monitor("query-cpus-fast")):
         os.sched_setaffinity(tid, {cpu})

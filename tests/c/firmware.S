@@ -1,7 +1,7 @@
 /*
- * A firmware for QEMU, of 64 KiB at 0xf0000: vCPU 0 counts at 0x7000 as fast as it can, and at 0x46c, as a PC's does, the
- * ticks of the PIT; the other vCPUs halt, or go round in a loop if SPIN is defined. It starts within milliseconds, where SeaBIOS takes seconds on hosts that
- * emulate real mode.
+ * A firmware for QEMU, of 64 KiB at 0xf0000: vCPU 0 counts at 0x7000 as fast as it can, or once a tick if REST is defined;
+ * and at 0x46c, as a PC's does, the ticks of the PIT. The other vCPUs halt, or go round in a loop if SPIN is defined. It
+ * starts within milliseconds, where SeaBIOS takes seconds on hosts that emulate real mode.
  */
 .code16
 .text
@@ -55,6 +55,9 @@ start:
 
 count:
     incl 0x7000
+#ifdef REST
+    hlt
+#endif
     jmp count
 
 tick:
