@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import open_fds, run_while, stats_fds, until
+from helpers import exit_status, forked, open_fds, run_while, stats_fds, until
 from holder import Holder
 from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu, plain_qemu
 
@@ -277,17 +277,13 @@ def test_a_sampler_keeps_its_virtual_machine(holder):
 def test_a_forked_child_leaves_the_parents_watch_alone(holder):
     """A child that attaches and goes away disturbs nothing; it watches for itself."""
     with kf.attach(holder.pid) as machine:
-        pid = os.fork()
-        if not pid:
-            status = 1
-            try:
-                own = kf.attach(holder.pid)
-                os.kill(holder.pid, signal.SIGKILL)
-                until(lambda: own.vm.closed)
-                status = 0 if own.vm.closed else 2
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+        def work():
+            own = kf.attach(holder.pid)
+            os.kill(holder.pid, signal.SIGKILL)
+            assert until(lambda: own.vm.closed)
+
+        assert exit_status(forked(work)) == 0
         assert until(lambda: machine.vm.closed)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import NOBODY, until
+from helpers import NOBODY, exit_status, forked, until
 from qemu import HOLDS_VCPUS, Qmp, arguments, needs_qemu
 
 import kvmstats_fast as kf
@@ -567,21 +567,17 @@ def test_an_unprivileged_user_of_kvm_holds_and_borrows(open_folder):
     """A user who owns nothing but is in the group of /dev/kvm starts QEMU and reads its statistics."""
     shutil.copy(LIBRARY, open_folder)
     os.chown(open_folder, NOBODY, -1)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            group = open_kvm_to_its_group(open_folder)
-            hold.hold_library = lambda: open_folder / LIBRARY.name
-            os.setgroups([group])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-            with qemu(open_folder) as (process, monitor):
-                same_as_qemu_says(process, monitor)
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def work():
+        group = open_kvm_to_its_group(open_folder)
+        hold.hold_library = lambda: open_folder / LIBRARY.name
+        os.setgroups([group])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        with qemu(open_folder) as (process, monitor):
+            same_as_qemu_says(process, monitor)
+
+    assert exit_status(forked(work)) == 0
 
 
 def test_the_library_says_what_its_file_says():

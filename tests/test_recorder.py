@@ -18,7 +18,7 @@ import hypothesis
 import made
 import numpy as np
 import pytest
-from helpers import examples
+from helpers import examples, exit_status, forked
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
@@ -190,14 +190,15 @@ def test_a_killed_recorder_loses_what_waits_and_nothing_else(path):
     """What `sweeps` counts is there; what `pending` counts is not."""
     x, sweeps = at_1_hz(30)
     read, told = os.pipe()
-    pid = os.fork()
-    if not pid:
+
+    def work():
         recorder = kf.Recorder(path, flush_seconds=10)
         for part in sweeps:
             recorder.write(part)
         os.write(told, b"%d %d" % (recorder.sweeps, recorder.pending))
         os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
+
+    assert exit_status(forked(work)) == -signal.SIGKILL
     written, pending = map(int, os.read(read, 100).split())
     os.close(read)
     os.close(told)
@@ -281,15 +282,9 @@ def test_a_forked_child_writes_nothing_of_what_waits(path):
     with kf.Recorder(path) as recorder:
         for part in sweeps[:3]:
             recorder.write(part)
-        for explicit in (True, False):
-            pid = os.fork()
-            if not pid:
-                if explicit:
-                    recorder.close()
-                else:
-                    recorder.__del__()
-                os._exit(any(path.iterdir()))
-            assert os.waitpid(pid, 0)[1] == 0
+        for leave in (recorder.close, recorder.__del__):
+            assert exit_status(forked(leave)) == 0
+            assert not any(path.iterdir())
         recorder.write(sweeps[3])
     assert lengths(path) == [4]
     made.assert_same(kf.Samples.load(path), x)

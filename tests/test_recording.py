@@ -23,7 +23,7 @@ import made
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import examples, open_fds
+from helpers import examples, exit_status, forked, open_fds
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
@@ -645,15 +645,13 @@ def test_a_forked_child_leaves_the_recording_alone(path):
     x = made.samples([("vcpu", VCPU, 2)], 6)
     with kf.Recorder(path, flush_seconds=0) as recorder:
         recorder.write(x[:3])
-        pid = os.fork()
-        if not pid:
-            try:
+
+        def work():
+            with pytest.raises(RuntimeError):
                 recorder.write(x[3:])
-            except RuntimeError:
-                recorder.close()
-                os._exit(0)
-            os._exit(1)
-        assert os.waitpid(pid, 0)[1] == 0
+            recorder.close()
+
+        assert exit_status(forked(work)) == 0
         recorder.write(x[3:])
     parts, warned = batches(path)
     assert not warned
