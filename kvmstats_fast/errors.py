@@ -11,7 +11,8 @@ from kvmstats_fast._kvmstats import lib
 from kvmstats_fast._text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
 
 
 class ErrorCode(IntEnum):
@@ -157,6 +158,30 @@ def unknown_name(what: str, name: str, known: Iterable[str], where: str) -> KeyE
         else f"none of the {len(names)} names there is similar"
     )
     return KeyError(f"no {what} {name!r} in {where}; {hint}")
+
+
+class Retold:
+    """Has errors of a block come out as others, which `tell` makes of them.
+
+    A generator of `contextlib` would be in a cycle with what it caught (from CPython 3.12 on, python/cpython#129280):
+    whatever the frames of the block have open would stay so until that is collected.
+    """
+
+    __slots__ = ("_kinds", "_tell")
+
+    def __init__(
+        self, kinds: type[Exception] | tuple[type[Exception], ...], tell: Callable[[Exception], Exception]
+    ) -> None:
+        self._kinds, self._tell = kinds, tell
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, self._kinds):
+            raise self._tell(error) from error  # a name for it would be a cycle, too
 
 
 _PACKAGE = __file__.rpartition("/")[0] + "/"

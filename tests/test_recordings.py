@@ -1,6 +1,7 @@
 """Many recordings at once: answers are those of numpy over all sweeps in memory, wherever the sweeps lie."""
 
 import copy
+import gc
 import json
 import pickle
 import shutil
@@ -15,10 +16,11 @@ import made
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from helpers import examples
+from helpers import examples, open_fds
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
+from kvmstats_fast import cli
 from kvmstats_fast.file_info import group_files
 from kvmstats_fast.formats import parquet, recordings
 
@@ -423,6 +425,37 @@ def test_sweeps_that_cannot_follow_each_other_are_damage(tmp_path):
         recorder.write(x[6:])
     with pytest.raises(kf.KvmStatsError, match=r"again: this recording is damaged: a file that had failed"):
         list(kf.open_recordings(tmp_path / "again"))
+
+
+def test_what_is_refused_is_closed_at_once(tmp_path, capsys):
+    """A recording that is damaged, or counts too much to be added up, does not stay open until the collector comes."""
+    x = run_of().vcpu
+    with kf.Recorder(tmp_path / "damaged", flush_seconds=0, compression=None) as recorder:
+        for part in (x[:4], x[4:8].select("exits"), x[8:]):
+            recorder.write(part)
+            recorder.rotate()
+            recorder._first = None
+    for group in x.groups:
+        group.values[:3] = np.array([0, 2**64 - 1, 5], np.uint64)[:, None, None]
+    record(tmp_path / "overflows", [x], compression=None)
+
+    def why():  # pytest.raises would keep the frames
+        try:
+            kf.Samples.load(tmp_path / "damaged")
+        except kf.KvmStatsError as error:
+            return str(error)
+
+    gc.collect()
+    gc.disable()
+    try:
+        fds = open_fds()
+        assert "this recording is damaged: its parts are of different statistics" in why()
+        assert open_fds() == fds
+        assert cli.main(["stat", str(tmp_path / "overflows")]) == 2
+        assert "more than a uint64 holds" in capsys.readouterr().err
+        assert open_fds() == fds
+    finally:
+        gc.enable()
 
 
 PEAK = """

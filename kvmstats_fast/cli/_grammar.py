@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from kvmstats_fast.cli._screen import add_color
-from kvmstats_fast.errors import KvmStatsError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from kvmstats_fast.errors import KvmStatsError, Retold
 
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _TIME = re.compile(rf"([0-9]+\.?[0-9]*|\.[0-9]+)({'|'.join(_SECONDS)})?")
@@ -26,13 +21,9 @@ class UsageError(KvmStatsError):
     status = 2  # what the process exits with
 
 
-@contextmanager
-def usage_errors() -> Iterator[None]:
+def usage_errors() -> Retold:
     """Have names that are not there, and values that do not fit, be errors of the command line."""
-    try:
-        yield
-    except (KeyError, ValueError) as error:
-        raise UsageError(str(error.args[0] if error.args else error)) from None
+    return Retold((KeyError, ValueError), lambda error: UsageError(str(error.args[0] if error.args else error)))
 
 
 def interval(text: str) -> float:

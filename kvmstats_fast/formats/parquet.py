@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import astuple, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kvmstats_fast._arguments import article
-from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.errors import KvmStatsError, Retold
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats._put import PRIVATE, check_mode, make_directories, put_file
 from kvmstats_fast.formats.arrow import arrow_schema, decode_dictionaries, one_group, to_batch
@@ -320,14 +320,9 @@ class _File:
         self._stack.__exit__(*raised)
 
 
-@contextmanager
-def _saying_what_is_there(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileExistsError:
-        raise FileExistsError(
-            errno.EEXIST, "it was converted before; overwrite=True (--force) replaces it", str(path)
-        ) from None
+def _saying_what_is_there(path: Path) -> Retold:
+    text = "it was converted before; overwrite=True (--force) replaces it"
+    return Retold(FileExistsError, lambda _: FileExistsError(errno.EEXIST, text, str(path)))
 
 
 def _cut_by_date(samples: Samples) -> Iterator[tuple[str, Samples]]:

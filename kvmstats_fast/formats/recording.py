@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-from contextlib import contextmanager
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvmstats_fast.errors import KvmStatsError, RecordingWarning, warn_caller
+from kvmstats_fast.errors import KvmStatsError, RecordingWarning, Retold, warn_caller
 from kvmstats_fast.formats import need
 from kvmstats_fast.formats.recorded_run import RecordedRun
 from kvmstats_fast.formats.steps import STEP_BYTES
@@ -240,12 +239,8 @@ class Recording:
             return step.samples[:0]
         raise KvmStatsError(f"{self.path}: there is no whole batch in this recording")
 
-    @contextmanager
-    def _calling_it_damaged(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            raise KvmStatsError(f"{self.path}: this recording is damaged: {error}") from error
+    def _calling_it_damaged(self) -> Retold:
+        return Retold(ValueError, lambda error: KvmStatsError(f"{self.path}: this recording is damaged: {error}"))
 
 
 def read_runs(source: Samples | Recording | str | os.PathLike[str]) -> Iterator[tuple[int, Step]]:
