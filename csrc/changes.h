@@ -9,6 +9,8 @@
 
 #define words NAMED(words)
 #define doubles NAMED(doubles)
+#define stored_words NAMED(stored_words)
+#define stored_doubles NAMED(stored_doubles)
 #define recipe NAMED(recipe)
 #define load NAMED(load)
 #define borrow NAMED(borrow)
@@ -19,9 +21,11 @@
 #define change_part NAMED(change_part)
 #define write_rates NAMED(write_rates)
 
-/* They need only be aligned as a u64 is. */
-typedef uint64_t words __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
-typedef double doubles __attribute__((vector_size(8 * LANES), aligned(8), may_alias));
+typedef uint64_t words __attribute__((vector_size(8 * LANES)));
+typedef double doubles __attribute__((vector_size(8 * LANES)));
+/* In memory they need only be aligned as a u64 is. gcc 16 for aarch64 fails where such a type is a parameter. */
+typedef words stored_words __attribute__((aligned(8), may_alias));
+typedef doubles stored_doubles __attribute__((aligned(8), may_alias));
 
 /* How changes become results. */
 struct recipe {
@@ -34,7 +38,7 @@ struct recipe {
 TARGET ALWAYS_INLINE words load(const uint64_t *from, uint64_t step)
 {
     if (step == 1)
-        return *(const words *)from;
+        return *(const stored_words *)from;
 #if LANES == 2
     return (words){from[0], from[step]};
 #else
@@ -122,9 +126,9 @@ TARGET ALWAYS_INLINE void change_part(const struct part *part, int as_rates, int
                 for (uint64_t j = 0; j < LANES && step != 1; ++j)
                     prefetch(from + apart + j * step, ahead);
                 if (each)
-                    by = *(const doubles *)(seconds + i) * recipe.divide;
+                    by = *(const stored_doubles *)(seconds + i) * recipe.divide;
                 words change = change_some(load(from, step), load(from + apart, step), &recipe, together, &fallen);
-                *(words *)(out + i) = finish(change, &recipe, as_rates ? &by : NULL);
+                *(stored_words *)(out + i) = finish(change, &recipe, as_rates ? &by : NULL);
             }
 #if LANES == 2
             if (i < count) {
@@ -139,9 +143,9 @@ TARGET ALWAYS_INLINE void change_part(const struct part *part, int as_rates, int
                 from = before + (count - LANES) * step;
                 prefetch(before + (count - 1) * step + apart, ahead);
                 if (each)
-                    by = *(const doubles *)(seconds + count - LANES) * recipe.divide;
+                    by = *(const stored_doubles *)(seconds + count - LANES) * recipe.divide;
                 words change = change_some(load(from, step), load(from + apart, step), &recipe, together, &fallen);
-                *(words *)(out + count - LANES) = finish(change, &recipe, as_rates ? &by : NULL);
+                *(stored_words *)(out + count - LANES) = finish(change, &recipe, as_rates ? &by : NULL);
             }
 #endif
             /* That a histogram was cleared is known at its end. */
