@@ -48,7 +48,7 @@ def test_the_man_page_is_the_same_of_every_terminal_and_loses_no_line(tmp_path, 
     assert pages[0] == pages[1]
     lines = pages[0].splitlines()
     assert not [line for line in lines if line.startswith("'")]
-    assert r"\&'exits>50000/s', 'halted_fraction<5%': a flight recorder" in lines
+    assert r"\&'exits>50000/s' or 'halted_fraction<5%': what to keep sweeps around" in lines
     at = [number for number, line in enumerate(lines) if line.startswith("usage: ")]
     assert len(at) == len(cli._VERBS)
     usages = [line.replace("\\", "") for number in at for line in lines[number : lines.index("", number)]]

@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 #: The verbs and what ``--help`` says of them. The module of a verb is imported only if it is named; it has
 #: ``configure(parser)``, which adds its arguments, and ``run(arguments)``, which returns the exit status.
 _VERBS = {
-    "list": "list the processes that have VMs",
-    "stat": "count for a while, or while a command runs, and show it",
-    "top": "show what VMs do on a screen, or replay what was recorded",
-    "run": "start a VMM and show its statistics at its end",
-    "record": "record the VMs of this host while they come and go",
-    "report": "say what was recorded, as text or as a page for a ticket",
-    "export": "serve the VMs of this host to Prometheus",
-    "compare": "compare recordings: rates of A against B, with intervals",
+    "list": "list VMs, or the statistics of a VM or recording",
+    "stat": "count for a while, or while a command runs",
+    "top": "show VMs live on a terminal, or replay a recording",
+    "run": "start a VMM, and show its statistics when it exits",
+    "record": "record the VMs of this host, as they come and go",
+    "report": "summarize recordings, as text or as an HTML page",
+    "export": "export the VMs of this host to Prometheus",
+    "compare": "compare recordings or benchmark results, with confidence intervals",
     "convert": "convert a recording or a captured stats file",
-    "capture": "write the whole stats files of a VM, for a bug report",
+    "capture": "save the raw stats files of a VM, for a bug report",
     "check": "check stats files against the rules of their format",
-    "demo": "run a tiny VM and show the statistics that moved",
-    "hold-path": "print the path of the library that makes a VMM keep its stats files open",
+    "demo": "run a tiny VM, and show what KVM counted",
+    "hold-path": "print the path of the hold library, for LD_PRELOAD",
 }
 
 
@@ -52,7 +52,11 @@ def make_parser(configured: Container[str] | None = None) -> argparse.ArgumentPa
     configured : container of str, optional
         The verbs that get their arguments, for which their modules are imported; by default all.
     """
-    parser = argparse.ArgumentParser(prog="kvmstats", description="KVM's binary statistics, per VM and per vCPU.")
+    parser = argparse.ArgumentParser(
+        prog="kvmstats",
+        description="Read the binary statistics that KVM keeps for every VM and vCPU.",
+        epilog="Run 'kvmstats VERB --help' for the options of a verb.",
+    )
     parser.add_argument("--version", action="version", version=f"kvmstats {kvmstats_fast.__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
     for verb, text in _VERBS.items():

@@ -75,20 +75,22 @@ def vcpu_ranges(text: str) -> tuple[int, ...]:
 
 def add_targets(parser: argparse.ArgumentParser, *, recorded: bool = True, socket: bool = True) -> None:
     """Add what names VMs; and a socket, and recordings, where the verb takes them."""
-    group = parser.add_argument_group("whose statistics (default: every VM of this host that may be attached to)")
+    group = parser.add_argument_group("VMs to read (default: every VM of this host that can be attached to)")
     add_vms(group)
-    group.add_argument("--inject", action="store_true", help="have a VMM open the stats files that it does not hold")
+    group.add_argument("--inject", action="store_true", help="make a VMM open the stats files that it does not hold")
     if socket:
-        group.add_argument("--socket", metavar="PATH", help="take the files that a VMM hands over at a Unix socket")
+        group.add_argument("--socket", metavar="PATH", help="receive stats files from a VMM through a Unix socket")
     if recorded:
         group.add_argument("file", nargs="*", metavar="FILE", help=f"{FILE_HELP}, instead of a VM")
 
 
 def add_vms(parser: argparse._ActionsContainer) -> None:
     """Add what names VMs that run."""
-    parser.add_argument("-p", "--pid", action="append", type=number, metavar="PID", help="VMM (may be repeated)")
     parser.add_argument(
-        "-g", "--guest", action="append", metavar="GUEST", help="guest's name or glob (may be repeated)"
+        "-p", "--pid", action="append", type=number, metavar="PID", help="pid of a VMM (may be repeated)"
+    )
+    parser.add_argument(
+        "-g", "--guest", action="append", metavar="GUEST", help="name of a guest, or a glob (may be repeated)"
     )
 
 
@@ -100,17 +102,21 @@ def named_vms(arguments: argparse.Namespace) -> list[int | str] | None:
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Add what chooses statistics and vCPUs."""
     add_event(parser)
-    parser.add_argument("--vcpu", type=vcpu_ranges, metavar="LIST", help="vCPUs, such as 0-3,7")
+    parser.add_argument("--vcpu", type=vcpu_ranges, metavar="LIST", help="only these vCPUs, such as 0-3,7")
 
 
 def add_event(parser: argparse.ArgumentParser) -> None:
     """Add what chooses statistics."""
-    parser.add_argument("-e", "--event", action="append", metavar="EVENT", help="statistic or glob (may be repeated)")
+    parser.add_argument(
+        "-e", "--event", action="append", metavar="EVENT", help="statistic, or a glob (may be repeated)"
+    )
 
 
 def add_guest(parser: argparse.ArgumentParser) -> None:
     """Add what chooses VMs of recordings."""
-    parser.add_argument("-g", "--guest", action="append", metavar="GUEST", help="VM or glob (may be repeated)")
+    parser.add_argument(
+        "-g", "--guest", action="append", metavar="GUEST", help="name of a VM, or a glob (may be repeated)"
+    )
 
 
 def add_sched(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +124,7 @@ def add_sched(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sched",
         action="store_true",
-        help="also what the host's scheduler counts of vCPUs: sched_*, of which -e chooses, too",
+        help="also read what the host's scheduler counts for vCPU threads: sched_*, which -e selects, too",
     )
 
 
@@ -132,10 +138,12 @@ def check_sched(arguments: argparse.Namespace) -> None:
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Add the form of the output and its place."""
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("-j", "--json", action="store_true", help="print one JSON object a line")
+    form.add_argument("-j", "--json", action="store_true", help="print JSON, one object per line")
     form.add_argument(
-        "-x", "--csv", nargs="?", const=",", metavar="SEP", help="print CSV, with this separator (default: a comma)"
+        "-x", "--csv", nargs="?", const=",", metavar="SEP", help="print CSV, separated by SEP (default: a comma)"
     )
-    parser.add_argument("-o", "--output", metavar="FILE", default="-", help="write to a new file; - is stdout")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", default="-", help="write to a new file (default: -, which is stdout)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
     add_color(parser)

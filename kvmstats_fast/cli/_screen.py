@@ -26,7 +26,7 @@ def add_color(parser: argparse.ArgumentParser) -> None:
         "--color",
         choices=("auto", "always", "never"),
         default="auto",
-        help="color the output (default: on a terminal, unless NO_COLOR is set)",
+        help="use color (default: on a terminal, unless NO_COLOR is set)",
     )
 
 

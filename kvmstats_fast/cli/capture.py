@@ -27,9 +27,9 @@ _OURS = re.compile(r"[0-9]+-(vm|vcpu[0-9]+)\.bin|about\.json")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "Write the whole stats files of VMs as they are, NUMBER-vm.bin and NUMBER-vcpuN.bin, into a new directory, "
-        "with about.json, which says of what host, kernel, VMM and guest they are. `stat`, `report`, `check` and "
-        "`list` read them. They hold counters only: nothing of the guest's memory."
+        "Save the raw stats files of VMs, NUMBER-vm.bin and NUMBER-vcpuN.bin, in a new directory, with about.json, "
+        "which names the host, kernel, VMM and guest. `stat`, `report`, `check` and `list` read them. They hold "
+        "counters only: nothing of the guest's memory."
     )
     add_targets(parser, recorded=False)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="a new directory")

@@ -37,9 +37,10 @@ _FIELDS = ("file", *Finding._fields)
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "Check each rule of the format, C1 to C20 of the kernel's own test and D1 to D6 of its documentation: of "
-        "captured stats files, of the VM of a process, or without arguments of this kernel, by a tiny VM that is made "
-        "for it. Of a process also say which ways there are to its files. The exit status is 1 if a rule is broken."
+        "Check stats files against each rule of their format: C1 to C20 of the kernel's selftest, D1 to D6 of its "
+        "documentation. The files are captured ones, those of a VMM (-p, -g), or without arguments those of a tiny "
+        "VM that is made on this kernel. For a VMM, also list the ways to get its files. The exit status is 1 if a "
+        "rule is broken."
     )
     add_vms(parser)
     add_output(parser)

@@ -30,21 +30,26 @@ _FIELDS = ("benchmark", "name", "a", "b", "ratio", "low", "high", "unit")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "Compare recordings: the rate of each statistic in A and in B, the ratio, and its confidence interval. Several "
-        "recordings a side (commas or globs) make it honest, because runs differ. With --fail-if the exit status is 1 "
-        "if a limit is exceeded beyond doubt: if the whole interval is. What pytest-benchmark and pyperf wrote (JSON) "
-        "is compared benchmark by benchmark, by what KVM counted per iteration or loop."
+        "Compare recordings: the rate of each statistic in A and in B, the ratio, and its confidence interval. Give "
+        "several recordings for each side (commas or globs): one run does not show how runs differ. With --fail-if, "
+        "exit with status 1 if the whole interval is beyond a limit. Results of pytest-benchmark and pyperf (JSON) "
+        "are compared by benchmark: what KVM counted per iteration or loop."
     )
-    parser.add_argument("a", metavar="A", help="recordings or JSON, with commas between them or as a glob")
-    parser.add_argument("b", metavar="B", help="those to compare with")
+    parser.add_argument("a", metavar="A", help="recordings or JSON results, separated by commas, or a glob")
+    parser.add_argument("b", metavar="B", help="what to compare A with, likewise")
     add_selection(parser)
     add_guest(parser)
     per = parser.add_mutually_exclusive_group()
-    per.add_argument("--per", metavar="STAT", help="divide by another statistic instead of seconds")
-    per.add_argument("--work", metavar="N[,M]", type=_work, help="divide by N units of work of each run (A: N, B: M)")
-    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
+    per.add_argument("--per", metavar="STAT", help="divide by this statistic, instead of seconds")
+    per.add_argument("--work", metavar="N[,M]", type=_work, help="divide by the units of work of each run (A: N, B: M)")
     parser.add_argument(
-        "--fail-if", action="append", metavar="LIMIT", help="such as 'exits>5%%' or 'exits<-5%%' (may be repeated)"
+        "--confidence", type=float, default=0.95, help="confidence level of the intervals (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fail-if",
+        action="append",
+        metavar="LIMIT",
+        help="limit of a change, such as 'exits>5%%' or 'exits<-5%%' (may be repeated)",
     )
     add_output(parser)
 

@@ -24,19 +24,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
         "Convert FILE, a recording, to Parquet (OUT is the root of a data set), CSV, a Perfetto trace, .npz or a "
-        "recording (arrows); or a captured stats file of an old layout to the one of today (merged)."
+        "recording (arrows); or convert a captured stats file from an old layout to the current one (merged)."
     )
-    parser.add_argument("file", metavar="FILE")
-    parser.add_argument("--to", choices=list(_FORMATS), help="default: by the ending of OUT")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="- is stdout, for formats of one file")
-    parser.add_argument("--kind", choices=("vm", "vcpu"), help="for CSV: of what, where a recording has both")
+    parser.add_argument("file", metavar="FILE", help="a recording or a captured stats file")
+    parser.add_argument("--to", choices=list(_FORMATS), help="format of OUT (default: by its suffix)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="new file or directory; - is stdout, for formats that are one file",
+    )
+    parser.add_argument("--kind", choices=("vm", "vcpu"), help="for CSV: which files, if the recording has both")
     parser.add_argument(
         "--values",
         choices=VALUES,
-        help="for Parquet and CSV: values as they were read, or how much each changed since the sweep before, or that "
-        "per second (default: raw)",
+        help="for Parquet and CSV: values as read, the change since the previous sweep, or that change per second "
+        "(default: raw)",
     )
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--force", action="store_true", help="replace existing output")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "Run a tiny VM on /dev/kvm, whose vCPU i makes (i + 1) * EXITS exits, and show the statistics that moved. "
-        "Where no VM can be made, made-up stats files take its place, and the output says so."
+        "Run a tiny VM on /dev/kvm, whose vCPU i makes (i + 1) * EXITS exits, and show the statistics that changed. "
+        "If no VM can be made, use synthetic stats files, and say so."
     )
     parser.add_argument(
         "-n", "--exits", type=_number(10**9), default=1000, help="exits of vCPU 0 (default: %(default)s)"
     )
     parser.add_argument("--vcpus", type=_number(4096), default=2, help="number of vCPUs (default: %(default)s)")
-    parser.add_argument("--synthetic", action="store_true", help="use made-up stats files even if a VM can be made")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per stats file")
+    parser.add_argument("--synthetic", action="store_true", help="use synthetic stats files even if a VM can be made")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per stats file")
 
 
 def _number(largest: int) -> Callable[[str], int]:

@@ -31,38 +31,42 @@ _LOOK = 1.0  # s between looks at the host, at least
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "Serve the statistics of every VM of this host, or of those that are named, to Prometheus: read when it "
-        "scrapes, in base units, a VM's vCPUs added up. VMs and vCPUs that come are taken up, those that go are let go "
-        "of. Capabilities that attaching to VMs does not take are given up at once."
+        "Serve the statistics of every VM of this host, or of those that are named, to Prometheus. They are read "
+        "when it scrapes, in base units, and summed over the vCPUs of each VM. VMs and vCPUs are picked up as they "
+        "appear, and dropped as they go. Capabilities that are not needed for attaching to VMs are given up at once."
     )
     add_targets(parser, recorded=False, socket=False)
     add_selection(parser)
-    parser.add_argument("--per-vcpu", action="store_true", help="each vCPU's values instead of a VM's sums")
+    parser.add_argument("--per-vcpu", action="store_true", help="export each vCPU, instead of a VM's sums")
     parser.add_argument(
         "--sched",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="what the host's scheduler counts of vCPUs: sched_* (default: yes)",
+        help="export what the host's scheduler counts for vCPU threads: sched_* (default: yes)",
     )
     parser.add_argument(
         "--listen",
         action="append",
         metavar="ADDRESS:PORT",
-        help=f"serve HTTP here; [::1]:PORT, or a PORT of 127.0.0.1 (may be repeated; default: {_LISTEN})",
+        help=f"serve HTTP here; also [::1]:PORT, or PORT on 127.0.0.1 (may be repeated; default: {_LISTEN})",
     )
-    parser.add_argument("--textfile", metavar="PATH", help="write this .prom file instead, for node_exporter")
+    parser.add_argument(
+        "--textfile", metavar="PATH", help="write this .prom file for node_exporter, instead of serving HTTP"
+    )
     parser.add_argument(
         "-I",
         "--interval",
         type=interval,
         metavar="TIME",
-        help=f"between writes of --textfile (default: {_INTERVAL:g}s)",
+        help=f"time between writes of --textfile (default: {_INTERVAL:g}s)",
     )
-    parser.add_argument("-n", "--count", type=number, metavar="N", help="number of writes of --textfile, which is kept")
+    parser.add_argument(
+        "-n", "--count", type=number, metavar="N", help="exit after N writes of --textfile, and keep it"
+    )
     parser.add_argument(
         "--attach-once",
         action="store_true",
-        help="give up all capabilities once the VMs that are there are attached to; none that comes later is",
+        help="attach to the VMs that run now, then give up all capabilities: later VMs are not picked up",
     )
 
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe this verb."""
     parser.description = (
-        "Print the path of a shared library that, named in LD_PRELOAD, makes a VMM open the stats files of its VM and "
-        "vCPUs and keep them, so that they can be borrowed: Environment=LD_PRELOAD=... in a systemd unit. Warn if "
-        "other users, as libvirt's VMMs are, could not read it."
+        "Print the path of the hold library. Named in LD_PRELOAD (Environment=LD_PRELOAD=... in a systemd unit), it "
+        "makes a VMM open the stats files of its VMs and vCPUs and keep them open, so that they can be borrowed. "
+        "Warn if other users, such as libvirt's, cannot read it."
     )
 
 

@@ -28,11 +28,12 @@ _FIELDS = ("vm", "pid", "vmm", "name", "uid", "vms", "vcpus", "attachable", "why
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "List the processes that have VMs or vCPUs open, and whether they can be attached to. With -p, -g or FILE, a "
-        "recording, Parquet data set or capture, list statistics: their type, unit and buckets."
+        "List the VMMs of this host, how many VMs and vCPUs they have, and whether they can be attached to. With -p, "
+        "-g or FILE (a recording, Parquet data set or capture), list statistics instead: their types, units and "
+        "buckets."
     )
     add_vms(parser)
-    parser.add_argument("-w", "--why", action="store_true", help="also say what would help where files are missing")
+    parser.add_argument("-w", "--why", action="store_true", help="also say how to get the files that are missing")
     add_output(parser)
     parser.add_argument("file", nargs="*", metavar="FILE", help=FILE_HELP)
 

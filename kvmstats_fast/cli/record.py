@@ -50,25 +50,36 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.usage = "kvmstats record [options] [-- COMMAND ...]"
     parser.description = (
-        "Record every VM of this host, or those that are named, until Ctrl-C, for a while, or while COMMAND runs. VMs "
-        "and vCPUs that come are taken up, those that go are let go of. SIGHUP begins new files. With --when the "
-        "recording is a flight recorder: PATH/full has all sweeps around what was found, PATH/overview one a second."
+        "Record every VM of this host, or those that are named, until Ctrl-C, for a while (-d), or while COMMAND "
+        "runs. VMs and vCPUs are picked up as they appear, and dropped as they go. SIGHUP starts new files. With "
+        "--when, act as a flight recorder: PATH/full has every sweep around those for which CONDITION holds, "
+        "PATH/overview one sweep a second."
     )
     add_targets(parser, recorded=False, socket=False)
     add_event(parser)
     add_sched(parser)
-    parser.add_argument("-I", "--interval", type=interval, default=1.0, metavar="TIME", help="default: 1s")
-    parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="record for so long (10m, 24h)")
-    parser.add_argument("-n", "--count", type=number, metavar="N", help="number of sweeps")
-    parser.add_argument("--priority", type=number, metavar="1-99", help="sample before all that is not real-time")
+    parser.add_argument(
+        "-I", "--interval", type=interval, default=1.0, metavar="TIME", help="time between sweeps (default: 1s)"
+    )
+    parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="stop after this time (10m, 24h)")
+    parser.add_argument("-n", "--count", type=number, metavar="N", help="stop after N sweeps")
+    parser.add_argument(
+        "--priority", type=number, metavar="1-99", help="sample at this real-time priority (SCHED_FIFO)"
+    )
     parser.add_argument("-o", "--output", metavar="PATH", help="a new directory (default: kvmstats-DATE-TIME)")
-    parser.add_argument("--force", action="store_true", help="replace a recording that is there")
-    parser.add_argument("--rotate", metavar="SIZE|TIME", type=_rotation, help="begin new files (100M, 1h)")
-    parser.add_argument("--keep", type=number, metavar="N", help="remove all but the last N files of a kind")
-    parser.add_argument("--when", metavar="CONDITION", help="'exits>50000/s', 'halted_fraction<5%%': a flight recorder")
-    parser.add_argument("--before", type=duration, metavar="TIME", help="seconds kept before (default: 1s)")
-    parser.add_argument("--after", type=duration, metavar="TIME", help="seconds kept behind (default: 1s)")
-    parser.add_argument("--per-vcpu", action="store_true", help="judge each vCPU, instead of a VM's sum")
+    parser.add_argument("--force", action="store_true", help="replace an existing recording")
+    parser.add_argument(
+        "--rotate", metavar="SIZE|TIME", type=_rotation, help="start new files at this size or age (100M, 1h)"
+    )
+    parser.add_argument("--keep", type=number, metavar="N", help="keep only the last N files of each kind")
+    parser.add_argument(
+        "--when", metavar="CONDITION", help="'exits>50000/s' or 'halted_fraction<5%%': what to keep sweeps around"
+    )
+    parser.add_argument(
+        "--before", type=duration, metavar="TIME", help="time kept before CONDITION holds (default: 1s)"
+    )
+    parser.add_argument("--after", type=duration, metavar="TIME", help="time kept after it (default: 1s)")
+    parser.add_argument("--per-vcpu", action="store_true", help="apply CONDITION to each vCPU, not to a VM's sum")
 
 
 def _rotation(text: str) -> dict[str, Any]:

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "Say what was recorded: hosts, VMs and when they lived; rates, with the least, the median and the 99th "
-        "percentile over time; figures, histograms, what other halt_poll_ns would do; missed ticks, and what sampling "
-        "itself cost. Several recordings are added up. What did not move is left out."
+        "Summarize recordings: hosts and VMs; rates, with their minimum, median and 99th percentile over time; "
+        "figures, histograms, and what another halt_poll_ns would do; missed ticks, and what sampling cost. Several "
+        "recordings are added up. Statistics that did not change are left out."
     )
     parser.add_argument("file", nargs="+", metavar="FILE", help=FILE_HELP)
     parser.add_argument(
-        "--by", choices=("vm", "vcpu", "host"), default="vm", help="of what there is a value (default: %(default)s)"
+        "--by",
+        choices=("vm", "vcpu", "host"),
+        default="vm",
+        help="show a value for each of these (default: %(default)s)",
     )
     add_guest(parser)
     add_selection(parser)
@@ -40,12 +43,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--interval",
         type=interval,
         metavar="TIME",
-        help="what rates over time are of (default: a thousandth of each run)",
+        help="step for rates over time (default: a thousandth of each run)",
     )
-    parser.add_argument("-z", "--zero", action="store_true", help="also show what did not move")
+    parser.add_argument("-z", "--zero", action="store_true", help="also show statistics that did not change")
     add_output(parser)
-    parser.add_argument("--plot", metavar="FILE", help="draw rates over time into a new file, such as rates.png")
-    parser.add_argument("--html", metavar="FILE", help="write one page, which needs nothing else, to a new file")
+    parser.add_argument("--plot", metavar="FILE", help="plot rates over time to a new file, such as rates.png")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained HTML page to a new file")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -45,19 +45,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.usage = "kvmstats run [options] [--] COMMAND ..."
     parser.description = (
-        "Start COMMAND, any dynamically linked VMM, under the hold library, which opens the stats files of its VMs and "
-        "vCPUs; wait for it; and show its statistics. No privilege is needed. The table goes to stderr, because stdout "
-        "is the VMM's. The exit status is that of COMMAND, 127 if it is not found, 126 if it cannot be executed."
+        "Start COMMAND, any dynamically linked VMM, under the hold library, which opens the stats files of its VMs "
+        "and vCPUs. When it exits, show its statistics, on stderr, because stdout is the VMM's. No privilege is "
+        "needed. The exit status is that of COMMAND, 127 if it is not found, 126 if it cannot be executed."
     )
     parser.add_argument(
         "-e",
         "--event",
         action="append",
         metavar="EVENT",
-        help="statistic or glob to show (may be repeated; default: all)",
+        help="statistic to show, or a glob (may be repeated; default: all)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write one JSON object per stats file to FILE, and no table")
-    parser.add_argument("--force", action="store_true", help="replace a FILE that is there")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write JSON to FILE, one object per stats file, instead of the table"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing FILE")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the VMM and its arguments")
 
 

@@ -61,18 +61,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.usage = "kvmstats stat [options] [FILE ...] [-- COMMAND ...]"
     parser.description = (
-        "Count until Ctrl-C, for a while (-d), or while COMMAND runs, whose exit status is then that of this command. "
-        "Without -p, -g or --socket, COMMAND is a VMM, which is started under the hold library, as `kvmstats run` "
-        "does. With FILE, show what was recorded. What did not move is left out."
+        "Count until Ctrl-C, for a while (-d), or while COMMAND runs, and show the result; with COMMAND, exit with "
+        "its status. Without -p, -g or --socket, COMMAND is a VMM, which is started under the hold library as by "
+        "`kvmstats run`. With FILE, show what was recorded. Statistics that did not change are left out."
     )
     add_targets(parser)
     add_selection(parser)
     add_sched(parser)
-    parser.add_argument("-I", "--interval", type=interval, metavar="TIME", help="print each interval (1s, 100ms)")
-    parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="count for so long (10s, 5m)")
-    parser.add_argument("-n", "--count", type=number, metavar="N", help="number of intervals")
-    parser.add_argument("--per-vcpu", action="store_true", help="show each vCPU by itself")
-    parser.add_argument("-z", "--zero", action="store_true", help="also show what did not move")
+    parser.add_argument("-I", "--interval", type=interval, metavar="TIME", help="show each interval (1s, 100ms)")
+    parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="stop after this time (10s, 5m)")
+    parser.add_argument("-n", "--count", type=number, metavar="N", help="stop after N intervals")
+    parser.add_argument("--per-vcpu", action="store_true", help="show each vCPU separately")
+    parser.add_argument("-z", "--zero", action="store_true", help="also show statistics that did not change")
     add_output(parser)
 
 

@@ -21,27 +21,37 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this verb."""
     parser.description = (
-        "Show what the VMs of this host do, while they come and go: exits by kind, where the time of their vCPUs goes, "
-        "and who waits for a processor. With FILE, replay what was recorded. ? shows the keys. It takes the extra "
-        "[tui]: pip install 'kvmstats-fast[tui]'."
+        "Show the VMs of this host live, as they come and go: exits by kind, where the time of their vCPUs goes, and "
+        "which of them wait for a processor. With FILE, replay a recording. Press ? for the keys. This needs the "
+        "extra [tui]: pip install 'kvmstats-fast[tui]'."
     )
     add_targets(parser)
     parser.add_argument(
-        "-e", "--event", action="append", metavar="EVENT", help="statistic or glob that has a column (may be repeated)"
+        "-e",
+        "--event",
+        action="append",
+        metavar="EVENT",
+        help="statistic to show as a column, or a glob (may be repeated)",
     )
     parser.add_argument(
-        "-I", "--interval", type=interval, metavar="TIME", help="between sweeps (default: 1s); of FILE, of each step"
+        "-I",
+        "--interval",
+        type=interval,
+        metavar="TIME",
+        help="time between sweeps (default: 1s); with FILE, of each step",
     )
-    parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="end after so long (10s, 5m)")
+    parser.add_argument("-d", "--duration", type=duration, metavar="TIME", help="exit after this time (10s, 5m)")
     parser.add_argument(
         "-n",
         "--count",
         type=number,
         metavar="N",
-        help="end after so many frames, at most four a second",
+        help="exit after N frames, of which at most four a second are drawn",
     )
-    parser.add_argument("--per-vcpu", action="store_true", help="begin with a row for each vCPU")
-    parser.add_argument("--speed", type=_speed, metavar="FACTOR", help="replay FILE so much faster (default: 1)")
+    parser.add_argument("--per-vcpu", action="store_true", help="start with a row for each vCPU")
+    parser.add_argument(
+        "--speed", type=_speed, metavar="FACTOR", help="replay FILE this many times as fast (default: 1)"
+    )
 
 
 def _speed(text: str) -> float:
