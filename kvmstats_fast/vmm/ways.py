@@ -35,43 +35,43 @@ BORROW = Way(
     "borrow",
     "`attach(pid)`",
     "a VMM that holds its stats files, which each of the next ways achieves, and permission to trace it",
-    "nothing; it does not notice",
+    "none",
     "attach(pid) borrows the files that a VMM holds",
 )
 HOLD = Way(
     "hold",
     "`launch([...])`, `kvmstats run -- ...`, or `LD_PRELOAD`",
-    "that you start the VMM; no privilege",
-    "one more ioctl for each VM and vCPU when it is made, one more fd for each as long as it lives",
+    "you start the VMM; no privilege",
+    "one more ioctl when a VM or vCPU is created, and one more fd for as long as it lives",
     "start the VMM by launch(), by `kvmstats run`, or with LD_PRELOAD set to what `python -m kvmstats_fast hold-path` "
     "prints",
 )
 QEMU = Way(
     "QEMU 8.1",
     "`attach(pid)`",
-    "QEMU 8.1 or later, which holds the files of its vCPUs, but not the VM's",
-    "nothing; it does not notice",
+    "QEMU 8.1 or later, which holds the files of its vCPUs, but not the VM's; permission to trace it",
+    "none",
     "use QEMU 8.1 or later, which holds the files of its vCPUs",
 )
 HAND_OVER = Way(
     "hand over",
     "`send_files`, `receive_files`",
     "a VMM that you can change, and a Unix socket",
-    "what you let it do",
+    "what you make it do",
     "let the VMM open its stats files and hand them over (send_files, SCM_RIGHTS), which needs no permission at all",
 )
 INHERIT = Way(
     "inherit",
     "`StatsFile(fd)`, `inherited_files()`",
     "a VMM that you can change, and that starts the monitor or keeps its files with systemd",
-    "what you let it do",
+    "what you make it do",
     "let the VMM pass them to a monitor that it starts, or keep them with systemd (inherited_files)",
 )
 INJECT = Way(
     "inject",
     "`attach(pid, inject=True)`",
     "x86-64, permission to trace the VMM, no seccomp filter in it",
-    "one of its threads at a time stands still for a moment and makes the ioctl",
+    "one thread at a time is stopped for a moment, and makes the ioctl",
     "where that is acceptable, attach(pid, inject=True), which is --inject",
 )
 
