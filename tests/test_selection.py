@@ -179,7 +179,7 @@ def test_what_is_selected_can_be_saved_joined_and_tabled(storage, tmp_path):
 def test_the_recipes_of_the_guide_give_what_they_say():
     """Those of docs/analysis.md about VMs, times and histograms, on two VMs."""
     text = (Path(__file__).parents[1] / "docs" / "analysis.md").read_text(encoding="utf-8")
-    part = text[text.index("## Which VM, which time") : text.index("## Derived figures")]
+    part = text[text.index("## Selecting VMs, statistics and times") : text.index("## Derived figures")]
     x = samples_of([(kernel, vm, vcpu) for vm in ("web", "db") for kernel, vcpu in ((2, 0), (0, 0), (0, 1))], 20)
     x.wall_offset = 1795788000 * 10**9  # 14:00
     names = {"x": x}

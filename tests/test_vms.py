@@ -192,7 +192,7 @@ def counted(result, name="exits"):
     return {(row["host"], row["vm"], row["vcpu"]): int(row[name]) for row in table.rows(named=True)}
 
 
-ANALYSIS = recipes("analysis.md", "## Elsewhere", "## Plots")
+ANALYSIS = recipes("analysis.md", "## Other libraries", "## Plots")
 
 
 @pytest.mark.parametrize(
