@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class Key(NamedTuple):
-    """A key: those that do the same are separated by commas.
+    """A key: keys that do the same are separated by commas.
 
-    where: "" for everywhere, else the screen. short: what stands at the bottom of the screen; empty: nothing does.
+    where: "" for everywhere, else the screen. short: its text at the bottom of the screen; empty: none.
     """
 
     keys: str
@@ -30,19 +30,19 @@ KEYS = (
     Key("g,p", "g, p", "guests", "guests", "choose VMs: globs or parts of their names, or pids", "table"),
     Key("f", "f", "app.events", "stats", "choose statistics: globs or parts of their names: halt, pf_*"),
     Key("c", "c", "app.clear", "", "clear both choices"),
-    Key("o", "o", "total", "total", "what was counted since the reset, or in the last interval", "table"),
+    Key("o", "o", "total", "total", "count since the reset, or in the last interval", "table"),
     Key("r", "r", "app.reset", "reset", "reset: count from here on"),
     Key("s", "s", "app.interval", "interval", "set the interval: 100ms, 2s; a bare number is seconds"),
-    Key("space", "Space", "app.pause", "", "stand still, or go on"),
-    Key("full_stop", ".", "app.step", "", "of a recording: the next step"),
-    Key("plus,equals_sign", "+", "app.speed(2)", "", "of a recording: twice as fast"),
-    Key("minus", "-", "app.speed(0.5)", "", "of a recording: half as fast"),
+    Key("space", "Space", "app.pause", "", "pause, or continue"),
+    Key("full_stop", ".", "app.step", "", "recording: one step"),
+    Key("plus,equals_sign", "+", "app.speed(2)", "", "recording: twice as fast"),
+    Key("minus", "-", "app.speed(0.5)", "", "recording: half as fast"),
     Key("e", "e", "app.errors", "", "which processes are left out, and why; messages"),
     Key("escape,enter,backspace", "Esc", "back", "back", "back to all VMs", "page"),
-    Key("left", "←", "vcpu(-1)", "", "the vCPU before; before the first, the whole VM", "page"),
+    Key("left", "←", "vcpu(-1)", "", "the previous vCPU; before the first, the whole VM", "page"),
     Key("right", "→", "vcpu(1)", "vCPU", "the next vCPU", "page"),
-    Key("ctrl+z", "Ctrl-Z", "app.suspend_process", "", "stop the program; fg goes on"),
+    Key("ctrl+z", "Ctrl-Z", "app.suspend_process", "", "suspend; fg continues"),
 )
 
 #: What kvm_stat has, and this has not.
-NOT_HERE = "x of kvm_stat has no meaning here: kinds of exits are statistics of their own."
+NOT_HERE = "kvm_stat's x has no meaning here: kinds of exits are statistics of their own."
