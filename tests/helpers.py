@@ -104,6 +104,23 @@ def become(uid, capabilities):
     assert libc.capset(header, (ctypes.c_uint32 * 6)(capabilities, capabilities)) == 0, os.strerror(ctypes.get_errno())
 
 
+def refuse_call(number, arguments, error):
+    """Have a system call with these arguments, {which: value}, fail in this thread and what it forks: seccomp(2)."""
+    load, equal, answer = 0x20, 0x15, 0x06  # linux/bpf_common.h
+    allow, fail = 0x7FFF0000, 0x00050000  # linux/seccomp.h
+    tests = [(0, number), *((16 + 8 * which, value) for which, value in arguments.items())]  # struct seccomp_data
+    code = []
+    for left, (offset, value) in zip(range(len(tests), 0, -1), tests, strict=True):
+        code += (load, 0, 0, offset), (equal, 0, 2 * left - 1, value)
+    code += (answer, 0, 0, fail | error), (answer, 0, 0, allow)
+    program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *one) for one in code))
+    head = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(program)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    no_new_privileges, set_seccomp, with_filter = 38, 22, 2  # linux/prctl.h
+    assert libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
+    assert libc.prctl(set_seccomp, with_filter, head) == 0, os.strerror(ctypes.get_errno())
+
+
 def forked(work, uid=None, capabilities=0):
     """Run `work` in a forked child, as another user if told so, and return the child's pid; see `exit_status`.
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from helpers import names_thread, stats_fds, until, watchdog
+from helpers import exit_status, forked, names_thread, refuse_call, stats_fds, until, watchdog
 from qemu import HOLDS_VCPUS, Qmp, arguments, firmware, needs_qemu
 
 import kvmstats_fast as kf
@@ -785,6 +785,36 @@ def test_32_bit_code_is_refused(tmp_path):
             process.kill()
 
 
+LOW_STACK = """
+.globl _start
+_start: mov $8, %rsp
+wait: mov $34, %eax  # pause
+syscall
+jmp wait
+syscall  # what a C library has
+ret
+mov $15, %rax
+syscall
+"""
+
+
+def test_a_stack_that_ends_at_address_0_is_refused(tmp_path):
+    """Where the frame would wrap round to the end of memory, nothing is written, and the thread goes on."""
+    source, program = tmp_path / "low.s", tmp_path / "low"
+    source.write_text(LOW_STACK)
+    subprocess.run([*CC, "-nostdlib", "-static", "-no-pie", source, "-o", program], check=True)
+    with subprocess.Popen([program]) as process:
+        try:
+            vmm = until(lambda: Path(f"/proc/{process.pid}/exe").readlink() == program) and vmm_of(process.pid)
+            attempt = ask(vmm, process.pid, (0,))
+            assert attempt.result == Result.STACK
+            assert "no writable memory below its stack (0x8)" in str(attempt.error)
+            assert left_alone(process.pid)
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 def test_a_refused_trace_has_the_kernels_errno(target, monkeypatch):
     """What ptrace answers is the errno of each file's error, which says what it was for."""
     vmm_process = target(1, 1)
@@ -802,6 +832,51 @@ def test_a_refused_trace_has_the_kernels_errno(target, monkeypatch):
         with pytest.raises(AttachError, match=r"stats file of fd \d+ .*ptrace on thread \d+ ") as caught:
             raise result.error
         assert caught.value.errno == errno.EPERM
+
+
+#: What the kernel may refuse: the system call (asm/unistd_64.h) and its arguments; its errno; how the attempt ends.
+REFUSED = {
+    "memory to share with the tracer": (9, {3: 0x21}, errno.ENOMEM, None, "before it was seized"),
+    "a process": (56, {0: 0}, errno.EAGAIN, None, "before it was seized"),
+    "a file": (257, {2: os.O_RDONLY | os.O_CLOEXEC}, errno.EMFILE, None, "before it was seized"),
+    "to read it": (0, {2: 16383}, errno.EIO, None, "before it was seized"),
+    "SEIZE": (101, {0: 0x4206}, errno.EPERM, None, "before it was seized"),
+    "INTERRUPT": (101, {0: 0x4207}, errno.EIO, None, "after PTRACE_SEIZE"),
+    "registers": (101, {0: 0x4204, 2: 1}, errno.EIO, None, "after it had stopped"),
+    "extended registers": (101, {0: 0x4204, 2: 0x202}, errno.ENODEV, None, "after its seccomp mode was read"),
+    "the mask": (101, {0: 0x420A}, errno.EIO, None, "after its extended registers were read"),
+    "to read its memory": (310, {}, errno.ENOSYS, Result.NO_SYSCALL, "never found in a system call"),
+    "to write its memory": (311, {}, errno.ENOSYS, Result.STACK, "no writable memory below its stack"),
+    "to set registers": (101, {0: 0x4205}, errno.EIO, None, "after the signal frame was written"),
+    "DETACH": (101, {0: 17}, errno.ESRCH, Result.DONE, ""),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_whatever_the_kernel_refuses_the_thread_goes_on(target, what):
+    """The error says what was refused and when, nothing is opened, the thread keeps its registers and can be asked."""
+    number, arguments, error, result, when = REFUSED[what]
+    vmm_process = target(1, 1)
+    vmm = vmm_of(vmm_process.pid)
+    fds, tid = vmm.look()[0][0].fds, vmm_process.tids["poll"]
+
+    def attempt():
+        refuse_call(number, arguments, error)
+        for _ in range(100):
+            attempt = vmm.attempt(tid, fds, in_run=False)
+            if attempt.result == result:
+                break
+        assert attempt.result == result
+        assert when in str(attempt.error)
+        assert result is not None or attempt.error.errno == error
+
+    assert exit_status(forked(attempt)) == 0
+    done = result == Result.DONE
+    assert until(lambda: len(stats_fds(vmm_process.pid)) == done)
+    assert vmm_process.is_well()
+    assert ask(vmm, tid, fds).result == Result.DONE
+    assert until(lambda: len(stats_fds(vmm_process.pid)) == done + 1)
+    assert vmm_process.is_well()
 
 
 def test_a_process_that_may_not_be_looked_at_is_explained(target, monkeypatch):
