@@ -163,9 +163,11 @@ def test_runs_work_under_green_threads(under_green_threads):
     assert under_green_threads(SAMPLER + PATCHED) == ["0 True", "6", "0 0", "True"]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_thread_that_cannot_be_made_is_an_error_that_names_the_limits(files, threads):
-    """At RLIMIT_NPROC: the message says which limits there are, and the Sampler is free afterwards."""
+@pytest.mark.parametrize(("threads", "most"), [(1, 1), (3, 1), (2, 2), (4, 3)])
+def test_a_thread_that_cannot_be_made_is_an_error_that_names_the_limits(files, threads, most):
+    """At RLIMIT_NPROC, whichever thread it is: the message says which limits there are, none of those that were made is
+    left, and the Sampler is free afterwards.
+    """
     if os.getuid():
         pytest.skip("only root can become a user without other processes")
     sampler = kf.Sampler(files, threads=threads)
@@ -174,12 +176,18 @@ def test_a_thread_that_cannot_be_made_is_an_error_that_names_the_limits(files, t
         import resource  # noqa: PLC0415 - of the child only
 
         become(NOBODY, 0)
-        resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
         fds = open_fds()
-        for use in (lambda: sampler.run(0, count=1), lambda: sampler.run(0), sampler.stream(0).__enter__):
+
+        def read_on():
+            with sampler.stream(0) as chunks:
+                list(chunks)
+
+        for use in (lambda: sampler.run(0, count=1), lambda: sampler.run(0), read_on):
             with pytest.raises(kf.KvmStatsError, match=r"cannot be started: .*RLIMIT_NPROC .*pids\.max"):
                 use()
         assert open_fds() == fds
+        assert len(kernel_threads()) == 1
         sampler.sweep()
 
     assert exit_status(forked(work)) == 0
