@@ -100,6 +100,14 @@ APART = (
 PATIENCE = 60  # seconds for one test
 
 
+def tests_about(file):
+    """Return the tests that are about the room of a file."""
+    prefix = max((one for one in ABOUT if file.startswith(one)), key=len, default="")
+    names = [Path(file).stem.lstrip("_"), *ABOUT.get(prefix, "").split()]
+    paths = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
+    return [path for path in paths if (ROOT / path).exists()]
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One change of one file: bytes [begin, end) become `text`."""
@@ -116,13 +124,6 @@ class Mutant:
         raw = (tree / self.path).read_bytes()
         (tree / self.path).write_bytes(raw[: self.begin] + self.text.encode() + raw[self.end :])
         return raw
-
-    def tests(self):
-        """Return the tests that are about its room."""
-        prefix = max((one for one in ABOUT if self.path.startswith(one)), key=len, default="")
-        names = [Path(self.path).stem.lstrip("_"), *ABOUT.get(prefix, "").split()]
-        paths = [f"tests/test_{name}.py" for name in dict.fromkeys(names)]
-        return [path for path in paths if (ROOT / path).exists()]
 
     def __str__(self):
         """Where it is, and what."""
@@ -445,7 +446,7 @@ def in_place(mutant, tree):
 
 def judge(mutant, tree, patience):
     """Return what became of a mutant, and what the tests printed."""
-    tests, left_out = mutant.tests(), []
+    tests, left_out = tests_about(mutant.path), []
     if not tests:
         return "lived: there are no tests of it", ""
     while True:
