@@ -24,6 +24,7 @@ from kvmstats_fast import cli
 from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.cli import list as list_
 from kvmstats_fast.testing import TinyGuest
+from kvmstats_fast.vmm import find
 from kvmstats_fast.vmm.find import HeldFile, may_attach, scan
 
 
@@ -542,6 +543,16 @@ def test_csv_has_plain_cells(monkeypatch, capsys, proc):
 def test_no_vm_is_a_message_and_no_error(monkeypatch, capsys, proc, arguments):
     """Stdout stays empty, stderr says it, and the exit status is 0."""
     assert listed(monkeypatch, capsys, proc.root, *arguments) == (0, "", "kvmstats: no process has a VM open\n")
+
+
+@pytest.mark.parametrize("hidden", [0, 2])
+def test_a_guest_that_is_not_found_may_be_of_a_process_that_is_hidden(monkeypatch, hidden):
+    """The error counts the processes that say nothing, if there are any."""
+    monkeypatch.setattr(find, "scan", lambda _: ([], hidden))
+    with pytest.raises(kf.AttachError, match="no VM is called 'web'") as caught:
+        kf.attach("web")
+    told = f". Processes that do not show this user whether they have one: {hidden}. `kvmstats list`"
+    assert (told in str(caught.value)) == bool(hidden)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
