@@ -495,6 +495,17 @@ def test_stop_ends_it_from_another_thread_and_what_it_has_can_be_read(living, in
     assert threading.active_count() <= threads + 1  # the watch of VMMs, if it had not been started
 
 
+@pytest.mark.real_vm
+def test_ticks_that_are_missed_after_the_last_sweep_are_told(living):
+    """Samples without a sweep have them at the end, so that what was read adds up."""
+    with kf.follow(living.pid, interval=0.001, chunk=1, depth=1) as chunks:
+        assert until(lambda: chunks.overruns)
+        chunks.stop()
+        read = list(chunks)
+    assert len(read[-1]) == 0
+    check_accounts(chunks, read, 0.001)
+
+
 def test_it_runs_once_in_its_block():
     """Outside it there is nothing to read or to stop."""
     chunks = kf.follow("no-such-guest", duration=0.01)

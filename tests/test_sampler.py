@@ -516,6 +516,14 @@ def test_a_stream_runs_inside_its_with_block_and_once(files):
         sampler.stream(0.001, chunk=0)
 
 
+def test_a_chunk_has_at_most_four_megabytes_by_default(made, resources):
+    """Of many files it has as many sweeps as these hold."""
+    files = [resources.enter_context(made[1].open()) for _ in range(40)]
+    with kf.Sampler(files).stream(0) as stream:
+        values = next(stream).groups[0].values
+    assert 2 << 20 < values.nbytes <= 4 << 20
+
+
 @pytest.mark.measures_memory
 def test_a_stream_takes_no_more_memory_the_longer_it_runs(files):
     """A million sweeps through a stream leave the process as large as before."""
