@@ -37,7 +37,7 @@ ABOUT = {
     "kvmstats_fast/errors": "errors schema stats_file memory recordings",
     "kvmstats_fast/_resource": "stats_file leaks interrupted handover",
     "kvmstats_fast/_text": "text cli_stat report plot",
-    "kvmstats_fast/_arguments": "samples sampler spans measure",
+    "kvmstats_fast/_arguments": "errors samples sampler spans measure",
     "kvmstats_fast/stat.py": "schema values captures samples testing",
     "kvmstats_fast/encoding": "schema stats_file captures foreign",
     "kvmstats_fast/schema": "schema stats_file captures seed_lists",
