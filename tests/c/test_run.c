@@ -2,8 +2,11 @@
 /*
  * test_run.c - sweeps and runs against their manuals, csrc/sweep.h and csrc/run.h
  *
- * Link with layout.c, sweep.c, run.c, -pthread, and as intercept.h says. To be built with -fsanitize=thread too: readers, stoppers and the run meet only through kvmstats_ready, kvmstats_release and kvmstats_stop, and files
- * fail by script, not by a close during the run.
+ *   test_run [MOST_THREADS]
+ *
+ * Link with layout.c, schedstat.c, sweep.c, run.c, -pthread, and as intercept.h says. To be built with -fsanitize=thread
+ * too: readers, stoppers and the run meet only through kvmstats_ready, kvmstats_release and kvmstats_stop, and files fail
+ * by script, not by a close during the run.
  *
  * Value w of file i is i * 1000 + w, unless a test writes another.
  */
@@ -316,6 +319,7 @@ static void check_accounts(const struct reading *r, uint64_t ticks)
 /* ---- the tests ---- */
 
 static const uint32_t thread_counts[] = {1, 2, 4, 64};
+static uint32_t most_threads = 64;
 static const int waits[] = {KVMSTATS_WAIT_SLEEP, KVMSTATS_WAIT_SPIN, KVMSTATS_WAIT_HYBRID};
 
 static void test_sweep(void)
@@ -399,7 +403,7 @@ static void test_interval_0(void)
 {
     static const uint64_t shapes[][2] = {{1, 1}, {1, 3}, {7, 1}, {10, 4}}; /* chunk, depth */
 
-    for (size_t t = 0; t < LENGTH(thread_counts); ++t)
+    for (size_t t = 0; t < LENGTH(thread_counts) && thread_counts[t] <= most_threads; ++t)
         for (size_t k = 0; k < LENGTH(shapes); ++k) {
             struct sampler *s = new_sampler(t == 0 ? 1 : FILES, thread_counts[t], shapes[k][0], shapes[k][1]);
             struct reading r = {.s = s, .most = UINT64_MAX};
@@ -616,7 +620,7 @@ static void test_overruns(void)
 
 static void test_failures(void)
 {
-    for (size_t t = 0; t < LENGTH(thread_counts); ++t)
+    for (size_t t = 0; t < LENGTH(thread_counts) && thread_counts[t] <= most_threads; ++t)
         for (int strict = 0; strict < 2; ++strict) {
             struct sampler *s = new_sampler(FILES, thread_counts[t], 50, 1);
             struct reading r = {.s = s, .most = UINT64_MAX};
@@ -860,8 +864,10 @@ static void test_timer_slack(void)
     end_sampler(s);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc > 1)
+        most_threads = (uint32_t)strtoul(argv[1], NULL, 10);
     start_intercepting();
     make_files();
 
