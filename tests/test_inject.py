@@ -365,6 +365,11 @@ class Target:
         self.say("report")
         return json.loads(self.process.stdout.readline())
 
+    def wait(self):
+        """Let each thread begin to wait in its call."""
+        guests = {thread["tid"] for name, thread in self.report()["threads"].items() if name.startswith("vcpu")}
+        assert until(lambda: {state for tid, state in status(self.pid, "State").items() if tid not in guests} == {"S"})
+
     def close_stats(self):
         """Let it close its stats files."""
         self.say("close")
@@ -404,11 +409,10 @@ def target(program, resources):
 
 def test_no_register_is_lost(target):
     """Each thread, in whatever call it waits, keeps all registers, its red zone, its mask and its sigaltstack."""
-    vmm_process = target(1, 2)
+    vmm_process = target(1, 2, "busy")
     vmm = vmm_of(vmm_process.pid, 3600)
     (vm, *vcpus), _ = vmm.look()
-    # Let each thread wait in its call.
-    time.sleep(0.1)
+    vmm_process.wait()
     before = vmm_process.report()["threads"]
     stops = defaultdict(list)
     for _ in range(ROUNDS):
@@ -439,10 +443,11 @@ def test_no_register_is_lost(target):
 @pytest.mark.parametrize("step", STEPS)
 def test_no_register_is_lost_when_the_tracer_dies(target, step):
     """Killed behind any step, in any call, it leaves a thread that keeps all its registers and can be asked again."""
-    vmm_process = target(1, 2)
+    # From the stop on it is all one to a thread how its vCPU was stopped: running, or halted.
+    vmm_process = target(1, 2, *["busy"] * (STEPS[step] <= STEPS["STOP"]))
     vmm = vmm_of(vmm_process.pid, 3600)
     (vm, *vcpus), _ = vmm.look()
-    time.sleep(0.1)
+    vmm_process.wait()
     for _ in range(KILLS):
         for name, thread in vmm_process.report()["threads"].items():
             fds, in_run = vm.fds, False

@@ -2,17 +2,19 @@
 /*
  * inject_target.c - a VMM whose threads notice if a register changes: the target of csrc/inject.c
  *
- *   inject_target VMS VCPUS [seccomp] [parked] [full] [spin] [held] [twice] [vfork]
+ *   inject_target VMS VCPUS [busy] [seccomp] [parked] [full] [spin] [held] [twice] [vfork]
  *
  * Every system call that a thread waits in is made by checked_call, which loads all general, x87, SSE, AVX and AVX-512
  * registers and the flags with random values before the `syscall`, and compares all of them after it. Guests count in
- * their memory, and store an SSE register that must not change; those of odd vCPUs also exit in each turn.
+ * their memory, and store an SSE register that must not change; those of odd vCPUs also exit in each turn. They halt, in
+ * KVM_RUN, until the next tick of 1 ms, and leave the processors to the tests.
  *
  * Options
- *   seccomp  with a filter that allows everything      parked  no vCPU runs
- *   full     no fd is free                             spin    one thread makes no system call
- *   held     the first VM's stats files are open       twice   each VM has two fds
- *   vfork    one thread waits for a child, for 1 s, where no signal wakes it
+ *   busy     guests do not halt                        parked  no vCPU runs
+ *   seccomp  with a filter that allows everything      full    no fd is free
+ *   spin     one thread makes no system call           held    the first VM's stats files are open
+ *   twice    each VM has two fds                       vfork   one thread waits for a child, for 1 s, where no signal
+ *                                                              wakes it
  *
  * Commands on stdin: "report" prints one line of JSON, "wake" lets blocked calls return, "close" closes the stats
  * files; the end of stdin ends the program.
@@ -351,8 +353,10 @@ static void *in_vfork(void *argument)
 
 /* ---- vCPUs */
 
-enum { CODE = 0x1000, DATA = 0x2000, STRIDE = 64, MOST = 64 };
+/* Below CODE are the vectors and the stack. */
+enum { CODE = 0x1000, DATA = 0x2000, SIZE = 0x4000, STRIDE = 64, MOST = 64, NMI = 2 };
 static unsigned char *memory[8];
+static int vms[8], num_vms, num_vcpus;
 
 static void *in_guest(void *argument)
 {
@@ -378,11 +382,12 @@ static void *in_park(void *argument)
     return NULL;
 }
 
-static void make_vcpu(struct thread *t, int kvm, int vm, int number)
+static void make_vcpu(struct thread *t, int kvm, int vm, int number, int busy)
 {
+    struct kvm_mp_state runnable = {KVM_MP_STATE_RUNNABLE}; /* vCPUs but the first would wait to be started by it */
     struct kvm_sregs sregs;
     struct kvm_regs regs = {
-        .rip = (uint64_t)CODE + 32u * (number & 1), .rflags = 2, .rbx = DATA + (uint64_t)number * STRIDE};
+        .rip = (uint64_t)CODE + 32u * (number & 1), .rflags = 2, .rbx = DATA + (uint64_t)number * STRIDE, .rsp = CODE};
     int size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
     t->number = number;
     t->fd = ioctl(vm, KVM_CREATE_VCPU, number);
@@ -395,29 +400,47 @@ static void make_vcpu(struct thread *t, int kvm, int vm, int number)
     sregs.cr4 |= 0x200; /* OSFXSR */
     need(ioctl(t->fd, KVM_SET_SREGS, &sregs) == 0, "KVM_SET_SREGS");
     need(ioctl(t->fd, KVM_SET_REGS, &regs) == 0, "KVM_SET_REGS");
+    need(busy || ioctl(t->fd, KVM_SET_MP_STATE, &runnable) == 0, "KVM_SET_MP_STATE");
 }
 
-static int make_vm(int kvm, int which)
+static int make_vm(int kvm, int which, int busy)
 {
-    /* movups xmm0, [bx+32]; again: inc dword [bx]; movups [bx+16], xmm0; (out 16, al;) jmp again */
-    static const unsigned char spins[] = {0x0f, 0x10, 0x47, 0x20, 0x66, 0xff, 0x07, 0x0f, 0x11, 0x47, 0x10, 0xeb, 0xf7};
+    /* movups xmm0, [bx+32]; again: inc dword [bx]; movups [bx+16], xmm0; (out 16, al;) hlt or nop; jmp again */
+    static const unsigned char counts[] = {0x0f, 0x10, 0x47, 0x20, 0x66, 0xff, 0x07,
+                                           0x0f, 0x11, 0x47, 0x10, 0xf4, 0xeb, 0xf6};
     static const unsigned char exits[] = {0x0f, 0x10, 0x47, 0x20, 0x66, 0xff, 0x07, 0x0f,
-                                          0x11, 0x47, 0x10, 0xe6, 0x10, 0xeb, 0xf5};
+                                          0x11, 0x47, 0x10, 0xe6, 0x10, 0xf4, 0xeb, 0xf4};
+    static const unsigned char nop = 0x90, iret = 0xcf, vector[] = {0x40, CODE >> 8, 0, 0}; /* CODE + 64 */
     int vm = ioctl(kvm, KVM_CREATE_VM, 0);
     need(vm >= 0, "KVM_CREATE_VM");
     ioctl(vm, KVM_SET_TSS_ADDR, 0x7fffd000);
-    unsigned char *room = mmap(NULL, 0x3000, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    need(busy || ioctl(vm, KVM_CREATE_IRQCHIP) == 0, "KVM_CREATE_IRQCHIP"); /* which halts inside KVM_RUN */
+    unsigned char *room = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     need(room != MAP_FAILED, "mmap");
-    memcpy(room, spins, sizeof spins);
-    memcpy(room + 32, exits, sizeof exits);
+    memcpy(room + 4 * NMI, vector, sizeof vector);
+    memcpy(room + CODE, counts, sizeof counts);
+    memcpy(room + CODE + 32, exits, sizeof exits);
+    room[CODE + 64] = iret;
+    if (busy)
+        room[CODE + 11] = room[CODE + 32 + 13] = nop;
     for (int i = 0; i < MOST; ++i)
         for (int j = 0; j < 16; ++j)
-            room[0x1000 + i * STRIDE + 16 + j] = room[0x1000 + i * STRIDE + 32 + j] = (unsigned char)(i * 16 + j + 7);
-    struct kvm_userspace_memory_region region = {
-        .guest_phys_addr = CODE, .memory_size = 0x3000, .userspace_addr = (uint64_t)(uintptr_t)room};
+            room[DATA + i * STRIDE + 16 + j] = room[DATA + i * STRIDE + 32 + j] = (unsigned char)(i * 16 + j + 7);
+    struct kvm_userspace_memory_region region = {.memory_size = SIZE, .userspace_addr = (uint64_t)(uintptr_t)room};
     need(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0, "KVM_SET_USER_MEMORY_REGION");
-    memory[which] = room + 0x1000;
-    return vm;
+    memory[which] = room + DATA;
+    return vms[which] = vm;
+}
+
+/* Wake what is halted: an NMI to all vCPUs, which needs nothing of a guest but an iret. */
+static void *in_ticks(void *argument)
+{
+    struct kvm_msi nmi = {.address_lo = 0xfee00000 | 0xff << 12 /* all */, .data = 4 << 8 /* NMI */};
+    (void)argument;
+    for (;; usleep(1000))
+        for (int vm = 0; vm < num_vms; ++vm)
+            ioctl(vms[vm], KVM_SIGNAL_MSI, &nmi);
+    return NULL;
 }
 
 /* ---- */
@@ -429,7 +452,7 @@ static void handler(int number)
 }
 
 static struct thread threads[8 * MOST + 16];
-static int num_threads, num_vcpus, num_vms;
+static int num_threads;
 
 static void report(void)
 {
@@ -481,12 +504,13 @@ static void add(const char *name, void *(*work)(void *))
 
 int main(int argc, char **argv)
 {
-    int seccomp = 0, parked = 0, full = 0, spin = 0, held = 0, twice = 0, in_child = 0;
+    int busy = 0, seccomp = 0, parked = 0, full = 0, spin = 0, held = 0, twice = 0, in_child = 0;
     need(argc >= 3, "VMS VCPUS");
     num_vms = atoi(argv[1]);
     num_vcpus = atoi(argv[2]);
     need(num_vms >= 0 && num_vms <= 8 && num_vcpus >= 0 && num_vcpus <= MOST, "VMS VCPUS");
     for (int i = 3; i < argc; ++i) {
+        busy |= !strcmp(argv[i], "busy");
         seccomp |= !strcmp(argv[i], "seccomp");
         parked |= !strcmp(argv[i], "parked");
         full |= !strcmp(argv[i], "full");
@@ -507,10 +531,10 @@ int main(int argc, char **argv)
     int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     need(kvm >= 0, "/dev/kvm");
     for (int i = 0; i < num_vms; ++i) {
-        int vm = make_vm(kvm, i);
+        int vm = make_vm(kvm, i, busy);
         for (int j = 0; j < num_vcpus; ++j) {
             add("vcpu", parked ? in_park : in_guest);
-            make_vcpu(&threads[num_threads - 1], kvm, vm, j);
+            make_vcpu(&threads[num_threads - 1], kvm, vm, j, busy);
             if (held && i == 0)
                 need(ioctl(threads[num_threads - 1].fd, 0xAECE) >= 0, "KVM_GET_STATS_FD");
         }
@@ -544,6 +568,8 @@ int main(int argc, char **argv)
     }
     for (int i = 0; i < num_threads; ++i)
         need(pthread_create(&threads[i].thread, NULL, threads[i].work, &threads[i]) == 0, "pthread_create");
+    pthread_t ticks;
+    need(busy || pthread_create(&ticks, NULL, in_ticks, NULL) == 0, "pthread_create");
     for (int i = 0; i < num_threads; ++i)
         while (!__atomic_load_n(&threads[i].tid, __ATOMIC_ACQUIRE))
             usleep(1000);
