@@ -115,8 +115,10 @@ static int start_workers(struct kvmstats_run *run, struct worker *workers)
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (i = 1; i < n && !error; ++i) {
-        sem_init(&workers[i].go, 0, 0); /* of this process, from 0: that cannot fail */
-        sem_init(&workers[i].done, 0, 0);
+        if (sem_init(&workers[i].go, 0, 0) || sem_init(&workers[i].done, 0, 0)) {
+            error = errno;
+            break;
+        }
         error = pthread_create(&workers[i].thread, NULL, work, &workers[i]);
         if (error) {
             sem_destroy(&workers[i].go);
@@ -309,8 +311,11 @@ int kvmstats_start(struct kvmstats_run *run)
     pthread_t thread;
 
     _Static_assert(sizeof thread <= sizeof run->thread, "a pthread_t fits");
-    pthread_attr_init(&attributes); /* which cannot fail on Linux */
-    int error = run->priority ? set_priority(&attributes, run->priority) : 0;
+    int error = pthread_attr_init(&attributes);
+    if (error)
+        return -error;
+    if (run->priority)
+        error = set_priority(&attributes, run->priority);
     if (!error) {
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
