@@ -381,3 +381,44 @@ def test_what_takes_the_place_of_a_claim_is_not_removed(tmp_path, monkeypatch):
         pass
     assert names(tmp_path) == ["x"]
     assert (tmp_path / "x").read_text() == "of another"
+
+
+@pytest.mark.parametrize("write", [kf.Samples.to_parquet, lambda _, path: kf.Recorder(path)], ids=["set", "recorder"])
+@pytest.mark.parametrize("below", ["", "a", "a/b"])
+def test_a_directory_below_a_file_is_refused_by_the_name_of_the_file(write, below, tmp_path):
+    """It is not said to have been written before, and the file stays as it is."""
+    file = tmp_path / "notes"
+    file.write_text("precious")
+    with pytest.raises(NotADirectoryError) as caught:
+        write(X, file / below)
+    assert caught.value.filename == str(file)
+    assert file.read_text() == "precious"
+
+
+def test_a_directory_that_another_process_makes_meanwhile_is_taken(tmp_path, monkeypatch):
+    """Whoever was faster: both write into it."""
+    make = _put.make_directory
+
+    def be_late(path, mode):
+        path.mkdir()
+        make(path, mode)
+
+    monkeypatch.setattr(_put, "make_directory", be_late)
+    X.to_parquet(tmp_path / "a" / "set")
+    assert len(kf.open_recordings(tmp_path / "a" / "set").vms) == 1
+
+
+def test_what_may_not_be_removed_is_an_error_and_stays(tmp_path):
+    """A file that cannot be replaced for want of permission is not called a directory."""
+    folder, path = tmp_path / "run", tmp_path / "run" / "x.arrows"
+    folder.mkdir()
+    path.write_text("precious")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(PermissionError):
+            _put._remove(path, lambda _: True)
+    assert path.read_text() == "precious"

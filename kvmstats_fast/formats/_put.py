@@ -93,7 +93,7 @@ def make_directories(path: Path, mode: int) -> None:
             make_directory(path, mode)
         except FileExistsError:
             if not path.is_dir():  # else another process was faster
-                raise
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
 
 
 @contextmanager
