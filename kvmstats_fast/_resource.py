@@ -121,20 +121,13 @@ class Fd(Closing):
 
     @property
     def closed(self) -> bool:
-        """Whether the fd was closed or given away."""
+        """Whether the fd was closed."""
         return not self._held
 
     def fileno(self) -> int:
         """Return the number; ValueError if closed."""
         try:
             return self._held[0]
-        except IndexError:
-            raise ValueError("this file descriptor is closed") from None
-
-    def detach(self) -> int:
-        """Return the fd and own it no longer: the caller closes it."""
-        try:
-            return self._held.pop()
         except IndexError:
             raise ValueError("this file descriptor is closed") from None
 
@@ -162,6 +155,3 @@ class Fd(Closing):
         held = getattr(self, "_held", None)
         if held and held[0] >= 0:  # below 0: Ctrl-C came before the error was raised
             self.close()
-
-    def __repr__(self) -> str:
-        return f"<Fd {self._held[0]}>" if self._held else "<Fd, closed>"

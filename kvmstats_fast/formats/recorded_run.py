@@ -146,9 +146,6 @@ class _RunReader:
 
     def read(self, seen: list[int]) -> Iterator[Step]:
         """Give the parts in turn."""
-        if not self._kept:
-            seen.extend(self._run.numbers)
-            return
         for number in self._run.numbers:
             # The tail first: what is moved out of it later is moved to a file that is not yet open.
             tail = self._open_tail(self._choose(self._run.tails.get(number, [])))

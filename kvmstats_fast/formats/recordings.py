@@ -251,8 +251,6 @@ class Recordings:
         """Give what is wanted of a run."""
         chosen = self._choose(run)
         names = frozenset(self._names_of(run))
-        if not chosen or not names:
-            return
         labels = dict(zip(run.source.files, run.files, strict=True))
         wanted_files = frozenset(run.source.files[index] for index in chosen)
         wanted = Wanted(names, frozenset(run.source.indices[index] for index in chosen), self._span)

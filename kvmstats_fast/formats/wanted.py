@@ -72,8 +72,6 @@ class Wanted:
 
     def may_have(self, wall: npt.NDArray[np.int64], happened: dict[str, Any]) -> bool:
         """Whether any of the sweeps of a batch may be in the range; `wall` is when those of its rows were."""
-        if self.span == ALWAYS:
-            return True
         steps = [(0, happened["wall_offset"]), *map(tuple, happened["wall_steps"])]
         ticks, rowless, _ = happened["rowless"]
         first_rowless = happened["sweeps"] - len(ticks)

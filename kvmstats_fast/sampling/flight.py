@@ -74,8 +74,6 @@ class Condition:
             return holds
         figures = samples.figures(by="vcpu" if self.per_vcpu else "vm")
         if self.name not in figures:
-            if len(samples) < 2:  # of which there is no figure
-                return holds
             raise unknown_name("statistic or figure", self.name, [*samples.names, *figures], "these samples")
         holds[:] = self._is_beyond(figures[self.name].values).any()
         return holds
