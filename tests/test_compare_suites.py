@@ -206,3 +206,10 @@ def test_what_no_suite_wrote_is_one_error(tmp_path, text):
     assert is_suite(path)
     with pytest.raises(kf.KvmStatsError, match=r"other\.json is not what pytest-benchmark or pyperf writes"):
         read_suite(path)
+
+
+def test_a_benchmark_without_counters_is_left_out(write):
+    """Of those that pyperf ran, one that the hook did not count is on neither side."""
+    bare = {"metadata": {"name": "plain"}, "runs": [{"metadata": {}, "values": [0.1]}]}
+    path = write(bare, pyperf("boot", {"exits": 10.0}, {"exits": 11.0}))
+    assert list(compare([path], [path])) == ["boot"]

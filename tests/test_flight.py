@@ -104,3 +104,31 @@ def test_a_name_that_is_not_there_is_an_error():
     """With what is near."""
     with pytest.raises(KeyError, match="no statistic or figure 'exit' in these samples; did you mean exits"):
         Condition.parse("exit>5").judge(made([1, 2]))
+
+
+def test_samples_without_a_sweep_are_passed_over():
+    """As a chunk in which nothing was read: neither keeps or ends anything."""
+    run = made([1000, 1])
+    flight, overview = Flight(Condition.parse("exits>50000/s"), 1, 1), EachSecond()
+    assert not [*flight.feed(run[:0]), *overview.feed(run[:0]), *overview.end()]
+    assert sum(len(part) for part in flight.feed(run)) == 3
+
+
+def test_a_figure_of_one_sweep_holds_of_nothing():
+    """It is of the changes between two: the first sweep alone is no error, and a name that is there in none is."""
+    run = made([1, 2], halt_wait_ns=[[0, 0], [1, 0], [2, 0]])
+    flight = Flight(Condition.parse("halted_fraction>99%"), 1, 1)
+    assert not list(flight.feed(run[:1]))
+    assert not list(flight.feed(run[1:]))
+    with pytest.raises(KeyError, match="no statistic or figure 'halt' in these samples"):
+        list(Flight(Condition.parse("halt>5"), 1, 1).feed(run))
+
+
+def test_the_overview_gives_the_last_sweep_of_files_that_others_replace():
+    """Though its second is not over: of the samples that follow it would be no part."""
+    run = made([1, 2])
+    others = run_of(group_of(STATS, [0], {"exits": [[5], [6]]}), times=[3 * TICK, 4 * TICK])
+    overview = EachSecond()
+    assert not list(overview.feed(run))
+    (last,) = overview.feed(others)
+    assert (last.files, last.time.tolist()) == (run.files, run.time[-1:].tolist())

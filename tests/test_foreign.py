@@ -18,12 +18,13 @@ from pathlib import Path
 import made
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import DATA, numbers, watchdog
 
 import kvmstats_fast as kf
 from kvmstats_fast.file_info import identify
-from kvmstats_fast.formats import parquet
+from kvmstats_fast.formats import metadata, parquet
 from kvmstats_fast.vmm.handover import HandOverError
 
 VM = made.schema_of([made.ODD[1], made.ODD[4]], "vm")
@@ -193,6 +194,13 @@ def test_what_a_file_says_of_itself_is_checked(field, value, must_be, path):
         assert f"kvmstats.{field}" in str(caught.value)
     assert must_be in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_metadata_without_measure_is_not_parsed(path, monkeypatch):
+    """A field that is longer than any of ours is refused by its size."""
+    monkeypatch.setattr(metadata, "MOST_METADATA", 100)
+    with pytest.raises(kf.KvmStatsError, match=r"kvmstats\.files has [0-9]{3} bytes; more than 100 are refused"):
+        kf.Samples.load(path)
 
 
 def test_header_and_descriptors_that_are_none_are_a_format_error(path):
@@ -463,6 +471,19 @@ NPZ_LIES = [
 ]
 
 
+def test_a_statistic_twice_in_an_npz_is_refused(tmp_path):
+    """It would be two arrays of one name."""
+    path = tmp_path / "x.npz"
+    X.save(path)
+    members = npz_members(path)
+    about = json.loads(np.load(io.BytesIO(members["about.npy"])).tobytes())
+    about["groups"][1]["stats"][1] = about["groups"][1]["stats"][0]
+    members["about.npy"] = npy(np.frombuffer(json.dumps(about).encode(), np.uint8))
+    write_zip(path, members.items())
+    with pytest.raises(kf.KvmStatsError, match=r"x\.npz: about\['groups'\]\[1\]\['stats'\] must be different"):
+        kf.Samples.load(path)
+
+
 @pytest.mark.parametrize(("member", "data", "about"), NPZ_LIES)
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_members_of_an_npz_are_checked(member, data, about, compression, tmp_path):
@@ -591,6 +612,25 @@ def test_errors_keep_their_type_through_a_file(error, kept, form, tmp_path):
     assert str(loaded.error) == str(error)
     for name in ("errno", "strerror", "code", "offset"):
         assert getattr(loaded.error, name, None) == getattr(error, name, None)
+
+
+def test_parquet_files_of_one_run_that_contradict_each_other_are_refused(tmp_path):
+    """By the name of the one that says otherwise than the first."""
+    with kf.Recorder(tmp_path / "run", flush_seconds=0) as recorder:
+        recorder.write(X)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "_GROUP_BYTES", 1)
+        patch.setattr(parquet, "_FILE_BYTES", 1)
+        files = sorted(one for one in kf.to_parquet(tmp_path / "run", tmp_path / "set") if "vcpu" in str(one))
+    assert len(files) > 1
+    file = pq.ParquetFile(files[1])
+    groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+    schema = groups[0].schema.with_metadata({**groups[0].schema.metadata, b"kvmstats.interval": b"7.0"})
+    with pq.ParquetWriter(files[1], schema) as writer:
+        for group in groups:
+            writer.write_table(group.cast(schema))
+    with pytest.raises(kf.KvmStatsError, match=r"kvmstats\.interval is damaged: it is not that of .*, of the same run"):
+        kf.open_recordings(tmp_path / "set")
 
 
 @pytest.mark.parametrize("text", [b"tick", b"time"])

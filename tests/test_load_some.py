@@ -10,7 +10,7 @@ from helpers import examples
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
-from kvmstats_fast.formats import stream_file
+from kvmstats_fast.formats import ipc, stream_file
 
 VM = made.schema_of(None, "vm")
 VCPU = made.schema_of(None, "vcpu")
@@ -163,3 +163,24 @@ def test_what_is_weighed_is_what_will_be_decompressed(stats, words, path, monkey
     kf.Samples.load(path, stats)
     dictionaries = sum(len(one) + 8 for one in ("härd".encode(), b"web")) + sum(len(info.id) for info in x.files) + 12
     assert 0 <= claims[0] - 80 * (8 * words + 28) <= dictionaries
+
+
+def test_what_a_message_says_of_itself_is_weighed_or_no_message(path):
+    """Whatever is damaged in it: no other error, and nothing beyond the stream is looked at."""
+    write(path, [made.samples([("vcpu", ODD, 2)], 4)], compression="zstd")
+    (file,) = path.iterdir()
+    stream = file.read_bytes()
+    start = 8 + int.from_bytes(stream[4:8], "little", signed=True)
+    end = ipc.measure_next(memoryview(stream), start)[2]
+    weighed = refused = 0
+    for at in range(start, min(end, start + 2000)):
+        for value in (0, 1, 0x7F, 0xFF):
+            try:
+                found = ipc.measure_next(memoryview(stream[:at] + bytes([value]) + stream[at + 1 :]), start)
+            except ipc.NoMessageError:  # noqa: PERF203 - each by itself
+                refused += 1
+            else:
+                weighed += 1
+                assert found is None or (found[0] >= 0 and found[2] <= len(stream))
+    assert weighed > 1000
+    assert refused > 1000

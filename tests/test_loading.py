@@ -189,3 +189,19 @@ def test_the_whole_takes_little_more_memory_than_its_values(compression, path):
     peak, values = map(int, result.stdout.split())
     assert values > 100 << 20
     assert peak < 1.15 * values + steps.STEP_BYTES
+
+
+def test_a_step_of_the_clock_behind_its_batch_is_not_one_of_the_next(path):
+    """Though many are looked at together, the batch is named that has not so many sweeps."""
+    x = made.samples([("vcpu", ODD, 2)], 9)
+    write(path, [x[:3], x[3:6], x[6:]])
+    file = path / "vcpu-00000.arrows"
+    with pa.ipc.open_stream(file.read_bytes()) as reader:
+        read = [reader.read_next_batch_with_custom_metadata() for _ in range(3)]
+        schema = reader.schema
+    with pa.ipc.new_stream(file, schema) as writer:
+        for number, (batch, metadata) in enumerate(read, 1):
+            lie = {b"kvmstats.wall_steps": b"[[3, 5]]"} if number == 2 else {}
+            writer.write_batch(batch, custom_metadata={**metadata, **lie})
+    with pytest.raises(kf.KvmStatsError, match="batch 2: wall_steps are not at ascending sweeps, from 1 to 2"):
+        kf.Samples.load(path)

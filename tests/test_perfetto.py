@@ -162,3 +162,26 @@ def test_what_a_trace_cannot_hold_is_one_error(x, tmp_path, monkeypatch):
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
     with pytest.raises(FileExistsError):
         x.to_perfetto(tmp_path / "x")
+
+
+def test_counters_of_other_units_are_named_by_them(tmp_path):
+    """Where a trace knows no such unit, its name is there as the table of a report has it."""
+    stats = [
+        kf.Stat("cycles", kf.StatType.CUMULATIVE, kf.StatUnit.CYCLES, kf.StatBase.POW10, 3, 1, -1),
+        kf.Stat("waited", kf.StatType.CUMULATIVE, kf.StatUnit.SECONDS, kf.StatBase.POW10, -6, 1, -1),
+    ]
+    small(made.samples([("vcpu", made.schema_of(stats), 1)], 3)).to_perfetto(tmp_path / "x")
+    about = {path[-1]: counter.unit_name for path, counter in read(tmp_path / "x")[1].items()}
+    assert {name: about[name] for name in ("cycles", "waited")} == {stat.name: stat.units() for stat in stats}
+
+
+def test_samples_without_a_sweep_add_nothing(x, tmp_path):
+    """Nor do they break the batches that follow."""
+    with kf.Recorder(tmp_path / "r", flush_seconds=0) as recorder:
+        recorder.write(x[:0])
+        recorder.write(x)
+    kf.to_perfetto(tmp_path / "r", tmp_path / "r.pftrace")
+    x.to_perfetto(tmp_path / "x.pftrace")
+    assert dict(read(tmp_path / "r.pftrace")[0]) == dict(read(tmp_path / "x.pftrace")[0])
+    x[:0].to_perfetto(tmp_path / "empty.pftrace")
+    assert not read(tmp_path / "empty.pftrace")[0]

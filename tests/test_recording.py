@@ -27,7 +27,7 @@ from helpers import examples, exit_status, forked, open_fds
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
-from kvmstats_fast.formats import arrow
+from kvmstats_fast.formats import arrow, recording
 from kvmstats_fast.testing import SyntheticStats
 
 VM = made.schema_of(None, "vm")
@@ -1018,3 +1018,50 @@ def test_a_recording_is_loaded_without_what_takes_long_to_import(path):
         "print([m for m in ('pyarrow.compute', 'pandas') if m in sys.modules])\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_compression_that_there_is_not_is_refused(tmp_path):
+    """By the names of those that there are, before there is a file."""
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    for name in ("run", "run.npz"):
+        with pytest.raises(ValueError, match="compression is 'gzip'; it must be 'zstd', 'lz4' or None"):
+            x.save(tmp_path / name, compression="gzip")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recording_that_has_ended_takes_no_more(path):
+    """Neither samples nor a new part."""
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    recorder = record(path, [x])
+    for more in (recorder.rotate, lambda: recorder.write(x)):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}: this recording has ended"):
+            more()
+    made.assert_same(kf.Samples.load(path), x)
+    assert repr(kf.Recording(path)) == f"<Recording {str(path)!r}>"
+
+
+def test_parts_of_other_statistics_are_damage(path):
+    """No Recorder writes them into one run: the error names the recording, not an array of numpy's."""
+    x = made.samples([("vcpu", VCPU, 1)], 6)
+    with kf.Recorder(path, flush_seconds=0) as recorder:
+        recorder.write(x[:3])
+        recorder.rotate()
+        recorder._first = None
+        recorder.write(x[3:].select("exits"))
+    with pytest.raises(kf.KvmStatsError, match=f"{re.escape(str(path))}: .*damaged: its parts are of different stat"):
+        kf.Samples.load(path)
+    with pytest.raises(KeyError, match="one CSV file has no columns"):
+        kf.to_csv(path, path.with_suffix(".csv"))
+    assert not path.with_suffix(".csv").exists()
+
+
+def test_a_file_that_is_deleted_while_the_directory_is_read_is_none_of_the_recording(path, monkeypatch):
+    """The others are read; a single file that is gone is not there."""
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    x.save(path)
+    find = recording.find_files
+    monkeypatch.setattr(recording, "find_files", lambda path: [*find(path), path / "vcpu-00001.arrows"])
+    made.assert_same(kf.Samples.load(path), x)
+    monkeypatch.setattr(recording, "find_files", lambda path: [path])
+    with pytest.raises(FileNotFoundError):
+        kf.Samples.load(path / "vcpu-00001.arrows")

@@ -601,3 +601,115 @@ def test_a_row_group_of_more_than_fits_is_refused_before_it_is_read(tmp_path, mo
     monkeypatch.setattr("kvmstats_fast.formats.limits.MOST_TIMES", 0.01)
     with pytest.raises(kf.KvmStatsError, match="claim to hold"):
         list(kf.open_recordings(tmp_path).select("exits"))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_changes_that_no_uint64_holds_together_are_an_error_that_names_the_statistic(tmp_path, form, size):
+    """Of one vCPU, whose counter was cleared on the way, within a batch or between two."""
+    x = run_of("a", sweeps=4)
+    for group in x.groups:
+        group.values[0::2], group.values[1::2] = 0, 2**63 + 5
+    r = opened(tmp_path, form, [x], size)
+    with pytest.raises(ValueError, match=r"the changes of exits.* add up to more than a uint64 holds"):
+        r.total("exits")
+
+
+def test_gauges_of_several_runs_add_up_with_their_signs(tmp_path, form):
+    """What falls in one run and rises in another is added as signed changes, of one value or of several."""
+    stats = [
+        kf.Stat(name, kf.StatType.INSTANT, kf.StatUnit.NONE, kf.StatBase.POW10, 0, size, -1)
+        for name, size in (("gauge", 1), ("gauges", 3))
+    ]
+    runs = [made.samples([("vcpu", made.schema_of(stats), 2)], 4, host=host) for host in "ab"]
+    for x, last in zip(runs, (3, 9), strict=True):
+        for name in ("gauge", "gauges"):
+            values = x.groups[0].view(name)
+            values[:], values[-1] = 5, last
+    r = opened(tmp_path, form, runs)
+    assert r.total("gauge", by="host") == {"a": -4, "b": 8}
+    assert r.total("gauge", by=None) == 4
+    assert r.total("gauges", by=None).tolist() == [4, 4, 4]
+
+
+def test_a_statistic_of_two_kinds_in_runs_of_two_kernels_is_refused(tmp_path, form):
+    """The name alone does not say how to add it up; selected runs are."""
+    stats = [
+        [kf.Stat("odd", kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, exponent, 1, -1)]
+        for exponent in (0, 3)
+    ]
+    runs = [
+        made.samples([("vcpu", made.schema_of(one), 1)], 4, host=host) for one, host in zip(stats, "ab", strict=True)
+    ]
+    r = opened(tmp_path, form, runs)
+    with pytest.raises(KeyError, match="'odd' has different types, units or sizes in runs of different kernels"):
+        r.total("odd")
+    assert r.select(host="a").total("odd", by=None) == runs[0].total("odd")[0]
+
+
+def test_a_recording_without_a_sweep_adds_nothing(tmp_path):
+    """Before the sweeps of one that has some; alone, its statistics were not sampled."""
+    x = run_of("a")
+    for name, parts in (("empty", [x[:0]]), ("some", [x[:0], x])):
+        with kf.Recorder(tmp_path / name, flush_seconds=0) as recorder:
+            for part in parts:
+                recorder.write(part)
+                recorder.rotate()
+    with pytest.raises(KeyError, match="'exits' was not sampled in this range of time"):
+        kf.open_recordings(tmp_path / "empty").total("exits")
+    some = kf.open_recordings(tmp_path / "some")
+    assert some.total("exits", by=None) == sum(x.total("exits"))
+    assert some.between(0, 3).total("exits", by=None) == sum(x[:3].total("exits"))
+    assert [one.time.tolist() for one in some.resample(2.0).runs()] == [x.time[1::2].tolist()]
+
+
+def test_a_file_that_another_has_replaced_meanwhile_is_an_error_that_names_it(tmp_path, form):
+    """What was opened is of other statistics: it is not read as if it were those."""
+    r = opened(tmp_path / "one", form, [run_of("a")])
+    opened(tmp_path / "two", form, [run_of("b", vms=("mail",))])
+    suffix = "vcpu-00000.arrows" if form == "recording" else "*.parquet"
+    (old,) = (path for path in (tmp_path / "one").rglob(suffix) if form == "recording" or "/vcpu/" in str(path))
+    (new,) = (path for path in (tmp_path / "two").rglob(suffix) if form == "recording" or "/vcpu/" in str(path))
+    shutil.copy(new, old)
+    with pytest.raises(kf.KvmStatsError, match="another file took its place while it was read") as caught:
+        r.select(kind="vcpu").total("exits")
+    assert str(old) in str(caught.value)
+
+
+def test_other_files_in_a_data_set_do_not_keep_samples_from_it(tmp_path):
+    """What is no Parquet file says nothing of the values that ours have."""
+    folder = tmp_path / "vcpu" / "date=2026-01-01"
+    folder.mkdir(parents=True)
+    (folder / "notes.parquet").write_bytes(b"nothing of ours")
+    x = run_of("a").select(kind="vcpu")
+    x.to_parquet(tmp_path)
+    (folder / "notes.parquet").unlink()
+    assert kf.open_recordings(tmp_path).total("exits", by=None) == sum(x.total("exits"))
+
+
+def test_runs_of_which_nothing_is_selected_give_nothing(tmp_path, form):
+    """Neither a batch nor an answer; the others give what is theirs."""
+    r = opened(tmp_path, form, [run_of("a"), run_of("b", vms=("mail",)), run_of("c").select(kind="vm")])
+    assert {x.host for x in r.select("exits")} == {"a", "b"}
+    some = r.select(vm="mail")
+    assert {x.host for x in some} == {"b"}
+    assert len(list(some.runs())) == 1
+    assert not [x for x in some.between("2031-01-01") if len(x)]
+
+
+def test_kinds_of_a_run_with_other_sweeps_are_not_put_together(tmp_path):
+    """Where a file of one kind is gone from a data set: each kind can be read by itself."""
+    x = run_of("a")
+    with kf.Recorder(tmp_path / "rec", flush_seconds=0, rotate_bytes=1) as recorder:
+        recorder.write(x[:6])
+        recorder.write(x[6:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parquet, "_GROUP_BYTES", 1)
+        patch.setattr(parquet, "_FILE_BYTES", 1)
+        kf.to_parquet(tmp_path / "rec", tmp_path / "set")
+    first, *others = sorted(tmp_path.glob("set/vm/*/*.parquet"))
+    assert others
+    first.unlink()
+    r = kf.open_recordings(tmp_path / "set")
+    with pytest.raises(ValueError, match="the vm files of a run have other sweeps than its other files"):
+        list(r.runs())
+    assert len(next(r.select(kind="vcpu").runs())) == len(x)
