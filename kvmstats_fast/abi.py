@@ -48,7 +48,7 @@ class StatBase(IntEnum):
 
 
 class Layout(str, Enum):
-    """How header and descriptors are laid out; named after the patch series' version that introduced it."""
+    """Layout of header and descriptors, named after the version of the patch series that introduced it."""
 
     V2 = "v2"  #: series v2 to v4
     V5 = "v5"  #: series v5 to v8

@@ -19,40 +19,40 @@ class Answers:
     __slots__ = ()
 
     def histogram(self: Any, name: str, sweep: int | None = None) -> Histogram:
-        """Return what a histogram counted in this run, file by file; ``.sum()`` adds the files up.
+        """Return the counts of a histogram in this run, file by file; ``.sum()`` adds the files up.
 
         Parameters
         ----------
         name : str
         sweep : int, optional
-            Instead: what it had counted by that sweep, since its VM was made (-1: the last); 0 of a file that had
-            failed.
+            Return instead the counts up to that sweep, since the VM was created (-1: the last sweep); 0 for a file that
+            had failed.
 
         Returns
         -------
         Histogram
-            Of shape ``(n, buckets)``, the files of `columns`. It has a `mean` if the kernel adds the same values up in
-            a counter that was sampled too (``halt_wait_ns`` for ``halt_wait_hist``).
+            Of shape ``(n, buckets)``, for the files of `columns`. It has a `mean` if the kernel also adds up the same
+            values in a counter that was sampled (``halt_wait_ns`` for ``halt_wait_hist``).
 
         Raises
         ------
         ValueError
             If `name` is not a histogram.
         KeyError, IndexError
-            If it, or the sweep, is not there.
+            If there is no such statistic, or no such sweep.
         """
         from kvmstats_fast.analysis import histogram  # noqa: PLC0415 - imports rightwards
 
         return histogram.run_histogram(self, name, sweep)
 
     def duty_cycle(self: Any, name: str, confidence: float = 0.95) -> DutyCycle:
-        """Estimate how much of the time a boolean was 1 (``blocking``, ``guest_mode``), as polled.
+        """Estimate the fraction of time that a boolean (``blocking``, ``guest_mode``) was 1, from polling.
 
         Parameters
         ----------
         name : str
         confidence : float
-            Of the interval.
+            Confidence level of the interval.
 
         Returns
         -------
@@ -67,9 +67,9 @@ class Answers:
 
         Notes
         -----
-        Wilson's interval, for the number of independent sweeps that as many correlated ones are worth (from the
-        correlation of neighbours). A value that never changed shows no correlation: then the sweeps are taken as
-        independent, and of one that changed a few times only the interval is too narrow. A guest whose rhythm is a
+        This is Wilson's interval for the number of independent sweeps that these correlated ones are worth (from the
+        correlation of neighbours). A value that never changed shows no correlation: its sweeps are taken as
+        independent. For one that changed only a few times, the interval is too narrow. A guest with a period that is a
         multiple of the sampling interval misleads any polling.
         """
         from kvmstats_fast.analysis import duty_cycle  # noqa: PLC0415 - imports rightwards
@@ -82,8 +82,9 @@ class Answers:
         Parameters
         ----------
         by : {"vcpu", "vm", "host"}
-            Of what there is a value: of each file, or of all files of a VM or host together. What they counted is added
-            up; a rate is that by the time that any of them was read, and a fraction that of the whole.
+            Whether to return a value for each file, or for all files of a VM or host together. Then their counts are
+            added up; a rate is the sum divided by the time that any of them was read, and a fraction is that of the
+            sums.
 
         Returns
         -------
@@ -98,7 +99,7 @@ class Answers:
 
         Notes
         -----
-        A halt is counted when it ends: `halted_fraction` of a short run can be 0, or above 1.
+        A halt is counted when it ends: in a short run, `halted_fraction` can be 0, or above 1.
         """
         from kvmstats_fast.analysis import formulas  # noqa: PLC0415 - imports rightwards
 
@@ -107,20 +108,20 @@ class Answers:
     def halt_poll_advice(
         self: Any, settings: Iterable[int] | None = None, most_vain: float = 0.01
     ) -> HaltPollAdvice | None:
-        """Return what different settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.
+        """Return what other settings of ``halt_poll_ns`` would have caught and cost, from the halt histograms.
 
         Parameters
         ----------
         settings : iterable of int, optional
             In ns. Default: from 0 to 2 ms.
         most_vain : float
-            Of the vCPUs' time, the most that the setting it calls the best may poll in vain.
+            The largest fraction of the vCPUs' time that the best setting may poll in vain.
 
         Returns
         -------
         HaltPollAdvice or None
-            ``print(advice)`` is a table, ``advice.best`` a setting. None if these files lack a halt histogram (kernels
-            before 5.15); vCPUs that do so are not in it.
+            ``print(advice)`` prints a table, ``advice.best`` is a setting. None if these files lack a halt histogram
+            (kernels before 5.15); vCPUs without one are left out.
 
         Raises
         ------
@@ -129,10 +130,10 @@ class Answers:
 
         Notes
         -----
-        For every halt of the run, as if each polled up to the setting; KVM's own polling grows towards it from 10 us
-        and shrinks (``grow_halt_poll_ns``, ``virt/kvm/kvm_main.c``), so it catches and costs less. Buckets are ranges,
-        so all figures are bounds. What it does to the guest (it finds its CPU warm, or a neighbour finds it taken) is
-        not in them.
+        This assumes that every halt polls up to the setting. KVM's polling grows towards it from 10 us, and shrinks
+        (``grow_halt_poll_ns``, ``virt/kvm/kvm_main.c``), so it catches and costs less. Buckets are ranges, so all
+        figures are bounds. They do not include the effect on the guest (its CPU stays warm) or its neighbours (the CPU
+        is taken).
         """
         from kvmstats_fast.analysis import halt_poll  # noqa: PLC0415 - imports rightwards
 

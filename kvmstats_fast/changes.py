@@ -1,6 +1,6 @@
 """Changes of samples: from sweep to sweep, per second, where counters were cleared, and over the whole run.
 
-Inner to the package: `Samples` has the public methods, and `series` works them out for files of one kernel.
+Internal: `Samples` has the public methods, and `series` works them out for files of one kernel.
 """
 
 from __future__ import annotations

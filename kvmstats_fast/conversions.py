@@ -155,17 +155,17 @@ class Conversions:
         compression: str | None = None,
         mode: int = 0o600,
     ) -> None:
-        """Write to disk, whole or not at all; `load` gives it back as it was.
+        """Write to disk, completely or not at all; `load` returns it as it was.
 
         Parameters
         ----------
         path : path-like
-            A directory, which becomes a recording as a `Recorder` makes it; or a file named ``.npz``, which needs
-            nothing but numpy.
+            A directory, which becomes a recording like that of a `Recorder`; or a file named ``*.npz``, which needs
+            only numpy.
         overwrite : bool
             Replace what is there.
         compression : {None, "zstd", "lz4"}
-            Without, `load` reads the file's memory in place. An ``.npz`` is deflated if this is not None.
+            None: `load` maps the file without a copy. An ``.npz`` is deflated if this is not None.
         mode : int
             Permissions of the files, whatever the umask; a directory can be entered by whoever may read them. By
             default the owner alone may.
@@ -173,8 +173,7 @@ class Conversions:
         Raises
         ------
         FileExistsError
-            If there is something at `path`, without `overwrite`; or, even with it, a directory that holds more than a
-            recording.
+            If `path` exists and `overwrite` is False; or if it is a directory that holds more than a recording.
         OSError
             If it cannot be written; then nothing has changed.
         ValueError

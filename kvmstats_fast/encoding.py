@@ -21,15 +21,15 @@ class Header:
     ----------
     layout : Layout
     byteorder : str
-        ``"little"`` or ``"big"``: of the host that made the file.
+        ``"little"`` or ``"big"``: byte order of the host that wrote the file.
     flags : int
         0, the only value defined so far.
     name_size : int
-        Bytes of a name's field; descriptors are ``16 + name_size`` bytes apart.
+        Size of a name field in bytes; descriptors are ``16 + name_size`` bytes apart.
     num_desc : int
-        Number of descriptors (for a repaired file the true one, not what its header says).
+        Number of descriptors (for a repaired file the true number, not the header's).
     id_offset, desc_offset, data_offset : int
-        Byte of the file where each block starts.
+        Byte offset in the file at which each block starts.
     """
 
     layout: Layout
@@ -79,7 +79,7 @@ def read_descriptors(blob: bytes, header: Any, source: str) -> np.ndarray[Any, A
 
 
 class Encoding:
-    """How the bytes of a file of one schema are recognised and read. Inner to the package.
+    """How the bytes of a file of one schema are recognised and read. Internal.
 
     Parameters
     ----------

@@ -34,7 +34,7 @@ class ErrorCode(IntEnum):
 
 
 class KvmStatsError(Exception):
-    """Base of the package's own errors. A refusal of the kernel stays an `OSError` with its errno."""
+    """Base class of the package's own errors. If the kernel refuses a call, that is an `OSError` with its errno."""
 
 
 class FormatError(KvmStatsError, ValueError):
@@ -45,7 +45,7 @@ class FormatError(KvmStatsError, ValueError):
     code : ErrorCode
         What is wrong.
     offset : int
-        Byte of the file at which it is.
+        Byte offset in the file.
     """
 
     def __init__(self, code: ErrorCode, offset: int, message: str) -> None:
@@ -58,15 +58,15 @@ class FormatError(KvmStatsError, ValueError):
 
 
 class AttachError(KvmStatsError, OSError):
-    """The stats files of another process are out of reach; the message says why, and what to do."""
+    """The stats files of another process cannot be obtained; the message says why, and what to do."""
 
 
 class VmGoneError(AttachError):
-    """The process has ended or never was (``errno`` is ESRCH), or runs on without its VM (ENODEV)."""
+    """The process has exited or never existed (``errno`` is ESRCH), or runs on without its VM (ENODEV)."""
 
 
 class HandOverError(KvmStatsError):
-    """Stats files were not handed over: the wrong peer, one that went away, or one that speaks something else."""
+    """Stats files were not handed over: the peer is the wrong user, went away, or does not speak the protocol."""
 
 
 class KvmUnavailableError(KvmStatsError, OSError):
@@ -74,7 +74,7 @@ class KvmUnavailableError(KvmStatsError, OSError):
 
 
 class RecordingWarning(UserWarning):
-    """Not all of a recording could be read; the text says which files, parts or batches are missing."""
+    """Part of a recording could not be read; the text says which files, parts or batches are missing."""
 
 
 class SamplingWarning(UserWarning):

@@ -17,7 +17,7 @@ MOST_NAME = 1024
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """Whose statistics a column holds. As text it is ``web/0``, vCPU 0 of the VM web, or ``web``, that VM's own file.
+    """The host, VM and vCPU of a column. As text it is ``web/0``, vCPU 0 of the VM web, or ``web``, that VM's own file.
 
     Attributes
     ----------
@@ -28,21 +28,21 @@ class FileInfo:
     vcpu_id : int or None
         None for the file of a VM.
     pid : int or None
-        Of the VMM, where it is known: for files of a `VirtualMachine`, and for those of this process' own VMs.
+        Pid of the VMM, if it is known: for files of a `VirtualMachine`, and for those of this process's own VMs.
     name : str
-        Of the guest, as the VMM's command line has it, at most 1024 characters; empty where it is not known.
+        Name of the guest, as on the VMM's command line, at most 1024 characters; empty if it is not known.
     vm : str
-        A label that joins the files of one VM, and that no other VM sampled with it has. In this order:
+        A label shared by the files of one VM, and by no other VM sampled with it. The first of these that applies:
 
-        - what the caller called it: ``Sampler({"web": files, "db": more})``;
+        - the caller's label: ``Sampler({"web": files, "db": more})``;
         - the guest's name, followed by the pid where two VMs share it: ``"web (pid 123)"``;
         - ``"pid 123"``, where there is no name;
         - the thread in the id, ``"kvm-123"``, where the VMM is not known either: files that were handed over,
           captures. It joins the files that one thread made, as small VMMs do; those of QEMU's vCPUs it leaves apart.
 
-        A VM has one file of its own and one of each vCPU. Where a process or a thread has several, nothing says which
-        belongs to which VM, and each file has a label of its own, with its place among the files that were given:
-        ``"pid 123 (file 4)"``. Labels of the caller's tell such VMs apart.
+        A VM has one file of its own and one per vCPU. If a process or a thread has several VMs, nothing says which file
+        belongs to which. Each file then gets a label of its own, with its place among the given files: ``"pid 123 (file
+        4)"``. The caller's labels can tell such VMs apart.
     host : str
         Name of the host on which it was read.
     """

@@ -1,6 +1,6 @@
 """Where the values of a run lie in memory: groups of files that share one kind and one schema.
 
-Inner to the package. `Samples.groups` holds what this module defines; users see the arrays through `Samples`.
+Internal. `Samples.groups` holds what this module defines; users see the arrays through `Samples`.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ class SampleError(NamedTuple):
 class Samples(Answers, Conversions):
     """The sweeps of a run, in numpy arrays: T sweeps of n files.
 
-    ``samples["exits"]`` are the raw values of a statistic, uint64, shape ``(T, n)``, a histogram's ``(T, n, buckets)``,
-    one column for each file that has the statistic (`columns`); a view, unless files of different kernels are mixed.
-    ``samples[10:20]`` are those sweeps, views too.
+    ``samples["exits"]`` has the raw values of a statistic, uint64, shape ``(T, n)``, a histogram's ``(T, n, buckets)``,
+    with one column for each file that has the statistic (`columns`); it is a view, unless files of different kernels
+    are mixed. ``samples[10:20]`` selects these sweeps, as views, too.
 
     Attributes
     ----------
@@ -60,29 +60,30 @@ class Samples(Answers, Conversions):
     sweep_ns : numpy.ndarray
         int64 (T,): how long each sweep took, in ns.
     tick : numpy.ndarray
-        uint64 (T,): number of each sweep on the schedule; a gap is ticks that were missed.
+        uint64 (T,): tick of each sweep on the schedule; gaps are missed ticks.
     interval : float
         Seconds between ticks; 0: as fast as possible.
     wall_offset : int
         ns to add to `time` for CLOCK_REALTIME, at the first sweep.
     wall_steps : tuple of (int, int)
         Where that offset changed, because the clock was set or the host was suspended: the first sweep (an index into
-        `time`) for which another offset holds, and that offset in ns. Ascending. `wall_time` takes both into account.
+        `time`) with another offset, and that offset in ns. Ascending. `wall_time` uses both.
     missed : int
         Ticks that were not sampled because something took longer than an interval: ``len(samples) + missed`` is the
-        number of ticks there were.
+        number of ticks.
     overruns : int
-        Those of `missed` for which a slow reader of a stream had left no room. (0 for a slice: not known of parts.)
+        How many of `missed` are because a slow reader of a stream had left no room. (0 for a slice: not known for
+        parts.)
     files : tuple of FileInfo
-        The files, in the order they were given.
+        The files, in the order given.
     errors : tuple of SampleError
-        Files that failed; their columns mean nothing from then on (deltas 0, rates NaN).
+        Files that failed; from then on their columns mean nothing (deltas 0, rates NaN).
     interrupted : bool
         Whether the run was ended before its last tick: by Ctrl-C, by `Sampler.stop`, or because memory ran short.
     host, kernel : str
-        Where they were taken: host name, and release and machine of the kernel (``"6.18.0 x86_64"``).
+        Where they were sampled: host name, and release and machine of the kernel (``"6.18.0 x86_64"``).
     groups : tuple of Group
-        Inner to the package (``kvmstats_fast/groups.py``): where the values lie. It may change in any version.
+        Internal (``kvmstats_fast/groups.py``): where the values lie. It may change in any version.
     """
 
     groups: tuple[Group, ...]
@@ -144,7 +145,7 @@ class Samples(Answers, Conversions):
         kind: str | None = None,
         host: str | Iterable[str] | None = None,
     ) -> Samples:
-        """Return the same sweeps, of some statistics and files.
+        """Return the same sweeps with some statistics and files only.
 
         Parameters
         ----------
@@ -152,48 +153,47 @@ class Samples(Answers, Conversions):
             Names or globs of statistics (``"exits"``, ``"halt_*"``); files that have none of them are left out. Without
             names, all statistics.
         vm, host : str or iterable of str, optional
-            Labels of VMs (`vms`), names of hosts; or globs. What is called so comes before what fits as a glob.
+            Labels of VMs (`vms`), names of hosts; or globs. An exact name takes precedence over a glob.
         vcpu : int or iterable of int, optional
-            Numbers of vCPUs: of each VM those with this number.
+            Numbers of vCPUs: selects those of every VM.
         kind : {"vm", "vcpu"}, optional
 
         Returns
         -------
         Samples
-            Statistics and files are in the order they were in. Its arrays are views of these, but where the files are
-            not evenly spaced.
+            Statistics and files keep their order. Arrays are views if the files are evenly spaced.
 
         Raises
         ------
         KeyError
-            If a name, VM, vCPU or host is not there, or no file is all that is asked for.
+            If a name, VM, vCPU or host does not exist, or no file meets all conditions.
         TypeError, ValueError
             If an argument is of a wrong type, or `kind` is neither.
         """
         return selection.select(self, Selection.of(names, vm, vcpu, kind, host))
 
     def by_vm(self) -> dict[str, Samples]:
-        """Return the samples of each VM by its label, in the order of `vms`; views as those of `select`."""
+        """Return the samples of each VM by label, in the order of `vms`; views like those of `select`."""
         return selection.split_by_vm(self)
 
     def between(self, start: When | None, stop: When | None = None) -> Samples:
-        """Return the sweeps of a range of time, as views: from `start` on, and before `stop`.
+        """Return the sweeps in a range of time, as views: from `start` on, and before `stop`.
 
         Parameters
         ----------
         start, stop : str, datetime.datetime, numpy.datetime64, float or None
-            A time of the wall clock: text in ISO 8601, a datetime or a datetime64, which are UTC if they do not say
-            where, like the times in all tables. Or seconds since the first sweep. None: no limit.
+            Wall-clock time: ISO 8601 text, a datetime or a datetime64, in UTC unless it names a zone, like the times in
+            all tables. Or seconds since the first sweep. None: no limit.
 
         Returns
         -------
         Samples
-            Adjacent ranges share no sweep and leave none out. There may be no sweep in it.
+            Adjacent ranges share no sweep and leave none out. The result may be empty.
 
         Raises
         ------
         TypeError, ValueError
-            If these are no times, or `start` is after `stop`; or if the wall clock was set back, so that the samples
+            If these are not times, or `start` is after `stop`; or if the wall clock was set back, so that the samples
             pass the range more than once: the message says where.
         """
         return spans.between(self, spans.Span.of(start, stop))
@@ -209,19 +209,19 @@ class Samples(Answers, Conversions):
         Returns
         -------
         Samples
-            With that `interval`, and a `tick` for each one on the schedule of the run (without a schedule, since the
-            first sweep). `missed` counts the intervals that have no sweep. Views, where the sweeps are evenly spaced.
+            With that `interval`; `tick` counts intervals on the schedule of the run (without a schedule, since the
+            first sweep), and `missed` those without a sweep. Views, if the sweeps are evenly spaced.
 
         Raises
         ------
         TypeError, ValueError
-            If it is not a number of seconds, or shorter.
+            If it is not a number of seconds, or is shorter.
 
         Notes
         -----
-        Values are those that were read; nothing is averaged. What a counter lost when it was cleared is known only
-        where that shows between two sweeps: `total` of all sweeps knows of more resets than that of fewer. Parts that
-        were cut where an interval ends give what the whole gives; of an interval that was cut each part has a sweep.
+        Values are as they were read; nothing is averaged. A reset is only noticed if a value falls between two sweeps,
+        so `total` of all sweeps notices more resets than that of fewer. Parts that were cut where an interval ends give
+        what the whole gives; an interval that was cut has a sweep in each part.
         """
         return spans.resample(self, interval)
 
@@ -230,7 +230,7 @@ class Samples(Answers, Conversions):
         return tuple(self.restrict([group], group.columns.tolist()) for group in self.groups)
 
     def restrict(self, groups: Iterable[Group], files: Sequence[int]) -> Samples:
-        """Return the same sweeps, of these groups and files only. Inner to the package."""
+        """Return the same sweeps, of these groups and files only. Internal."""
         return selection.restrict(self, groups, files)
 
     def stat(self, name: str) -> Stat:
@@ -250,7 +250,7 @@ class Samples(Answers, Conversions):
         return stats[0]
 
     def columns(self, name: str) -> tuple[FileInfo, ...]:
-        """Return the files whose values the columns of ``samples[name]`` are."""
+        """Return the files that the columns of ``samples[name]`` belong to."""
         return tuple(self.files[index] for index in find_columns(self.groups, name))
 
     @overload
@@ -280,9 +280,9 @@ class Samples(Answers, Conversions):
         Returns
         -------
         numpy.ndarray
-            Shape ``(T - 1, n)``, a histogram's ``(T - 1, n, buckets)``. uint64 for what grows (cumulative, peak,
-            histograms): where such a value fell somebody cleared it (`resets`), and the change is the new value. int64
-            for what goes up and down. 0 where a file had failed.
+            Shape ``(T - 1, n)``, a histogram's ``(T - 1, n, buckets)``. uint64 for statistics that never fall
+            (cumulative, peak, histograms): where such a value fell, somebody cleared it (`resets`), and the change is
+            the new value. int64 for instant values. 0 where a file had failed.
         """
         return changes.deltas(self, [name])[name]
 
@@ -303,14 +303,13 @@ class Samples(Answers, Conversions):
         return changes.totals(self, [name])[name].exact()
 
     def mean_rate(self, name: str) -> npt.NDArray[np.float64]:
-        """Return the change per second in base units over the whole run: `total` by the time it took.
+        """Return the change per second in base units over the whole run: `total` divided by its time.
 
         Returns
         -------
         numpy.ndarray
-            float64, shape ``(n,)``, a histogram's ``(n, buckets)``; units as in `rate`. It is right whatever ticks were
-            missed and whenever somebody cleared a counter. Of a file that failed it is the mean until then. NaN where
-            that is no time.
+            float64, shape ``(n,)``, a histogram's ``(n, buckets)``; units as in `rate`. It is right even if ticks were
+            missed or a counter was cleared. For a file that failed, it is the mean until then. NaN if that time is 0.
 
         Raises
         ------
@@ -320,12 +319,12 @@ class Samples(Answers, Conversions):
         return spans.mean_rate(self, name)
 
     def resets(self, name: str) -> npt.NDArray[np.bool_]:
-        """Return where a statistic that grows fell, because somebody cleared it (through debugfs).
+        """Return where a statistic that never falls did fall, because somebody cleared it through debugfs.
 
         Returns
         -------
         numpy.ndarray
-            bool, shape ``(T - 1, n)``; all False for statistics that go up and down.
+            bool, shape ``(T - 1, n)``; all False for instant values.
         """
         return changes.resets(self, [name])[name]
 
@@ -340,8 +339,8 @@ class Samples(Answers, Conversions):
 
         Notes
         -----
-        The mean of these is not the mean rate of the run where ticks were missed: a step of a second weighs no more in
-        it than one of a millisecond. `mean_rate` is.
+        If ticks were missed, the mean of these is not the mean rate of the run, because a step of a second weighs no
+        more than one of a millisecond. Use `mean_rate`.
         """
         return changes.rates(self, [name])[name]
 
@@ -357,12 +356,12 @@ class Samples(Answers, Conversions):
         -------
         dict of str to numpy.ndarray
             What `rate` returns for each name; in the order of `names`, and of the samples. The arrays share one piece
-            of memory, which is there as long as any of them: copy what is to be kept alone.
+            of memory, which exists as long as any of them: copy what you keep.
 
         Raises
         ------
         KeyError
-            If a pattern fits nothing, or a name is in VM and in vCPU files: see `vm`, `vcpu`.
+            If a pattern matches nothing, or both VM and vCPU files have a name: see `vm`, `vcpu`.
         """
         return changes.rates(self, changes.choose(self, names))
 
@@ -387,27 +386,27 @@ class Samples(Answers, Conversions):
         start: When | None = None,
         stop: When | None = None,
     ) -> Samples:
-        """Read what `save` or a `Recorder` wrote, or some of it: what is not asked for is not decompressed.
+        """Read what `save` or a `Recorder` wrote, or part of it; the rest is not decompressed.
 
         Parameters
         ----------
         path : path-like
             A recording's directory, one of its files, or an ``.npz``.
         stats : str or iterable of str, optional
-            Names or globs of statistics, as `select` takes them.
+            Names or globs of statistics, as for `select`.
         start, stop : str, datetime.datetime, numpy.datetime64, float or None
-            A range of time, as `between` takes it.
+            A range of time, as for `between`.
 
         Returns
         -------
         Samples
-            Its arrays are read-only where they are the file's own memory: one batch that is not compressed, as `save`
-            writes it.
+            Its arrays are read-only if they are mapped from the file: for a single uncompressed batch, as `save` writes
+            it.
 
         Raises
         ------
         FileNotFoundError, KvmStatsError
-            If it is not there, or no recording; or if it has several runs, see `open_recordings`.
+            If it does not exist, or is not a recording; or if it has several runs: see `open_recordings`.
         KeyError
             If there is no such statistic.
         TypeError, ValueError
@@ -424,20 +423,19 @@ class Samples(Answers, Conversions):
 
     @classmethod
     def concatenate(cls, parts: Iterable[Samples]) -> Samples:
-        """Join parts that follow each other, of one stream or of several runs; one part alone is not copied.
+        """Join consecutive parts of one stream or of several runs; a single part is not copied.
 
         Returns
         -------
         Samples
-            `wall_steps` keeps the offset of each part. Where the ticks of a part do not ascend from those before it,
+            `wall_steps` keeps the offset of each part. If the ticks of a part do not ascend from those before it,
             because its run counted from 0 again, they are renumbered: its tick 0 follows the last tick before it.
 
         Raises
         ------
         ValueError
             If there are no parts; if they differ in their files, statistics, interval, host or kernel; if they are not
-            in the order of time; or if a file that had failed in one part was read in a later one. The message says
-            which.
+            in order of time; or if a file that failed in one part was read in a later one. The message says which.
         """
         return join_samples(check_all("parts", parts, Samples))
 

@@ -39,7 +39,7 @@ class Schema(Mapping[str, Stat]):
     data_size : int
         Bytes of all values as uint64, words that no descriptor names included.
     encoding : Encoding
-        Inner to the package: how the bytes of a file are recognised and read. It may change in any version.
+        Internal: how the bytes of a file are recognised and read. It may change in any version.
     """
 
     __slots__ = ("_dtype", "_index", "_places", "_stats", "_unpacking", "data_size", "encoding", "header")
@@ -83,7 +83,7 @@ class Schema(Mapping[str, Stat]):
 
     @property
     def places(self) -> dict[str, tuple[Stat, int]]:
-        """By name each statistic, and the value at which its own start. Inner to the package; not to be changed."""
+        """By name each statistic, and the value at which its own start. Internal; not to be changed."""
         if self._places is None:
             self._places = {stat.name: (stat, stat.offset // 8) for stat in self.stats}
         return self._places

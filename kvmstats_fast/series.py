@@ -1,6 +1,6 @@
 """Series: each statistic by itself, its changes, rates, resets and sums, in one pass over memory (``csrc/series.h``).
 
-Inner to the package: functions over raw values of several statistics of the same sweeps and files, uint64 arrays (T, n)
+Internal: functions over raw values of several statistics of the same sweeps and files, uint64 arrays (T, n)
 or (T, n, buckets), which may be views into rows. What they return is in one piece of memory. `changes` has them over
 Samples.
 """

@@ -132,7 +132,7 @@ class Stat:
 
     @property
     def rate_units(self) -> str:
-        """The unit of a rate: ``"s/s"``, ``"1/s"`` of counts. Inner to the package."""
+        """The unit of a rate: ``"s/s"``, ``"1/s"`` of counts. Internal."""
         symbol = "" if self.is_histogram else self.units(si=True)
         return f"{symbol or 1}/s"
 
@@ -146,20 +146,20 @@ class Stat:
 
     @property
     def float_factor(self) -> float:
-        """`factor` as a float, at most 1e270. Inner to the package."""
+        """`factor` as a float, at most 1e270. Internal."""
         if self.exponent == 0 or self.unknown:
             return 1.0
         return float(min(StatBase(self.base).radix ** min(abs(self.exponent), _VANISHING), _LARGEST))
 
     def scale_array(self, values: npt.NDArray[np.uint64 | np.int64]) -> npt.NDArray[np.float64]:
-        """Return raw values in base units, each as `to_base_units` has it but for a rounding. Inner to the package."""
+        """Return raw values in base units, each as `to_base_units` has it but for a rounding. Internal."""
         result: npt.NDArray[np.float64] = (np.divide if self.exponent < 0 else np.multiply)(
             self.as_signed(values), self.float_factor
         )
         return result
 
     def to_si(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return raw values in base units, exact where all are whole and fit (`Samples.si`). Inner to the package."""
+        """Return raw values in base units, exact where all are whole and fit (`Samples.si`). Internal."""
         values = self.as_signed(values)
         if self.is_histogram or self.unknown or not self.exponent:
             return values
@@ -172,7 +172,7 @@ class Stat:
         return self.scale_array(values)
 
     def as_signed(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return raw values as int64 if they are instant, else as they are; a view. Inner to the package."""
+        """Return raw values as int64 if they are instant, else as they are; a view. Internal."""
         return values.view(np.int64) if self.type == StatType.INSTANT and not self.unknown else values
 
     def bucket_edges(self) -> npt.NDArray[np.float64]:

@@ -39,19 +39,18 @@ _STEADY = 0.9  # a run whose blocks are more alike than that has no rate to spea
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What became of one statistic or figure from A to B.
+    """The change of one statistic or figure from A to B.
 
     Attributes
     ----------
     name : str
     a, b : float
-        Over all files: of what is counted the rate, per second or per unit of work; of instant values and figures the
-        mean. With several runs, the mean of theirs. Base units.
+        Over all files: for counts, the rate per second or per unit of work; for instant values and figures, the mean.
+        With several runs, the mean over the runs. Base units.
     ratio : float
         b / a; NaN if both are 0, or one is not known.
     low, high : float
-        The confidence interval of `ratio`; NaN where there is none: too few sweeps for it, or nothing counted on one
-        side.
+        The confidence interval of `ratio`; NaN if there is none: too few sweeps, or nothing counted on one side.
     units : str
         Of `a` and `b`: ``"1/s"``, ``"s/s"``, ``"1/exits"``; empty for a fraction.
     """
@@ -66,14 +65,15 @@ class Change:
 
 
 class Comparison(Mapping[str, Change]):
-    """Changes from A to B by name of statistic or figure; ``print(comparison)`` is a table.
+    """Changes from A to B, by name of statistic or figure; ``print(comparison)`` prints a table.
 
     Attributes
     ----------
     runs : tuple of (int, int)
-        How many runs (or rounds) A and B are.
+        Number of runs (or rounds) in A and in B.
     method : str
-        What the intervals stand on: the spread of runs (or of a suite's rounds), or a block bootstrap over time.
+        What the intervals are computed from: the spread of runs (or of a suite's rounds), or a block bootstrap over
+        time.
     confidence : float
     missing : tuple of str
         What only one side has.
@@ -108,7 +108,7 @@ class Comparison(Mapping[str, Change]):
         return len(self._by_name)
 
     def select(self, *names: str) -> Comparison:
-        """Return the comparison of some statistics and figures alone.
+        """Return the comparison of some statistics and figures only.
 
         Parameters
         ----------
@@ -126,7 +126,7 @@ class Comparison(Mapping[str, Change]):
         )
 
     def exceeds(self, name: str, fraction: float) -> bool:
-        """Return whether a statistic or figure changed by more than a fraction, beyond doubt.
+        """Return whether the whole confidence interval of a change is beyond a fraction.
 
         Parameters
         ----------
@@ -137,8 +137,8 @@ class Comparison(Mapping[str, Change]):
         Returns
         -------
         bool
-            True if the whole confidence interval is beyond that. Where A counted nothing and B something, B is above
-            any fraction. Without an interval otherwise: False.
+            True if the whole interval is beyond it. If A counted nothing and B something, B is above any fraction.
+            Otherwise, without an interval, False.
 
         Raises
         ------
@@ -171,20 +171,20 @@ class Comparison(Mapping[str, Change]):
 
     @property
     def heading(self) -> str:
-        """How many runs there are, and what the intervals stand on."""
+        """The number of runs, and what the intervals are computed from."""
         unit = self.method.removeprefix("spread of ").removesuffix("s") if self.method != _OVER_TIME else "run"
         runs = [f"{n} {unit}{'' if n == 1 else 's'}" for n in self.runs]
         return f"A: {runs[0]}; B: {runs[1]}; {self.confidence:g} intervals from the {self.method}"
 
     @property
     def remarks(self) -> list[str]:
-        """What is not in the table."""
+        """Remarks that are not in the table."""
         still = len(self) + 1 - len(self.table())
         remarks = [f"0 or not defined on both sides: {still}"] if still else []
         return remarks + ([f"on one side only: {', '.join(self.missing)}"] if self.missing else [])
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return the cells of the table that is printed, with a row of titles: of what changed on any side."""
+        """Return the cells of the printed table, with a row of titles: whatever counted on any side."""
         rows: list[tuple[str, ...]] = [("", "A", "B", "B / A", "from", "to", "")]
         for change in self.values():
             if any(value and not math.isnan(value) for value in (change.a, change.b)):
@@ -197,18 +197,18 @@ class Comparison(Mapping[str, Change]):
 def compare(
     a: Samples | Iterable[Samples], b: Samples | Iterable[Samples], per: Per = None, confidence: float = 0.95
 ) -> Comparison:
-    """Compare what was counted in one set of runs with what was counted in another.
+    """Compare the counts of one set of runs with those of another.
 
     Parameters
     ----------
     a, b : Samples, or iterable of Samples
-        One run or several, of any VMs; of `Recordings` each run, which has to fit in memory. Statistics are added up
-        over all files of a run, so choose what is comparable, ``x.select(vm="web")``.
+        One run or several, of any VMs; for `Recordings`, each run, which must fit in memory. Statistics are added up
+        over all files of a run, so compare like with like: ``x.select(vm="web")``.
     per : str, float or (float, float), optional
-        What counts are divided by, instead of seconds: a statistic, or how many units of work each run did (one number
-        for A and one for B, if these differ). Instant values and figures are not divided.
+        What to divide counts by, instead of seconds: a statistic, or the units of work of each run (one number for A
+        and one for B, if they differ). Instant values and figures are not divided.
     confidence : float
-        Of the intervals.
+        Confidence level of the intervals.
 
     Returns
     -------
@@ -231,9 +231,10 @@ def compare(
     other does.
 
     With one run a side, each is cut into 16 blocks of time, and the interval is a studentized bootstrap over these,
-    widened where neighbouring blocks are alike. It says what would come out if the same run went on, and nothing about
-    another run. Simulated with counters in bursts, a 95 % interval holds the true ratio in 93 to 97 % of the cases if a
-    run lasts a hundred bursts or longer; in a shorter one it holds it less often. The draws are the same each time.
+    widened where neighbouring blocks are alike. It predicts what would come out if the same run went on, and says
+    nothing about another run. Simulated with counters in bursts, a 95 % interval holds the true ratio in 93 to 97 % of
+    the cases if a run lasts a hundred bursts or longer; in a shorter one it holds it less often. The draws are the same
+    each time.
     """
     confidence = check_fraction("confidence", confidence)
     if not 0 < confidence < 1:

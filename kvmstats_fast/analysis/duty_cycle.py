@@ -26,7 +26,7 @@ class DutyCycle(NamedTuple):
     Attributes
     ----------
     fraction, low, high : numpy.ndarray
-        float64 (n,): the fraction of sweeps that read a 1, and the bounds of its confidence interval. NaN for a file
+        float64 (n,): the fraction of sweeps that read 1, and the bounds of its confidence interval. NaN for a file
         without sweeps.
     """
 

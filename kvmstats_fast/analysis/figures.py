@@ -28,15 +28,15 @@ class Figure:
     ----------
     name : str
     values : numpy.ndarray
-        float64, shape ``(n,)``: one for each of `files`; or of `vms`, or `hosts`, if the figure is of all their files.
-        NaN where it is not defined: a ratio to nothing, a run of one sweep, a file that failed at once, a count that
+        float64, shape ``(n,)``: one for each of `files`; or of `vms` or `hosts`, if the figure is over all their files.
+        NaN where it is undefined: a ratio to nothing, a run of one sweep, a file that failed at once, a count that
         reads below 0.
     units : str
         ``"1/s"``, or empty for a fraction.
     files : tuple of FileInfo
         The files that have every statistic of the formula; empty if the figure is of VMs or hosts.
     formula : str
-        How it follows from the statistics.
+        How it is computed from the statistics.
     vms : tuple of str
         The VM of each value: a label, as in `FileInfo`; empty if the figure is of hosts.
     hosts : tuple of str
@@ -53,18 +53,18 @@ class Figure:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Whose each value is, as text: ``web/0`` is vCPU 0 of the VM web; or the VM, or the host."""
+        """What each value belongs to, as text: ``web/0`` is vCPU 0 of the VM web; or the VM, or the host."""
         return tuple(map(str, self.files)) or self.vms or self.hosts
 
     @property
     def sum(self) -> float:
-        """What the values of a rate add up to, those that are not defined left out; NaN of a fraction."""
+        """Sum of the values of a rate, without undefined ones; NaN for a fraction."""
         known = self.values[~np.isnan(self.values)]
         return float(known.sum()) if known.size and self.units == PER_SECOND else np.nan
 
 
 class Figures(Mapping[str, Figure]):
-    """Derived figures by name; ``print(figures)`` is a table. A figure is missing if no file has its statistics."""
+    """Derived figures by name; ``print(figures)`` prints a table. A figure is missing if no file has its statistics."""
 
     def __init__(self, figures: Iterable[Figure]) -> None:
         self._by_name = {figure.name: figure for figure in figures}
@@ -94,13 +94,13 @@ class Figures(Mapping[str, Figure]):
         return rows
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return plain Python by name, which ``json.dumps`` takes as it is.
+        """Return plain Python by name, ready for ``json.dumps``.
 
         Returns
         -------
         dict
-            Of each figure ``units``, ``formula``, ``sum``, ``of`` (labels, as `Figure.labels` has them) and ``values``,
-            in the same order. None is what is not defined.
+            For each figure ``units``, ``formula``, ``sum``, ``of`` (labels, as in `Figure.labels`) and ``values``, in
+            the same order. Undefined values are None.
         """
         return {
             name: {
@@ -114,13 +114,13 @@ class Figures(Mapping[str, Figure]):
         }
 
     def to_pandas(self) -> Any:
-        """Return a ``pandas.DataFrame`` with a column for each figure, a row for each vCPU or VM.
+        """Return a ``pandas.DataFrame`` with a column for each figure and a row for each vCPU or VM.
 
         Returns
         -------
         pandas.DataFrame
-            Indexed by ``host``, ``vm`` and ``vcpu`` (-1: the VM itself), as `Samples.to_pandas`; of figures of VMs or
-            hosts ``vcpu``, and ``vm``, are left out. NaN where a figure is not defined, or not of this row.
+            Indexed by ``host``, ``vm`` and ``vcpu`` (-1: the VM itself), as `Samples.to_pandas`; for figures of VMs or
+            hosts without ``vcpu``, or ``vm``. NaN where a figure is undefined, or does not apply to the row.
             ``attrs["units"]`` and ``attrs["formulas"]`` are by column.
         """
         pd = need("pandas", "pandas")

@@ -31,25 +31,25 @@ HISTOGRAMS = ("halt_poll_success_hist", "halt_poll_fail_hist", "halt_wait_hist")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HaltPollAdvice:
-    """What different settings of ``halt_poll_ns`` would have made of the halts of a run; ``print(advice)`` is a table.
+    """What other settings of ``halt_poll_ns`` would have caught and cost in a run; ``print(advice)`` prints a table.
 
     Attributes
     ----------
     rows : numpy.ndarray
-        Structured, one row a setting: ``halt_poll_ns`` (int64, ns), and float64 bounds of three fractions.
-        ``caught_low`` and ``caught_high``: of all halts, those that polling would have caught. ``poll_low`` and
-        ``poll_high``: of the vCPUs' time, what polling would have taken. ``vain_low`` and ``vain_high``: of their time,
-        what polling that caught nothing would have taken.
+        Structured, one row per setting: ``halt_poll_ns`` (int64, ns), and float64 bounds of three fractions.
+        ``caught_low`` and ``caught_high``: the halts that polling would have caught, of all halts. ``poll_low`` and
+        ``poll_high``: the time that polling would have taken, of the vCPUs' time. ``vain_low`` and ``vain_high``: the
+        part of that time that would have caught nothing, of the vCPUs' time.
     halts : int
-        How many halts the run had.
+        Number of halts in the run.
     caught, poll : float
-        The fraction of halts that polling caught, and of the vCPUs' time that it took, as it was set. NaN without a
-        halt or without time; `poll` also where ``halt_poll_success_ns`` and ``halt_poll_fail_ns`` were not sampled.
+        The fraction of halts that polling caught, and of the vCPUs' time that it took, with the actual setting. NaN
+        without halts or time; `poll` also if ``halt_poll_success_ns`` and ``halt_poll_fail_ns`` were not sampled.
     most_vain : float
-        Of the vCPUs' time, the most that `best` may poll in vain.
+        The largest fraction of the vCPUs' time that `best` may poll in vain.
     present : int or None
-        What the host's KVM has as ``halt_poll_ns`` now; None if the samples are of another host, or it cannot be read.
-        A VMM may have set another for its VM (``KVM_CAP_HALT_POLL``).
+        The host's current ``halt_poll_ns``; None if the samples are of another host, or it cannot be read. A VMM may
+        have set another value for its VM (``KVM_CAP_HALT_POLL``).
     """
 
     rows: npt.NDArray[np.void]
@@ -61,11 +61,11 @@ class HaltPollAdvice:
 
     @property
     def best(self) -> int | None:
-        """The setting that catches most, of those that cost little.
+        """The setting that catches most halts at little cost.
 
-        Of the settings whose polling in vain takes at most `most_vain` of the vCPUs' time (``vain_high``), the one that
-        catches the largest fraction of halts for certain (``caught_low``); of several, the least. None if there is no
-        such setting, or were no halts.
+        Among the settings that poll in vain for at most `most_vain` of the vCPUs' time (``vain_high``), the one that is
+        certain to catch the largest fraction of halts (``caught_low``); of equal ones, the smallest. None if there is
+        no such setting, or there were no halts.
         """
         cheap = self.rows[self.rows["vain_high"] <= self.most_vain]
         if not self.halts or not len(cheap):
@@ -97,9 +97,9 @@ class HaltPollAdvice:
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain Python, which ``json.dumps`` takes as it is: the attributes, `best`, and a dict for each row.
+        """Return plain Python, ready for ``json.dumps``: the attributes, `best`, and a dict for each row.
 
-        None is what is not defined.
+        Undefined values are None.
         """
         names = self.rows.dtype.names or ()
         return {

@@ -36,8 +36,8 @@ _ALIGN = "<>>>>>"
 class Histogram:
     """Counts of a kernel histogram, of one file or of many.
 
-    A bucket is a range: all that is known of a value that it counted is that it lay between two edges. A quantile or a
-    mean is therefore a pair of bounds, and a number only where the kernel adds up the same values in a counter.
+    A bucket is a range: a value that it counted lay somewhere between its two edges. A quantile is therefore a pair of
+    bounds, and so is a mean, unless the kernel also adds up the same values in a counter.
 
     Parameters
     ----------
@@ -46,14 +46,14 @@ class Histogram:
     counts : array_like
         uint64, shape ``(buckets,)``, or ``(n, buckets)`` of n files.
     raw_total : array_like, optional
-        The sum of all that was counted, in the histogram's raw units (ns): uint64, shape ``()`` or ``(n,)``.
+        The sum of all counted values, in the histogram's raw units (ns): uint64, shape ``()`` or ``(n,)``.
     files : sequence of FileInfo, optional
-        Whose the rows of the counts are, or what is added up in them.
+        The file of each row of the counts, or the files that are added up.
 
     Attributes
     ----------
     count : numpy.ndarray
-        How many were counted: uint64, shape ``()`` or ``(n,)``.
+        Number of counted values: uint64, shape ``()`` or ``(n,)``.
 
     Raises
     ------
@@ -63,7 +63,7 @@ class Histogram:
     Notes
     -----
     The edges are those of ``kvm_stats_linear_hist_update`` and ``kvm_stats_log_hist_update``
-    (``include/linux/kvm_host.h``); the last bucket is open, it also counts all that is larger.
+    (``include/linux/kvm_host.h``); the last bucket is open: it also counts all larger values.
 
     Examples
     --------
@@ -126,7 +126,7 @@ class Histogram:
         Parameters
         ----------
         by : {"vm", "host", "vcpu"}
-            Of what there is a histogram: VM, host, or vCPU.
+            Whether to return a histogram per VM, host, or vCPU.
 
         Returns
         -------
@@ -136,7 +136,7 @@ class Histogram:
         Raises
         ------
         TypeError, ValueError
-            If `by` is none of these; if this is of one file or added up already; or if `files` are not known.
+            If `by` is none of these; if this histogram is of one file or already added up; or if `files` is not known.
         """
         check_by(by)
         self._check_has_files()
@@ -181,12 +181,12 @@ class Histogram:
         return replace(self, counts=counts, raw_total=total, files=self.files if self.files == other.files else ())
 
     def quantile(self, q: float | Iterable[float]) -> tuple[Any, Any]:
-        """Bounds of a quantile: the value of rank ``ceil(q * count)`` lies in ``[low, high)``.
+        """Return bounds of a quantile: the value of rank ``ceil(q * count)`` lies in ``[low, high)``.
 
         Parameters
         ----------
         q : float, or sequence of float
-            From 0 to 1, read as the decimal that it prints as: the median of 0.1 * 30 values is of rank 3.
+            From 0 to 1, taken as the decimal that it prints as: 0.1 of 30 values is rank 3.
 
         Returns
         -------
@@ -216,7 +216,7 @@ class Histogram:
         return bounds
 
     def cdf(self) -> npt.NDArray[np.float64]:
-        """Return which fraction was below each upper edge ``edges[1:]``.
+        """Return the fraction of values below each upper edge ``edges[1:]``.
 
         Returns
         -------
@@ -228,7 +228,7 @@ class Histogram:
         return np.divide(cumulated, count, out=np.full_like(cumulated, np.nan), where=count > 0)
 
     def mean_bounds(self) -> tuple[Any, Any]:
-        """Bounds between which the mean lies, if all were at the lower or all at the upper edge of their bucket.
+        """Return bounds of the mean: all values at the lower, or all at the upper edge of their bucket.
 
         Returns
         -------
@@ -246,7 +246,7 @@ class Histogram:
 
     @property
     def total(self) -> Any:
-        """Sum of all that was counted, in base units: float, or float64 of shape (n,); None where no counter has it."""
+        """Sum of all counted values, in base units: float, or float64 of shape (n,); None if no counter has it."""
         if self.raw_total is None:
             return None
         return self._shaped(np.asarray(self.stat.scale_array(self.raw_total)))
@@ -291,14 +291,14 @@ class Histogram:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain Python, which ``json.dumps`` takes as it is.
+        """Return plain Python, ready for ``json.dumps``.
 
         Returns
         -------
         dict
             ``name``, ``units``, ``edges`` (None: the last bucket is open), ``of`` (labels of `files`), ``counts``,
-            ``count`` and ``mean``: of several files these three are lists, in the order of ``of``. None is a mean that
-            is not known.
+            ``count`` and ``mean``: for several files these three are lists, in the order of ``of``. An unknown mean is
+            None.
         """
         mean = np.full(self.count.shape, np.nan) if self.mean is None else np.asarray(self.mean)
         means = [plain_number(one) for one in mean.reshape(-1).tolist()]
@@ -318,8 +318,8 @@ class Histogram:
         Returns
         -------
         pandas.DataFrame
-            Indexed by intervals in base units, closed on the left. Of several files a column for each, with the levels
-            ``host``, ``vm`` and ``vcpu`` (-1: the VM itself); else the column ``count``.
+            Indexed by intervals in base units, closed on the left. For several files a column for each, with the levels
+            ``host``, ``vm`` and ``vcpu`` (-1: the VM itself); otherwise the column ``count``.
         """
         pd = need("pandas", "pandas")
         index = pd.IntervalIndex.from_breaks(self.edges, closed="left", name=self.stat.name)

@@ -120,7 +120,7 @@ def compare_suites(
         What `read_suite` returned, of one file or several. Of one file the rounds (pytest-benchmark) or runs (pyperf)
         are the units that the interval stands on; of several on a side the files are.
     confidence : float
-        Of the intervals.
+        Confidence level of the intervals.
 
     Returns
     -------

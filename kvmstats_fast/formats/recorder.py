@@ -30,40 +30,40 @@ _BATCH_BYTES = 16 << 20
 
 
 class Recorder(Closing):
-    """Writes Samples to disk as they come; a crash loses the last few seconds at most.
+    """Write Samples to disk as they arrive; a crash loses the last few seconds at most.
 
-    Each batch in a file has a price, in bytes and in time. Small samples therefore wait, in memory, until there are
-    enough of them (`flush_seconds`, `flush_bytes`); what a killed process loses is what waits. What is then written is
-    small still, at 1 Hz: it goes to the tail of the recording, files of their own, and is written again as one batch
-    when there is enough for a large one (`batch_bytes`). So a recording at 1 Hz is as small as one that was written in
-    one piece. `close`, and so the end of a ``with`` block, writes what waits, and leaves no tail.
+    Each batch in a file costs bytes and time. Small samples therefore wait in memory until there are enough of them
+    (`flush_seconds`, `flush_bytes`); a killed process loses what waits. At 1 Hz the result is still small: it goes to
+    the tail of the recording, which are separate files, and is rewritten as one batch when there is enough for a large
+    one (`batch_bytes`). So a recording at 1 Hz is as small as one that was written in one piece. `close`, and so the
+    end of a ``with`` block, writes what waits, and leaves no tail.
 
     Parameters
     ----------
     path : path-like
-        The directory to make, which must not exist (or be empty). It will have a file for each kind of stats file,
-        ``vm-00000.arrows`` and ``vcpu-00000.arrows``: Arrow IPC streams. Samples of other files than those before, as
-        when a VM comes or goes, begin another run: new files in the same directory.
+        The directory to create; it must not exist, or be empty. It gets an Arrow IPC stream for each kind of stats
+        file, ``vm-00000.arrows`` and ``vcpu-00000.arrows``. Samples of other files than before, as when a VM comes or
+        goes, begin another run: new files in the same directory.
     compression : {"zstd", "lz4", None}
-        Of the batches. None: larger files, which `Recording` reads without a copy.
+        Compression of the batches. None: larger files, which `Recording` reads without a copy.
     rotate_bytes, rotate_seconds : optional
-        Begin new files (``-00001``) when one has become as large, or as many seconds were recorded into it. Each is
-        readable without the others.
+        Begin new files (``-00001``) when a file has reached this size, or holds this many seconds. Each can be read
+        without the others.
     flush_seconds : float
-        Write what waits when it covers so many seconds, by the samples' own clock, or has waited for so long when
-        `write` is called. 0: each `write` is in the kernel's hands before it returns.
+        Write what waits when it covers this many seconds, by the samples' own clock, or has waited this long when
+        `write` is called. 0: samples have been passed to the kernel when `write` returns.
     flush_bytes : int
-        Write what waits when its values take so many bytes.
+        Write what waits when its values take this many bytes.
     batch_bytes : int, optional
-        Write the tail again, as one batch, when its values take so many bytes; until then they are held in memory, too.
-        Samples of an eighth of this size (and of `flush_bytes`) become a batch of their own at once. 0: what was
-        written stays as it is. Default: 16 MiB; 0 if nothing waits.
+        Rewrite the tail as one batch when its values take this many bytes; until then they are kept in memory, too.
+        Samples of an eighth of this size (and of `flush_bytes`) become a batch of their own at once. 0: never rewrite.
+        Default: 16 MiB; 0 if nothing waits.
     sync : bool
-        Have everything on the disk before `write` returns (``fsync``), each time; nothing waits. Then neither a crash
-        nor a power failure loses what was written.
+        Put everything on the disk (``fsync``) before `write` returns, so that nothing waits, and neither a crash nor a
+        power failure loses what was written.
     mode : int
-        Permissions of the files, whatever the umask; the directory can be entered by whoever may read them. By default
-        the owner alone may: a recording shows what a guest does, and when.
+        Permissions of the files, whatever the umask; whoever may read them can enter the directory. Default: the owner
+        only, because a recording shows what a guest does, and when.
 
     Raises
     ------
@@ -134,12 +134,12 @@ class Recorder(Closing):
 
     @property
     def sweeps(self) -> int:
-        """Sweeps written so far: in the kernel's hands, not lost if this process is killed."""
+        """Sweeps written so far: passed to the kernel, and not lost if this process is killed."""
         return self._part.written.sweeps
 
     @property
     def size(self) -> int:
-        """Bytes that the batches written so far take; fewer when small ones have been written again as one."""
+        """Bytes of the batches written so far; fewer after small ones were rewritten as one."""
         return self._part.written.size
 
     @property
@@ -148,18 +148,17 @@ class Recorder(Closing):
         return self._pending.sweeps
 
     def write(self, samples: Samples) -> None:
-        """Write samples, which must follow those written before, or let them wait for others.
+        """Write samples, or let them wait for more; they must follow those written before.
 
-        Nothing that is done to their arrays later changes what is written. Their wall clock may have been set
-        meanwhile: each keeps its own offset. Where their ticks do not ascend from those before, because a run counted
-        from 0 again, they are counted on as by `Samples.concatenate`. Compressed samples of more than 32 MiB become
-        several batches.
+        The caller may reuse the arrays. The wall clock may have been set meanwhile: each batch keeps its own offset. If
+        ticks do not ascend from those before, because a run counted from 0 again, they are renumbered as by
+        `Samples.concatenate`. Compressed samples of more than 32 MiB become several batches.
 
         Raises
         ------
         OSError
-            If they, or those that waited, cannot be written, as on a full disk (ENOSPC): the recording has ended, with
-            all that was written before. The message says how many sweeps that are, and how many are lost.
+            If they, or those that waited, cannot be written, as on a full disk (ENOSPC): the recording has ended, and
+            keeps all that was written before. The message says how many sweeps that is, and how many are lost.
         ValueError
             If they are of another host or kernel than those before; if they are of the same files, but of other
             statistics or another interval; if they are earlier; if a file that had failed was read again; if they are
@@ -169,8 +168,8 @@ class Recorder(Closing):
 
         Notes
         -----
-        Ctrl-C while a batch is written takes that batch back, and ends the recording; what had waited before is
-        written by `close`, into new files. What was in the tail stays there.
+        Ctrl-C while a batch is written removes that batch, and ends the recording; `close` writes what waited to new
+        files. What was in the tail stays there.
         """
         if self._closed:
             raise ValueError(f"{self.path}: this recording has ended")
@@ -198,7 +197,7 @@ class Recorder(Closing):
                     self._flush()
 
     def rotate(self) -> None:
-        """Begin new files: what was recorded up to now is whole, and can be moved away.
+        """Begin new files: what was recorded so far is complete, and can be moved away.
 
         Raises
         ------

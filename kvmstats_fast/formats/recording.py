@@ -42,7 +42,7 @@ def find_files(path: Path) -> list[Path]:
 
 
 class Recording:
-    """A recording on disk: iterate over it for Samples batch by batch, or `load` it as a whole.
+    """A recording on disk: iterate over it for Samples, batch by batch, or `load` it as a whole.
 
     Parameters
     ----------
@@ -52,28 +52,28 @@ class Recording:
     Attributes
     ----------
     files : tuple of FileInfo
-        Of all runs: a recorder that is given samples of other files begins another run in the same recording.
+        The files of all runs: a recorder that is given samples of other files begins another run in the same recording.
     host, kernel : str
-        Where it was made: host name, and release and machine of the kernel.
+        Where it was recorded: host name, and release and machine of the kernel.
     version : str
-        Of the kvmstats_fast that made it.
+        Version of kvmstats_fast that wrote it.
     recording : str
-        A random id, which the files of a recording share.
+        A random id, shared by the files of a recording.
     interval : float
-        Seconds between ticks, of the first run.
+        Seconds between ticks, in the first run.
     wall_offset : int
         ns to add to the samples' `time` for CLOCK_REALTIME, at the first sweep; `Samples.wall_time` knows of later
         changes.
     runs : list of RecordedRun
-        Inner to the package.
+        Internal.
 
     Raises
     ------
     FileNotFoundError
         If there is nothing at `path`.
     KvmStatsError, FormatError
-        If it is not a recording, or one that this version does not read. Also while it is read: the message names the
-        file, and the field or column that is wrong.
+        If it is not a recording, or of a format that this version does not read. Also while it is read: the message
+        names the file, and the field or column that is wrong.
     OSError
         If the kernel refuses to open one of its files.
 
@@ -147,7 +147,7 @@ class Recording:
         return (step.samples for _, step in self._read_all(0, in_place=True))
 
     def read(self, size: int) -> Iterator[Samples]:
-        """Give the batches in turn, small ones put together until their values take `size` bytes."""
+        """Yield the batches in turn, small ones put together until their values take `size` bytes."""
         return (step.samples for _, step in self._read_all(size, in_place=False))
 
     def read_runs(self, size: int) -> Iterator[tuple[int, Step]]:
@@ -192,20 +192,20 @@ class Recording:
             warn_caller(text, RecordingWarning)
 
     def load(self) -> Samples:
-        """Return all of it as one Samples; of a single uncompressed batch without a copy. See `Samples.load`.
+        """Return all of it as one Samples; a single uncompressed batch is not copied. See `Samples.load`.
 
         Raises
         ------
         MemoryError
-            If it does not fit: iterate over it instead.
+            If it does not fit into memory: iterate over it instead.
         KvmStatsError
-            If there is no whole batch in it; or if it has several runs, each of other stats files: iterate over it, or
-            see `open_recordings`.
+            If it has no whole batch; or if it has several runs, each of other stats files: iterate over it, or see
+            `open_recordings`.
         """
         return self.load_some(None, ALWAYS)
 
     def load_some(self, selection: Selection | None, span: Span) -> Samples:
-        """Return what is selected as one Samples. Inner to the package: `Samples.load` is what users call."""
+        """Return what is selected as one Samples. Internal: `Samples.load` is what users call."""
         if len(self.runs) > 1:
             raise KvmStatsError(
                 f"{self.path}: its {len(self.runs)} runs are of different stats files and do not make one Samples: "

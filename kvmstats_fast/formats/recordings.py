@@ -47,7 +47,7 @@ _STEP_BYTES = 2 << 20
 
 
 def open_recordings(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Recordings:
-    """Open recordings, and Parquet data sets that `to_parquet` wrote, to be asked together.
+    """Open recordings, and Parquet data sets from `to_parquet`, to query them together.
 
     Parameters
     ----------
@@ -61,11 +61,11 @@ def open_recordings(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[s
     Raises
     ------
     FileNotFoundError
-        If there is nothing there, or nothing that a glob fits.
+        If nothing is there, or nothing matches a glob.
     KvmStatsError, FormatError
-        If something there is no recording, or one is there twice.
+        If something there is not a recording, or a recording is there twice.
     TypeError, ValueError
-        If `paths` are none.
+        If `paths` are not paths.
     ModuleNotFoundError
         Without the extra: ``pip install 'kvmstats-fast[arrow]'``.
 
@@ -98,19 +98,19 @@ def _label(sources: Iterable[Source]) -> list[tuple[FileInfo, ...]]:
 
 
 class Recordings:
-    """Runs of any hosts, VMs and times, which `open_recordings` opens. A run is the sweeps of one set of stats files.
+    """Runs of any hosts, VMs and times, opened by `open_recordings`. A run is the sweeps of one set of stats files.
 
-    Answers are of all runs together; iterating gives their Samples, run after run, some megabytes at a time. `select`,
-    `between` and `resample` say what of them is read: the rest is not decompressed.
+    Answers are about all runs together; iterating yields their Samples, run after run, some megabytes at a time.
+    `select`, `between` and `resample` choose what is read: the rest is not decompressed.
 
-    What of a run is in memory at once is bounded, however long it is. What a statistic changed by is kept, for further
-    questions about it; iteration and figures read anew.
+    Memory use is bounded, however long a run is. The changes of a statistic are kept for further questions about it;
+    iteration and figures read again.
 
     Attributes
     ----------
     hosts, vms, names : tuple of str
-        Each once. The label of a VM is that of `FileInfo`; where VMs of several hosts have the same, the host stands
-        behind it, ``"web (node1)"``, so that it is one VM's.
+        Each once. The label of a VM is that of `FileInfo`; if VMs of several hosts share it, the host is appended:
+        ``"web (node1)"``.
     files : tuple of FileInfo
         All stats files, each once.
     """
@@ -178,7 +178,7 @@ class Recordings:
         kind: str | None = None,
         host: str | Iterable[str] | None = None,
     ) -> Recordings:
-        """Return the same runs, of some statistics and files; arguments and errors are those of `Samples.select`."""
+        """Return the same runs with some statistics and files only; parameters are those of `Samples.select`."""
         selection = Selection.of(names, vm, vcpu, kind, host)
         kept = Recordings(self._runs, (*self._selections, replace(selection, names=None)), self._span, self._interval)
         selection.check(self.files, kept.names, "these recordings")
@@ -187,13 +187,13 @@ class Recordings:
         return Recordings(runs, chosen._selections, self._span, self._interval)
 
     def between(self, start: When | None, stop: When | None = None) -> Recordings:
-        """Return the same runs, of a range of time: from `start` on, and before `stop`.
+        """Return the same runs in a range of time: from `start` on, and before `stop`.
 
         Parameters
         ----------
         start, stop : str, datetime.datetime, numpy.datetime64, float or None
-            As `Samples.between` takes them; seconds count from the first sweep of all runs. Where the wall clock was
-            set back, a run may pass the range twice: both times are read.
+            As for `Samples.between`; seconds count from the first sweep of all runs. If the wall clock was set back, a
+            run may pass the range twice: both times are read.
 
         Raises
         ------
@@ -205,7 +205,7 @@ class Recordings:
         return Recordings(self._runs, self._selections, span, self._interval)
 
     def resample(self, interval: float) -> Recordings:
-        """Return the same runs with the last sweep of each interval, of those in the range that `between` said.
+        """Return the same runs with the last sweep of each interval, within the range chosen by `between`.
 
         Parameters
         ----------
@@ -215,7 +215,7 @@ class Recordings:
         Raises
         ------
         TypeError, ValueError
-            As `Samples.resample`: of a run that is too slow for it, when that is read.
+            As `Samples.resample`; for a run that is too slow, when that is read.
         """
         seconds = check_seconds("interval", interval, 1e9, zero=False)
         return Recordings(self._runs, self._selections, self._span, max(seconds, self._interval or 0))
@@ -230,14 +230,14 @@ class Recordings:
                 yield step.samples
 
     def runs(self) -> Iterator[Samples]:
-        """Give the samples of each run as a whole, in the order of their beginnings, however much memory that takes.
+        """Yield the samples of each run as a whole, in the order of their starts, however much memory that takes.
 
-        The files of VMs and of vCPUs, which a data set keeps apart, are one run again.
+        The files of VMs and of vCPUs, which a data set separates, are one run again.
 
         Raises
         ------
         ValueError
-            If those of one run have not the same sweeps.
+            If those of one run do not have the same sweeps.
         """
         kinds: dict[object, list[_Run]] = {}
         for number, run in enumerate(self._runs):
@@ -275,27 +275,27 @@ class Recordings:
     @overload
     def total(self, name: str, by: None) -> Total: ...
     def total(self, name: str, by: str | None = "vm") -> dict[str, Total] | Total:
-        """Return how much a statistic changed while it was sampled, raw: what `Samples.total` says, added up.
+        """Return how much a statistic changed while it was sampled, raw: the sum of `Samples.total`.
 
         Parameters
         ----------
         name : str
         by : {"vm", "host", "vcpu", None}
-            Of what there is a number, by its label (`vms`; of a vCPU ``"web/0"``). None: one number, of everything.
+            What to return a number for, by label (`vms`; for a vCPU ``"web/0"``). None: one number for everything.
 
         Returns
         -------
         dict, or one of its values
-            int; of a histogram, an array of the changes of its buckets. What happened between two runs is not in it.
+            int; for a histogram, an array of the changes of its buckets. Changes between two runs are not included.
 
         Raises
         ------
         KeyError
-            If there is no such statistic, or if it is in VM and in vCPU files, or of different types or units.
+            If there is no such statistic, or if both VM and vCPU files have it, or its types or units differ.
         ValueError
-            If `by` is none of these, or more was counted than fits.
+            If `by` is none of these, or the sum does not fit.
         KvmStatsError
-            If two runs sampled it of the same file at the same time, as two recorders do: it would count twice.
+            If two runs sampled it from the same file at the same time, as two recorders do: it would count twice.
         """
         _, counted = self._count(name, by)
         return _only(_add_up(counted, by), by)
@@ -305,15 +305,15 @@ class Recordings:
     @overload
     def mean_rate(self, name: str, by: None) -> Rate: ...
     def mean_rate(self, name: str, by: str | None = "vm") -> dict[str, Rate] | Rate:
-        """Return the change per second in base units: `total` by the time that any file of the VM or host was sampled.
+        """Return the change per second in base units: `total` divided by the time that the VM or host was sampled.
 
         Parameters and errors are those of `total`.
 
         Returns
         -------
         dict, or one of its values
-            float; of a histogram, an array of float64. NaN where that is no time. Time that runs have in common counts
-            once, and that between runs not at all.
+            float; for a histogram, an array of float64. NaN if that time is 0. It is the time during which any file was
+            sampled: time that runs share counts once, and time between runs does not count.
         """
         tally, counted = self._count(name, by)
         seconds, stat = tally.seconds(by), counted.stat
@@ -338,7 +338,7 @@ class Recordings:
         -------
         dict, or one of its values
             `Histogram` of shape ``(buckets,)``: ``r.histogram("halt_wait_hist")["web"].quantile(0.99)``. It has a
-            `mean` as that of `Samples.histogram` does.
+            `mean` under the same condition as that of `Samples.histogram`.
 
         Raises
         ------
@@ -365,7 +365,7 @@ class Recordings:
         Returns
         -------
         Figures
-            As `Samples.figures`; a rate is by the time that any file of the VM or host was sampled.
+            As `Samples.figures`; a rate is divided by the time during which any file of the VM or host was sampled.
 
         Raises
         ------
@@ -419,10 +419,10 @@ class Recordings:
         overwrite: bool = False,
         mode: int = PRIVATE,
     ) -> list[Path]:
-        """Add the runs, or what is selected of them, to a Parquet data set; see `kvmstats_fast.to_parquet`.
+        """Add the runs, or the selection, to a Parquet data set; see `kvmstats_fast.to_parquet`.
 
-        Changes are those within each run: what a counter did between two of them, or in time that was not selected, is
-        in no row.
+        Changes are those within each run: what a counter did between two runs, or in time that was not selected, is in
+        no row.
         """
         by_name: dict[str, list[_Run]] = {}
         for run in self._runs:

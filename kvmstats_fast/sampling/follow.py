@@ -87,15 +87,14 @@ class Follow(Unique):
     Attributes
     ----------
     refused : dict of int to str
-        Pids of VMMs that are wanted, but cannot be attached to, or whose new vCPUs cannot be had; and why. As of the
-        last look at the host.
+        Pids of VMMs that were asked for and cannot be attached to, or whose new vCPUs cannot be read; and why. As of
+        the last look at the host.
     machines : dict of str to VirtualMachine
-        What is attached to now, by the label that `FileInfo.vm` has; ``explain()`` says what of it could not be had.
-        They are closed by the follow.
+        The VMs attached to now, by label (`FileInfo.vm`); ``explain()`` says what is missing. `Follow` closes them.
     missed, overruns : int
-        Ticks missed up to now, and those of them for which the reader had left no room.
+        Ticks missed so far, and how many of them because the reader had left no room.
     idle : int
-        Ticks up to now at which there was nothing to sample; they are not missed. Sweeps, `missed` and `idle` add up to
+        Ticks so far at which there was nothing to sample; they are not missed. Sweeps, `missed` and `idle` add up to
         the ticks of the schedule so far.
     """
 
@@ -134,7 +133,7 @@ class Follow(Unique):
 
     @property
     def idle(self) -> int:
-        """Ticks up to now at which there was nothing to sample."""
+        """Ticks so far at which there was nothing to sample."""
         return self._relay.idle
 
     # ---- its block
@@ -166,7 +165,7 @@ class Follow(Unique):
         return self._opened
 
     def stop(self) -> None:
-        """End it; the samples taken so far can still be read. From any thread."""
+        """Stop, from any thread; the samples taken so far can still be read."""
         self._running()
         self._is_stopped = True
         self._relay.stop()

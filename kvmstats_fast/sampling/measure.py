@@ -27,9 +27,9 @@ _INNERMOST: ContextVar[Measured | None] = ContextVar("kvmstats_measured", defaul
 
 
 class measure(Results):  # noqa: N801 - used as a function is
-    """Measure what happens while a block of code runs.
+    """Measure what the files count while a block of code runs.
 
-    Make it once, and use it as often as you like: making it looks at every file, and entering it takes one sweep.
+    Create it once, and enter it as often as you like: creating it looks at every file, entering it takes one sweep.
 
     Parameters
     ----------
@@ -39,15 +39,15 @@ class measure(Results):  # noqa: N801 - used as a function is
     Attributes
     ----------
     counts, delta, rate, elapsed, cost, samples, phases
-        Those of the block that was entered last and is still open, or else of the one that ended last: see `Measured`,
-        which ``as m`` gives for each block by itself.
+        Those of the block entered last that is still open, or else of the block that ended last: see `Measured`, which
+        ``as m`` returns for each block.
 
     Raises
     ------
     OSError, FormatError, ValueError
-        If no file can be read, before or after the block; after a block that raised, its own error comes out instead.
+        If no file can be read, before or after the block; if the block raised, its own error is raised instead.
     RuntimeError
-        From an attribute if there was no block yet.
+        From an attribute, if there was no block yet.
 
     Warns
     -----
@@ -58,7 +58,7 @@ class measure(Results):  # noqa: N801 - used as a function is
     -----
     ``async with`` works as ``with`` does, and ``@measure(files)`` measures each call of a function or coroutine
     function. Blocks may be nested, and threads and tasks may be in blocks of one `measure` at the same time: every
-    block counts what the files count meanwhile, whoever causes it.
+    block counts whatever the files count meanwhile, on whoever's behalf.
 
     Examples
     --------
@@ -83,7 +83,7 @@ class measure(Results):  # noqa: N801 - used as a function is
         return found
 
     def read_span(self) -> Span:
-        """Return the readings of the block that counts. Inner to the package."""
+        """Return the readings of the block that counts. Internal."""
         return self._current.read_span()
 
     @property

@@ -45,14 +45,14 @@ class Results(ABC):
 
     @abstractmethod
     def read_span(self) -> Span:
-        """Return the readings that count; within a block the second one is taken now. Inner to the package."""
+        """Return the readings that count; within a block the second one is taken now. Internal."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """How much each statistic that counts up did, raw, added up over all files: ``{"exits": 1000}``.
+        """The increase of each cumulative statistic, raw, added up over all files: ``{"exits": 1000}``.
 
-        A new dict of Python's ints, for JSON and arithmetic, of cumulative statistics of one value; the others are in
-        `delta`. What a file counted that could not be read is not in it: `samples.errors` names such files.
+        A new dict of Python ints, for JSON and arithmetic, with the cumulative statistics of one value; the others are
+        in `delta`. Files that could not be read are not included: `samples.errors` names them.
         """
         return self.read_span().count()
 
@@ -65,8 +65,8 @@ class Results(ABC):
     def cost(self) -> float:
         """Seconds that the two readings took together.
 
-        About half of it lies between the two and is a part of `elapsed`: so much the measurement adds to what it
-        measures.
+        About half of it lies between the two readings and is part of `elapsed`: the measurement adds that much to what
+        it measures.
         """
         return self.read_span().cost
 
@@ -77,13 +77,13 @@ class Results(ABC):
 
     @property
     def delta(self) -> Mapping[str, npt.NDArray[Any]]:
-        """The change of each file, raw, by name, as `Samples.delta` says: shape ``(n,)`` or ``(n, buckets)``."""
+        """The raw change of each file, by name, as in `Samples.delta`: shape ``(n,)`` or ``(n, buckets)``."""
         samples = self.read_span().samples
         return _Changes(samples, samples.delta)
 
     @property
     def rate(self) -> Mapping[str, npt.NDArray[Any]]:
-        """The same per second in base units, as `Samples.rate` says."""
+        """The same per second in base units, as in `Samples.rate`."""
         samples = self.read_span().samples
         return _Changes(samples, samples.rate)
 
@@ -96,7 +96,7 @@ class Phase:
         self._elapsed = self._cost = 0.0
 
     def add(self, span: Span) -> None:
-        """Add what one entry said. Inner to the package."""
+        """Add what one entry said. Internal."""
         self._elapsed += span.elapsed
         self._cost += span.cost
         span.add_to(self._tally)
@@ -126,19 +126,19 @@ class Phase:
 
 
 class Measured(Results):
-    """What happened in one block: ``with measure(files) as m:`` gives one.
+    """The counts of one block: ``with measure(files) as m:`` returns one.
 
-    After the block everything is of the whole block. Within it everything is of the block so far, and each look at an
-    attribute takes another reading.
+    After the block, all attributes cover the whole block. Within it they cover the block so far, and each access to an
+    attribute reads the files again.
 
     Attributes
     ----------
     counts : dict of str to int
-        ``m.counts["exits"]``: how much each statistic that counts up did, added up over all files.
+        ``m.counts["exits"]``: the increase of each cumulative statistic, added up over all files.
     delta, rate : mapping of str to numpy.ndarray
         ``m.delta["exits"]``: the change of each file; ``m.rate["exits"]`` the same per second.
     elapsed, cost : float
-        Seconds from one reading to the other, and that the readings took.
+        Seconds from one reading to the other, and seconds that the readings took.
     samples : Samples
         The two readings.
 
@@ -159,7 +159,7 @@ class Measured(Results):
         self._first = source.read()
 
     def read_span(self) -> Span:
-        """Return those at the start and at the end. Inner to the package."""
+        """Return those at the start and at the end. Internal."""
         if self._whole is not None:
             return self._whole
         if not self.is_open:
@@ -167,7 +167,7 @@ class Measured(Results):
         return Span(self._source.plan, self._first, self._source.read())
 
     def close(self, exc: BaseException | None) -> None:
-        """Take the second reading at the end of the block, which raised `exc`. Inner to the package."""
+        """Take the second reading at the end of the block, which raised `exc`. Internal."""
         self.is_open = False
         try:
             last = self._source.read()
@@ -185,21 +185,21 @@ class Measured(Results):
 
     @property
     def phases(self) -> Mapping[str, Phase]:
-        """What `phase` measured: name to `Phase`, in the order in which they first ended."""
+        """The measured phases: name to `Phase`, in the order in which they first ended."""
         return MappingProxyType(self._phases)
 
     def phase(self, name: str) -> PhaseBlock:
-        """Measure a part of the block by itself.
+        """Measure a part of the block separately.
 
         Parameters
         ----------
         name : str
-            Its key in `phases`. A phase that is entered again adds up.
+            Key in `phases`. The counts of a phase that is entered again are added up.
 
         Returns
         -------
         context manager
-            ``with m.phase("boot") as part:`` gives a `Measured` of this one entry. A phase may have phases.
+            ``with m.phase("boot") as part:`` returns a `Measured` of this one entry. A phase may have phases.
 
         Raises
         ------
@@ -215,11 +215,11 @@ class Measured(Results):
         return PhaseBlock(self, name)
 
     def enter_phase(self) -> Measured:
-        """Begin a part of this block. Inner to the package."""
+        """Begin a part of this block. Internal."""
         return Measured(self._source)
 
     def leave_phase(self, name: str, part: Measured, exc: BaseException | None) -> None:
-        """End it, and add it to `phases`. Inner to the package."""
+        """End it, and add it to `phases`. Internal."""
         try:
             part.close(exc)
         finally:

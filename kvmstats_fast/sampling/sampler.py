@@ -30,39 +30,40 @@ _sweep = lib.kvmstats_sweep  # the hot call: looking it up in lib would cost a t
 
 
 class Sampler(Unique):
-    """Reads many stats files again and again: one pread a file, one C call a sweep.
+    """Read many stats files again and again: one pread per file, one C call per sweep.
 
     Parameters
     ----------
     files : iterable of StatsFile, or mapping
-        Of VMs and vCPUs, of any schemas; or of iterables of those, such as a `VirtualMachine`. They must stay open
-        while they are sampled: a file that is closed has failed. A mapping gives VMs labels of the caller's:
-        ``{"web": files, "db": machine}``; without one `FileInfo.vm` is what else is known of them.
+        Files of VMs and vCPUs, of any schemas; or iterables of those, such as a `VirtualMachine`. They must stay open
+        while they are sampled: a file that is closed has failed. A mapping labels the VMs: ``{"web": files, "db":
+        machine}``; otherwise `FileInfo.vm` says how the label is chosen.
     stats : str or iterable of str, optional
-        Names or globs (``"halt_*"``): only these are read and kept. Default: everything. A file that has none of them
-        is left out.
+        Names or globs (``"halt_*"``): only these are read and kept. Default: all. A file that has none of them is left
+        out.
     threads : int
-        How many threads share each sweep of a run or stream, for hosts with hundreds of vCPUs and processors to spare.
+        Number of threads that share each sweep of a run or stream, for hosts with hundreds of vCPUs and idle
+        processors.
     sched : bool
-        Also read what the host's scheduler counts of each vCPU's thread, in the same sweep: ``sched_run_ns``, how long
-        it ran, and ``sched_wait_ns``, how long it was ready and waited for a processor, both cumulative and in seconds,
-        and ``sched_timeslices``, how often it got one. They are statistics of the vCPU as all others, for `stats`, too;
-        docs/sampling.md says what the kernel counts. A vCPU whose thread ends has failed.
+        Also read what the host's scheduler counts for each vCPU's thread, in the same sweep: ``sched_run_ns``, how long
+        it ran, ``sched_wait_ns``, how long it was runnable and waited for a processor (both cumulative times), and
+        ``sched_timeslices``, how often it was given one. They are statistics of the vCPU like all others, for `stats`,
+        too; docs/sampling.md says what the kernel counts. A vCPU whose thread ends has failed.
 
     Raises
     ------
     KeyError
-        If a name or glob fits no statistic of any file.
+        If a name or glob matches no statistic of any file.
     TypeError, ValueError
-        If `files` is not an iterable of open StatsFiles or has none, a label is no text or its files are not those of
-        one VM, or `threads` is out of range.
+        If `files` is not an iterable of open StatsFiles or is empty, a label is not text or its files are not of one
+        VM, or `threads` is out of range.
     VmGoneError, OSError
-        With `sched`: if a VMM has exited, or its threads cannot be looked at.
+        With `sched`: if a VMM has exited, or its threads cannot be inspected.
 
     Warns
     -----
     SamplingWarning
-        With `sched`: of the vCPUs that have no such statistics, because their thread is not known
+        With `sched`: names the vCPUs without these statistics, because their thread is not known
         (`VirtualMachine.threads`) or this kernel does not count it. Their other statistics are sampled.
 
     Notes
@@ -127,8 +128,8 @@ class Sampler(Unique):
         TypeError
             If `name` is not a str.
         KeyError
-            If no file has it; or if VM and vCPU files both have it, or files of different kernels, which no one view
-            can show.
+            If no file has it; or if both VM and vCPU files have it, or files of different kernels, which one view
+            cannot show.
         """
         if not isinstance(name, str):
             raise TypeError(f"name is {article(name)}; it must be the name of a statistic")
@@ -155,39 +156,40 @@ class Sampler(Unique):
         interval : float
             Seconds between sweeps; 0: as fast as possible.
         count : int, optional
-            How many ticks of the schedule there are.
+            Number of ticks.
         duration : float, optional
-            Seconds after which the run ends. Without `count` and `duration` it goes on until Ctrl-C, or until no file
-            is left.
+            Seconds after which the run ends. Without `count` and `duration` it runs until Ctrl-C, or until no file is
+            left.
         wait : {"sleep", "spin", "hybrid"}
-            ``"sleep"`` gives the processor away, and wakes up late by what timer and scheduler take. ``"hybrid"`` spins
-            for as long as sleeps are late, at most 150 us a tick, and hardly at all once the scheduler has taken the
-            processor away. ``"spin"`` never sleeps: for a processor of its own. docs/sampling.md has a table of what
-            suits which host.
+            ``"sleep"`` yields the processor, and wakes up late by as much as timer and scheduler take. ``"hybrid"``
+            spins for as long as sleeps are late, at most 150 us a tick, and hardly at all once the scheduler has taken
+            the processor away. ``"spin"`` never sleeps: for a dedicated processor. docs/sampling.md says which suits
+            which host.
         cpu : int or iterable of int, optional
             Processors to run on.
         priority : int, optional
-            From 1 to 99: the threads of the run, and no others, run under SCHED_FIFO, that is, before every thread that
-            is not real-time itself (sched(7); the ``-p`` of cyclictest). It takes CAP_SYS_NICE, or an RLIMIT_RTPRIO of
-            at least this.
+            From 1 to 99: only the threads of the run are scheduled under SCHED_FIFO, before every thread that is not
+            real-time itself (sched(7); ``-p`` of cyclictest). It needs CAP_SYS_NICE, or an RLIMIT_RTPRIO of at least
+            this.
         strict : bool
-            End with the error of the first file that fails; the samples so far are its attribute ``samples``.
+            Raise the error of the first file that fails; its attribute ``samples`` has the samples so far.
 
         Returns
         -------
         Samples
-            A late tick is taken late, and the ticks it overtook are counted: ``len(samples) + samples.missed`` is the
-            number of ticks. Ctrl-C and `stop` end the run, not the program: ``samples.interrupted``.
+            A late sweep is taken once, and the ticks that passed meanwhile are missed: ``len(samples) +
+            samples.missed`` is the number of ticks. Ctrl-C and `stop` end the run, not the program:
+            ``samples.interrupted``.
 
         Raises
         ------
         MemoryError
-            If the samples of so many sweeps do not fit into memory; `stream` needs little, `stats` less. A run without
+            If that many samples do not fit into memory; `stream` needs little, and `stats` reduces it. A run without an
             end does not raise it: it ends with a warning when memory runs short.
         KvmStatsError
             If its threads cannot be started: the message names the limits.
         PermissionError
-            If they may not have that priority: the message says what it takes.
+            If they may not have that priority: the message says what is needed.
         RuntimeError
             If a run, a stream or another thread is using this Sampler.
         TypeError, ValueError
@@ -197,8 +199,8 @@ class Sampler(Unique):
         -----
         SamplingWarning
             If the wall clock jumped by more than 10 ms between two chunks of the run (1 s; without an end 0.1 s); if it
-            ended because memory ran short (``samples.interrupted``). Where warnings are errors the samples are the
-            attribute ``samples`` of this one.
+            ended because memory ran short (``samples.interrupted``). If warnings are errors, its attribute ``samples``
+            has the samples.
         """
         schedule = Schedule(interval, count, duration, wait, cpu=cpu, priority=priority)
         run, samples = (self._run_bounded if schedule.is_bounded else self._run_unbounded)(schedule, strict=strict)
@@ -239,7 +241,7 @@ class Sampler(Unique):
             return run, run.finish(collect)
 
     def stop(self) -> bool:
-        """End the run or stream of this Sampler that is under way; `run` returns what was sampled. From any thread.
+        """Stop the current run or stream of this Sampler, from any thread; `run` returns what was sampled.
 
         Returns
         -------
@@ -265,19 +267,19 @@ class Sampler(Unique):
         priority: int | None = None,
         strict: bool = False,
     ) -> Stream:
-        """Sweep on a schedule in the background, and give Samples after Samples.
+        """Sweep on a schedule in the background, and yield Samples after Samples.
 
         Parameters
         ----------
         interval, wait, count, duration, cpu, priority
             As for `run`.
         chunk : int, optional
-            Sweeps in each Samples. Default: what 0.1 s bring, at most 4 MiB.
+            Sweeps in each Samples. Default: those of 0.1 s, at most 4 MiB.
         depth : int
-            Chunks of room: how far a reader may fall behind. Ticks for which there is no room are missed and counted,
-            in the next Samples' ``missed`` and ``overruns`` and in the stream's.
+            Size of the ring in chunks: how far a reader may fall behind. Ticks for which there is no room are missed,
+            and counted in ``missed`` and ``overruns`` of the next Samples and of the stream.
         strict : bool
-            Raise the error of the first file that fails, after the samples that were taken before.
+            Raise the error of the first file that fails, after yielding the samples before it.
 
         Returns
         -------
@@ -287,7 +289,7 @@ class Sampler(Unique):
         Raises
         ------
         TypeError, ValueError
-            For arguments of a wrong type or out of range. What else `run` raises is raised where the ``with`` block
+            For arguments of a wrong type or out of range. The other errors of `run` are raised where the ``with`` block
             begins.
 
         Warns

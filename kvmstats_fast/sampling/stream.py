@@ -75,7 +75,7 @@ class Stream(Unique):
     Attributes
     ----------
     missed, overruns : int
-        Ticks missed up to now, and those of them for which the reader had left no room.
+        Ticks missed so far, and how many of them because the reader had left no room.
     """
 
     def __init__(self, live: LiveRow, schedule: Schedule, chunk: int | None, depth: int, *, strict: bool) -> None:
@@ -112,7 +112,7 @@ class Stream(Unique):
         return self._run
 
     def stop(self) -> None:
-        """End the run; the samples taken so far can still be read. From any thread."""
+        """Stop the run, from any thread; the samples taken so far can still be read."""
         self._running().stop()
 
     def __iter__(self) -> Self:
