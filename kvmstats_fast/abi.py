@@ -16,7 +16,7 @@ from kvmstats_fast._kvmstats import lib
 
 
 class StatType(IntEnum):
-    """What kind of number a statistic is (``KVM_STATS_TYPE_*``, unshifted: bits 0-3 of the descriptor's flags)."""
+    """Type of a statistic (``KVM_STATS_TYPE_*``, unshifted: bits 0-3 of the descriptor's flags)."""
 
     CUMULATIVE = 0  #: only grows, until someone writes 0 to the matching debugfs file
     INSTANT = 1  #: goes up and down
@@ -26,7 +26,7 @@ class StatType(IntEnum):
 
 
 class StatUnit(IntEnum):
-    """What a statistic counts (``KVM_STATS_UNIT_*``, unshifted: bits 4-7). Of a histogram: what its range is in."""
+    """Unit of a statistic (``KVM_STATS_UNIT_*``, unshifted: bits 4-7); for a histogram, the unit of its range."""
 
     NONE = 0
     BYTES = 1

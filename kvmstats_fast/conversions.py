@@ -15,25 +15,25 @@ class Conversions:
     __slots__ = ()
 
     def to_arrow(self: Any, *, values: str = "raw") -> Any:
-        """Return the samples of one kind and kernel as a ``pyarrow.Table``, a row for each sweep and file.
+        """Return the samples of one kind and kernel as a ``pyarrow.Table``, with a row for each sweep and file.
 
         Parameters
         ----------
         values : {"raw", "delta", "rate"}
-            What the columns of statistics have: raw values, or what `delta` or `rate` returns. Sums over raw counters
-            mean nothing, and differences go below 0 where one was cleared; deltas can be added up. They are in the row
-            of the later of their two sweeps, so that the first sweep has none.
+            Contents of the columns of statistics: raw values, or what `delta` or `rate` returns. Sums over raw counters
+            mean nothing, and differences go below 0 where one was cleared; deltas can be added up. A delta or rate is
+            in the row of the later of its two sweeps, so the first sweep has none.
 
         Returns
         -------
         pyarrow.Table
-            Columns ``host``, ``vm`` (the label, see `FileInfo`), ``pid`` (null where it is not known) and ``vcpu`` (-1
-            for the file of a VM): together with ``time`` (the wall clock, timestamp[ns, UTC]) they tell rows apart.
-            Then ``tick``, ``sweep_ns``, ``file`` (the index in `files`), ``id``, for vCPUs ``vcpu_id`` (as ``vcpu``,
-            which version 0.1 lacked), and one for each statistic: raw values are uint64, rates float64, deltas what
-            `delta` returns; those of a histogram are a fixed size list. Only ``pid`` has nulls. What a descriptor says
-            is in its field's metadata. Rows of files that had failed are not there. A statistic with the name of one
-            of ours, or ``bucket`` or ``date``, is called ``stat.NAME``, here and in the other conversions.
+            The columns ``host``, ``vm`` (the label, see `FileInfo`), ``pid`` (null if it is not known) and ``vcpu`` (-1
+            for the file of a VM), with ``time`` (the wall clock, timestamp[ns, UTC]), identify a row. Then ``tick``,
+            ``sweep_ns``, ``file`` (the index in `files`), ``id``, for vCPUs ``vcpu_id`` (as ``vcpu``, which version 0.1
+            lacked), and one column for each statistic: raw values are uint64, rates float64, deltas as from `delta`; a
+            histogram's are a fixed size list. Only ``pid`` has nulls. The metadata of a field have the descriptor. Rows
+            of files that had failed are left out. A statistic with the name of one of these columns, or ``bucket`` or
+            ``date``, is called ``stat.NAME``, here and in the other conversions.
 
         Raises
         ------
@@ -53,14 +53,14 @@ class Conversions:
         return self.to_arrow().__arrow_c_stream__(requested_schema)
 
     def to_pandas(self: Any, *, values: str = "raw", si: bool = False) -> Any:
-        """Return the samples of one kind and kernel as a ``pandas.DataFrame``, a row for each sweep and file.
+        """Return the samples of one kind and kernel as a ``pandas.DataFrame``, with a row for each sweep and file.
 
         Parameters
         ----------
         values : {"raw", "delta", "rate"}
-            What the columns of statistics have, as in `to_arrow`.
+            Contents of the columns of statistics, as in `to_arrow`.
         si : bool
-            Raw values or deltas in base units, as `si` gives them. Rates always are.
+            Convert raw values or deltas to base units, as `si` does. Rates always are in base units.
 
         Returns
         -------
@@ -68,7 +68,7 @@ class Conversions:
             Indexed by ``time`` (the wall clock, UTC), ``host``, ``vm`` and ``vcpu``, with ``pid`` as a nullable column,
             all as in `to_arrow`: ``frame["exits"].unstack(["vm", "vcpu"])`` has a column for each vCPU. A histogram has
             a column for each bucket, ``halt_wait_hist[3]``. ``attrs["units"]`` maps columns to units. Rows of files
-            that had failed are not in it.
+            that had failed are left out.
 
         Raises
         ------
@@ -80,31 +80,30 @@ class Conversions:
         return frames.to_pandas(self, values=values, si=si)
 
     def to_xarray(self: Any, *, values: str = "raw", si: bool = False) -> Any:
-        """Return the samples as an ``xarray.Dataset``: a variable for each statistic.
+        """Return the samples as an ``xarray.Dataset``, with a variable for each statistic.
 
         Parameters
         ----------
         values : {"raw", "delta", "rate"}
-            What the variables have, as in `to_arrow`: of changes there is one less along ``time``.
+            Contents of the variables, as in `to_arrow`: deltas and rates have one value less along ``time``.
         si : bool
-            Raw values or deltas in base units, as `si` gives them. Rates always are.
+            Convert raw values or deltas to base units, as `si` does. Rates always are in base units.
 
         Returns
         -------
         xarray.Dataset
             Dimensions ``time`` (the wall clock, UTC, datetime64[ns]); ``vcpu`` for files of vCPUs and ``vm`` for those
             of VMs; and for histograms ``bucket``, the buckets' lower edges in base units (``bucket2`` ... where
-            histograms have other edges). Each variable has the attribute ``units``.
-            Along ``vcpu`` or ``vm`` lie the coordinates ``host``, ``vm``, ``pid`` and ``vcpu``, as in `to_arrow`, but
-            with -1 for a pid that is not known: ``data.exits.groupby("vm")``, ``data.exits.sel(vcpu=0)``, which is vCPU
-            0 of each VM. In a Dataset of both kinds each has the dimension's name in front: ``vcpu_vm``, ``vm_host``.
-            Files that failed are listed in the attribute ``errors``; their values mean nothing from there on, as in
-            ``samples[name]``.
+            histograms have other edges). Each variable has the attribute ``units``. Coordinates along ``vcpu`` or
+            ``vm`` are ``host``, ``vm``, ``pid`` and ``vcpu``, as in `to_arrow`, but with -1 for an unknown pid:
+            ``data.exits.groupby("vm")``, ``data.exits.sel(vcpu=0)``, which is vCPU 0 of each VM. In a Dataset of both
+            kinds each is prefixed with its dimension: ``vcpu_vm``, ``vm_host``. The attribute ``errors`` lists files
+            that failed; their values mean nothing from there on, as in ``samples[name]``.
 
         Raises
         ------
         KeyError
-            If a name is in VM and in vCPU files, or there are files of different kernels.
+            If both VM and vCPU files have a name, or there are files of different kernels.
         """
         from kvmstats_fast.formats import frames  # noqa: PLC0415 - only who uses it needs xarray
 

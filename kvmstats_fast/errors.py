@@ -70,7 +70,7 @@ class HandOverError(KvmStatsError):
 
 
 class KvmUnavailableError(KvmStatsError, OSError):
-    """No VM can be made here; the message says why and what to do, ``errno`` is the kernel's."""
+    """No VM can be created here; the message says why and what to do, ``errno`` is the kernel's."""
 
 
 class RecordingWarning(UserWarning):
@@ -78,7 +78,7 @@ class RecordingWarning(UserWarning):
 
 
 class SamplingWarning(UserWarning):
-    """A run, stream or measure is not quite what was asked for.
+    """A run, stream or measure differs from what was asked for.
 
     The wall clock jumped, memory ran short, or the thread of a vCPU is not known.
     """

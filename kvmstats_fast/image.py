@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class StatsImage:
-    """A whole stats file in memory: ``image["exits"]`` is a raw value, as `Schema.unpack` gives it.
+    """A whole stats file in memory: ``image["exits"]`` is a raw value, as from `Schema.unpack`.
 
-    Names can be iterated over, counted and looked for with ``in``, and ``dict(image)`` works. It is not a
-    `collections.abc.Mapping`, because `values` is the array and not a method.
+    It supports iteration over names, ``len``, ``in`` and ``dict(image)``. It is not a `collections.abc.Mapping`,
+    because `values` is the array and not a method.
 
     Attributes
     ----------
@@ -82,7 +82,7 @@ class StatsImage:
         return len(self.schema)
 
     def keys(self) -> KeysView[str]:
-        """Names of the statistics, so that ``dict(image)`` works."""
+        """Return the names of the statistics; ``dict(image)`` uses it."""
         return self.schema.keys()
 
     def __repr__(self) -> str:
@@ -141,7 +141,7 @@ _NAME_SIZE = 48  # KVM_STATS_NAME_SIZE, include/uapi/linux/kvm.h
 
 
 def to_merged(data: Buffer | npt.NDArray[Any]) -> bytes:
-    """Rewrite a stats file of any layout as one of the merged layout, which today's tools read.
+    """Rewrite a stats file of any layout in the merged layout, which today's tools read.
 
     Parameters
     ----------
@@ -151,8 +151,8 @@ def to_merged(data: Buffer | npt.NDArray[Any]) -> bytes:
     Returns
     -------
     bytes
-        In the byte order of `data`; a merged file as it is. Names, id, flags, exponents and values are the same;
-        4-byte values are widened, and the offsets that v2 and v5 lack are written out.
+        In the byte order of `data`; a merged file is returned as it is. Names, id, flags, exponents and values are the
+        same; 4-byte values are widened, and the offsets that v2 and v5 lack are added.
 
     Raises
     ------

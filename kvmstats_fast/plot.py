@@ -70,9 +70,10 @@ def _bands(samples: Samples, name: str) -> dict[str, list[int]]:
 
 
 def rates(samples: Samples, names: str | Iterable[str], ax: Any = None) -> Any:
-    """Draw rates over time, a line for each file: ``web/0`` is vCPU 0 of the VM web.
+    """Plot rates over time, a line for each file: ``web/0`` is vCPU 0 of the VM web.
 
-    More than 10 files become a median for each VM, and a band from the least to the most; more than 10 VMs one for all.
+    More than 10 files become a median for each VM, and a band from minimum to maximum; more than 10 VMs become one for
+    all.
 
     Parameters
     ----------
@@ -122,7 +123,7 @@ def rates(samples: Samples, names: str | Iterable[str], ax: Any = None) -> Any:
 
 
 def histogram(hist: Histogram, ax: Any = None) -> Any:
-    """Draw what a histogram counted, files added up.
+    """Plot the counts of a histogram, summed over files.
 
     Parameters
     ----------
@@ -136,7 +137,7 @@ def histogram(hist: Histogram, ax: Any = None) -> Any:
 
     Notes
     -----
-    From the first to the last bucket that counted anything; the open last bucket is drawn as wide as the one before.
+    It shows the first to the last bucket that is not 0; the open last bucket is drawn as wide as the one before.
     Buckets of a logarithmic histogram are equally wide, as they are on a logarithmic axis.
     """
     whole = hist.sum()
@@ -154,18 +155,18 @@ def histogram(hist: Histogram, ax: Any = None) -> Any:
 
 
 def time_shares(samples: Samples, ax: Any = None) -> Any:
-    """Draw where the time of vCPUs went, as stacked areas: running, polling, halted, steal (waiting), other.
+    """Plot where the time of vCPUs went, as stacked areas: running, polling, halted, steal (waiting), other.
 
     Parameters
     ----------
     samples : Samples
-        Sampled with ``sched=True``. All their vCPUs are drawn together; `Samples.select` takes one.
+        Sampled with ``sched=True``. All vCPUs are plotted together; use `Samples.select` for one.
     ax : matplotlib.axes.Axes, optional
 
     Returns
     -------
     matplotlib.axes.Axes
-        A step is 0.1 s at least: how long a thread ran is known at scheduler ticks only.
+        A step is at least 0.1 s, because how long a thread ran is only known at scheduler ticks.
 
     Raises
     ------
@@ -197,7 +198,7 @@ def time_shares(samples: Samples, ax: Any = None) -> Any:
 
 
 def heatmap(samples: Samples, name: str, ax: Any = None) -> Any:
-    """Draw the rate of a statistic as colours: time from left to right, a row for each file, ``web/0``.
+    """Plot the rate of a statistic as colours: time from left to right, a row for each file, ``web/0``.
 
     Parameters
     ----------

@@ -116,7 +116,7 @@ class Samples(Answers, Conversions):
     def wall_time(self) -> npt.NDArray[np.int64]:
         """CLOCK_REALTIME in ns at the start of each sweep, int64 (T,); ``.view("datetime64[ns]")`` is UTC.
 
-        It follows the wall clock, which may be set: unlike `time` it can jump, and go backwards.
+        It follows the wall clock, which may be set: unlike `time` it can jump and go backwards.
         """
         if not self.wall_steps:
             return self.time + self.wall_offset
@@ -124,17 +124,17 @@ class Samples(Answers, Conversions):
 
     @property
     def elapsed(self) -> float:
-        """Seconds from the first to the last sweep; 0 if there are fewer than two."""
+        """Seconds from the first to the last sweep; 0 for fewer than two sweeps."""
         return (int(self.time[-1]) - int(self.time[0])) / 1e9 if len(self) else 0.0
 
     @property
     def vm(self) -> Samples:
-        """The same sweeps, of the VM files only."""
+        """The same sweeps with the VM files only."""
         return Selection.of((), None, None, "vm", None).take(self)
 
     @property
     def vcpu(self) -> Samples:
-        """The same sweeps, of the vCPU files only."""
+        """The same sweeps with the vCPU files only."""
         return Selection.of((), None, None, "vcpu", None).take(self)
 
     def select(
@@ -226,7 +226,7 @@ class Samples(Answers, Conversions):
         return spans.resample(self, interval)
 
     def split(self) -> tuple[Samples, ...]:
-        """Return the samples of each kind and schema by themselves, without a copy."""
+        """Return the samples of each kind and schema separately, without a copy."""
         return tuple(self.restrict([group], group.columns.tolist()) for group in self.groups)
 
     def restrict(self, groups: Iterable[Group], files: Sequence[int]) -> Samples:
@@ -292,13 +292,13 @@ class Samples(Answers, Conversions):
         Returns
         -------
         numpy.ndarray
-            Shape ``(n,)``, a histogram's ``(n, buckets)``; the dtype of `delta`. It takes no memory that grows with
-            the number of sweeps.
+            Shape ``(n,)``, a histogram's ``(n, buckets)``; the dtype of `delta`. Memory use does not grow with the
+            number of sweeps.
 
         Raises
         ------
         ValueError
-            If a statistic that was cleared on the way adds up to more than a uint64 holds.
+            If a statistic that was cleared during the run adds up to more than a uint64 holds.
         """
         return changes.totals(self, [name])[name].exact()
 
@@ -371,10 +371,10 @@ class Samples(Answers, Conversions):
         Returns
         -------
         numpy.ndarray
-            The shape of ``samples[name]``. uint64, and exact, where raw values are multiplied by a whole number and
-            none becomes too large; else float64. Instant values are signed, int64 instead of uint64: the kernel's
-            counters can fall below 0. A histogram's values are counts, which have no unit; neither do statistics with
-            an unknown code: both stay as they are.
+            The shape of ``samples[name]``. Exact uint64 if raw values are multiplied by a whole number and none becomes
+            too large; otherwise float64. Instant values are signed, int64 instead of uint64: the kernel's counters can
+            fall below 0. A histogram's values are counts, which have no unit, and a statistic with an unknown code has
+            none either: both stay raw.
         """
         return self.stat(name).to_si(self._values(name))
 

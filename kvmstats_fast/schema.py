@@ -28,10 +28,10 @@ Value: TypeAlias = "int | bool | float | npt.NDArray[np.uint64]"
 
 
 class Schema(Mapping[str, Stat]):
-    """What one kind of stats file holds: a mapping of names to `Stat`, in the order of the descriptors.
+    """The statistics of one kind of stats file: a mapping of names to `Stat`, in the order of the descriptors.
 
-    Files with the same header and descriptors share one Schema object, so ``a.schema is b.schema`` holds for all vCPUs
-    of a kernel. Two schemas are equal if those bytes are. Schemas are immutable, hashable and can be pickled.
+    Files with the same header and descriptors share one Schema, so ``a.schema is b.schema`` holds for all vCPUs of a
+    kernel. Two schemas are equal if these bytes are. Schemas are immutable and hashable, and can be pickled.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class Schema(Mapping[str, Stat]):
 
     @property
     def stats(self) -> tuple[Stat, ...]:
-        """The statistics, in the order of the descriptors. Made when they are first asked for."""
+        """The statistics, in the order of the descriptors. Created on first access."""
         if not self._stats:
             self._stats.append(self._make_stats())  # of two threads that do so the first one's count
         return self._stats[0]
@@ -95,7 +95,7 @@ class Schema(Mapping[str, Stat]):
 
     @property
     def byteorder(self) -> Literal["little", "big"]:
-        """``"little"`` or ``"big"``: of the file; values are always handed out in this machine's."""
+        """``"little"`` or ``"big"``: byte order of the file; values are always returned in this machine's."""
         return self.header.byteorder
 
     @property
@@ -107,8 +107,8 @@ class Schema(Mapping[str, Stat]):
     def dtype(self) -> np.dtype[np.void]:
         """Structured dtype with the kernel's offsets: ``values.view(schema.dtype)["exits"]`` copies nothing.
 
-        The view has shape ``(1,)`` for one reading of shape ``(num_values,)``; a histogram is a sub-array. (Of a file
-        without descriptors there is no view: numpy cannot view an array as a type without fields.)
+        The view has shape ``(1,)`` for one reading of shape ``(num_values,)``; a histogram is a sub-array. (A file
+        without descriptors has no view: numpy cannot view an array as a type without fields.)
         """
         if self._dtype is None:
             self._dtype = np.dtype(
@@ -134,12 +134,12 @@ class Schema(Mapping[str, Stat]):
         Returns
         -------
         tuple of Stat
-            In the order of the patterns, those of one glob in the order of the file; each once.
+            In the order of the patterns, and for one glob in the order of the file; each once.
 
         Raises
         ------
         KeyError
-            If a pattern fits nothing; the message names near misses.
+            If a pattern matches nothing; the message names near misses.
         """
         chosen: dict[str, Stat] = {}
         for pattern in check_names("patterns", patterns):
@@ -150,7 +150,7 @@ class Schema(Mapping[str, Stat]):
         return tuple(chosen.values())
 
     def matches(self, pattern: str) -> dict[str, Stat]:
-        """Find the statistics that a name or glob fits, by name; there may be none."""
+        """Find the statistics that match a name or glob; there may be none."""
         stats = self.stats
         return {name: stats[self._index[name]] for name in find_fitting(pattern, self._index)}
 
@@ -168,7 +168,7 @@ class Schema(Mapping[str, Stat]):
         Returns
         -------
         dict
-            Per statistic an int, a bool (unit BOOLEAN, if it is 0 or 1), a float (`si`), or for a histogram an
+            For each statistic an int, a bool (unit BOOLEAN, if it is 0 or 1), a float (`si`), or for a histogram an
             array of counts, a view into `values`.
         """
         if not isinstance(values, np.ndarray) or values.dtype != np.uint64:

@@ -34,20 +34,20 @@ def is_row(type_: int, size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """One statistic, as its descriptor says (``struct kvm_stats_desc``).
+    """One statistic, as described by its descriptor (``struct kvm_stats_desc``).
 
     Attributes
     ----------
     name : str
         Bytes that are not UTF-8 are kept by ``surrogateescape``.
     type, unit, base : StatType, StatUnit, StatBase, or int
-        An int is a code this package does not know; such a statistic is kept raw (see `unknown`).
+        An int is a code that this package does not know; such a statistic stays raw (see `unknown`).
     exponent : int
-        A value in base units is ``raw * 10**exponent`` (or 2, after `base`).
+        A value in base units is ``raw * 10**exponent``, or ``2**exponent``, depending on `base`.
     size : int
         Number of uint64 values: 1, or the buckets of a histogram.
     offset : int
-        Bytes from the start of the values (as uint64), a multiple of 8.
+        Offset in bytes from the start of the values (as uint64), a multiple of 8.
     bucket_size : int
         Width of a linear histogram's buckets, else 0.
     """
@@ -78,13 +78,13 @@ class Stat:
 
     @property
     def unknown(self) -> str:
-        """Which codes this package does not know, such as ``"type 7, base 3"``; empty for all that exist so far."""
+        """The codes that this package does not know, such as ``"type 7, base 3"``; empty for all that exist so far."""
         codes = {"type": self.type, "unit": self.unit, "base": self.base}
         return ", ".join(f"{what} {code}" for what, code in codes.items() if code not in KNOWN[what])
 
     @property
     def scale(self) -> int | float:
-        """What a raw value is multiplied with for base units, as `to_base_units` scales 1; 1 if a code is unknown."""
+        """Factor from raw values to base units, as `to_base_units` scales 1; 1 if a code is unknown."""
         return self.to_base_units(1)
 
     def to_base_units(self, raw: int) -> int | float:
@@ -93,15 +93,15 @@ class Stat:
         Parameters
         ----------
         raw : int
-            A uint64, as the kernel has it.
+            A uint64, as the kernel reports it.
 
         Returns
         -------
         int or float
             ``raw * base**exponent``. An int, and exact, if the exponent is not negative and ``base**exponent`` is below
             2**64; else the nearest float (a power above 10**270, which no kernel has, counts as 10**270). An instant
-            value is signed: the kernel's counters can fall below 0, which reads as 2**64 less. The raw value if a code
-            is unknown (see `unknown`).
+            value is signed: the kernel's counters can fall below 0, which reads as a value just below 2**64. The raw
+            value if a code is unknown (see `unknown`).
         """
         if raw >> 63 and self.type is StatType.INSTANT and not self.unknown:
             raw -= 1 << 64
@@ -113,13 +113,13 @@ class Stat:
         return raw * factor if factor < 1 << 64 else float(raw * min(factor, _LARGEST))
 
     def units(self, si: bool = False) -> str:
-        """Return the unit's symbol: of raw values (``"ns"``, ``"KiB"``), or with `si` of base units (``"s"``, ``"B"``).
+        """Return the unit of raw values (``"ns"``, ``"KiB"``), or with `si` of base units (``"s"``, ``"B"``).
 
         Returns
         -------
         str
-            Empty for plain counts and booleans. A histogram's unit is of its buckets' edges; its values are counts. The
-            code in words where this package does not know it (``"unit 9"``), because then the value is left raw.
+            Empty for plain counts and booleans. A histogram's unit is that of its bucket edges; its values are counts.
+            For an unknown code, the code in words (``"unit 9"``), because the value stays raw.
         """
         if self.unknown:
             return self.unknown
@@ -138,7 +138,7 @@ class Stat:
 
     @property
     def factor(self) -> int:
-        """What to multiply a raw value with, or to divide it by if the exponent is negative; 1 if a code is unknown."""
+        """What to multiply a raw value by, or divide it by if the exponent is negative; 1 if a code is unknown."""
         if self.exponent == 0 or self.unknown:
             return 1
         factor: int = StatBase(self.base).radix ** abs(self.exponent)
@@ -176,16 +176,16 @@ class Stat:
         return values.view(np.int64) if self.type == StatType.INSTANT and not self.unknown else values
 
     def bucket_edges(self) -> npt.NDArray[np.float64]:
-        """Edges of a histogram's buckets, in base units.
+        """Return the edges of a histogram's buckets, in base units.
 
-        Bucket i counts what fell into ``[edges[i], edges[i + 1])``. Linear: ``i * bucket_size``. Logarithmic: 0, 1,
-        2, 4, 8 ... (``kvm_stats_linear_hist_update`` and ``kvm_stats_log_hist_update``, ``include/linux/kvm_host.h``).
+        Bucket i counts values in ``[edges[i], edges[i + 1])``. Linear: ``i * bucket_size``. Logarithmic: 0, 1, 2, 4, 8
+        ... (``kvm_stats_linear_hist_update`` and ``kvm_stats_log_hist_update``, ``include/linux/kvm_host.h``).
 
         Returns
         -------
         numpy.ndarray
-            float64, shape ``(size + 1,)``; the last is inf, because the last bucket also counts all that is above it.
-            Raw where a code is unknown (see `unknown`).
+            float64, shape ``(size + 1,)``; the last is inf, because the last bucket also counts all larger values. Raw
+            if a code is unknown (see `unknown`).
 
         Raises
         ------

@@ -68,25 +68,25 @@ def _learn(fd: int, blob: bytes) -> tuple[bytes, Schema]:
 class StatsFile(Closing):
     """One stats file of a VM or vCPU.
 
-    Header and descriptors are read when it is opened, and parsed only if no file with the same ones was opened before.
-    From then on only the data is read, with one pread a reading.
+    Header and descriptors are read at opening, and parsed only if no file with the same ones was opened before. After
+    that only the data is read, with one pread per reading.
 
     Parameters
     ----------
     stats_fd : int or object with fileno()
-        An open stats file, of any layout. If the constructor raises, the fd stays the caller's.
+        An open stats file, of any layout. If the constructor raises, the caller still owns the fd.
     closefd : bool
         Whether `close` closes `stats_fd`.
 
     Attributes
     ----------
     schema : Schema
-        Header and descriptors; files that have the same ones share the object.
+        Header and descriptors; files with the same ones share the object.
 
     Raises
     ------
     FormatError
-        If it is not a stats file, or not one that can be read.
+        If it is not a stats file, or one that is not supported.
     OSError
         If the kernel refuses the read; the message says what to do.
 
@@ -96,7 +96,7 @@ class StatsFile(Closing):
     the GIL is released while the kernel copies.
 
     KVM takes no lock for the copy: each value is whole (on 64-bit hosts), but the values of one reading are not of one
-    instant. An open stats file keeps the VM's memory in the kernel allocated, even after the VMM has exited
+    instant. An open stats file keeps the VM's memory allocated in the kernel, even after the VMM has exited
     (``kvm_vm_stats_release``, ``virt/kvm/kvm_main.c``): close it then. On kernels with the original patch series it is
     the other way round: a stats file must be closed before its VM.
     """
@@ -167,7 +167,7 @@ class StatsFile(Closing):
 
     @classmethod
     def from_bytes(cls, data: Buffer) -> Self:
-        """Return a StatsFile that reads `data`, a capture, from a sealed memfd, as it would a live file.
+        """Return a StatsFile that reads `data`, a capture, from a sealed memfd like a live file.
 
         Parameters
         ----------
@@ -200,7 +200,7 @@ class StatsFile(Closing):
 
     @property
     def id(self) -> str:
-        """The id string, as read at opening: ``kvm-PID``, or ``kvm-TID/vcpu-N`` (the thread that created the vCPU).
+        """Id string, as read at opening: ``kvm-PID``, or ``kvm-TID/vcpu-N`` (the thread that created the vCPU).
 
         A label, not a key: two VMs of one process have the same id. In the v2 layout it names the reader.
         """
@@ -208,7 +208,7 @@ class StatsFile(Closing):
 
     @property
     def kind(self) -> Literal["vm", "vcpu"]:
-        """``"vm"`` or ``"vcpu"``, as the id says."""
+        """``"vm"`` or ``"vcpu"``, according to the id."""
         return kind_of(self._id)[0]
 
     @property
@@ -218,7 +218,7 @@ class StatsFile(Closing):
 
     @property
     def closed(self) -> bool:
-        """Whether the file was closed, or let go of because its VM is gone."""
+        """Whether the file is closed, also because its VM is gone."""
         handle = getattr(self, "handle", None)  # missing if the constructor of a subclass failed before ours
         return handle is None or handle.closed
 
@@ -247,15 +247,14 @@ class StatsFile(Closing):
         return self.read_into(self._own).copy()
 
     def read_into(self, out: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Read all values into an array of the caller's, with one pread, allocating nothing.
+        """Read all values into the caller's array, with one pread and without allocating.
 
         Parameters
         ----------
         out : numpy.ndarray
             uint64 in this machine's byte order, shape ``(schema.num_values,)``, C-contiguous, writable. Pass the same
-            array again and again: it is checked when it differs from that of the call before, and then kept alive until
-            another one is passed or until `close`. It is not checked again, so do not resize it, change its dtype or
-            make it read-only in place.
+            array each time: it is checked only if it is not the one of the previous call, and kept alive until another
+            one is passed or until `close`. So do not resize it, change its dtype or make it read-only in place.
 
         Returns
         -------
@@ -269,7 +268,7 @@ class StatsFile(Closing):
         OSError
             If the kernel refuses the read.
         FormatError
-            If the file has become shorter than its descriptors say.
+            If the file has become shorter than its descriptors require.
 
         Notes
         -----

@@ -41,8 +41,8 @@ _GONE = (AttachError, ProcessLookupError)
 class Collector(Closing):
     """The statistics of the VMs of this host, for a registry of prometheus_client; read at each scrape.
 
-    Each `collect` looks at the host, if that was not done a moment ago, takes up VMs and vCPUs that came, lets go of
-    those that went, and reads each file once. Nothing is read in between.
+    Each `collect` looks at the host, unless the last look was a moment ago, picks up new VMs and vCPUs, drops those
+    that are gone, and reads each file once. Nothing is read in between.
 
     Parameters
     ----------
@@ -51,26 +51,26 @@ class Collector(Closing):
     stats : str or iterable of str, optional
         Names or globs of statistics. Default: all.
     per_vcpu : bool
-        Give each vCPU's values, with the label ``vcpu``, instead of the sum of a VM's vCPUs (of peaks the highest). The
-        names of the metrics are the same.
+        Export each vCPU's values, with the label ``vcpu``, instead of the sum over a VM's vCPUs (the maximum of peaks).
+        The names of the metrics are the same.
     vcpus : iterable of int, optional
         Only these vCPUs; and no statistics of the VM itself.
     sched : bool
-        Also what the host's scheduler counts of each vCPU's thread, as for `Sampler`.
+        Also export what the host's scheduler counts for each vCPU's thread, as for `Sampler`.
     inject, timeout
         As for `attach`.
     rescan : float or None
-        Seconds between looks at the host, at least. None: it is looked at once, here; what comes later is not taken up.
-        That takes no privilege any more.
+        Minimum seconds between looks at the host. None: it looks once, at creation, and does not pick up later VMs;
+        after that, it needs no privilege.
 
     Raises
     ------
     TypeError, ValueError
         For arguments of a wrong type or out of range.
     KeyError
-        If `stats` has a name or glob that fits no statistic of the VMs that are there.
+        If `stats` has a name or glob that matches no statistic of the existing VMs.
     VmGoneError, AttachError
-        If there is no process with a pid that was given, or it may not be held.
+        If there is no process with a given pid, or it may not be held.
     OSError
         If /proc cannot be read.
     ModuleNotFoundError
@@ -79,21 +79,21 @@ class Collector(Closing):
     Attributes
     ----------
     refused : dict of int to str
-        Pids of VMMs that are wanted, but cannot be attached to; and why. As of the last look.
+        Pids of VMMs that were asked for and cannot be attached to, and why. As of the last look.
 
     Warns
     -----
     SamplingWarning
-        As `Sampler`, with `sched`; here, and not of what comes later: ``kvmstats_vcpus_without_sched`` counts that.
+        As `Sampler`, with `sched`; only at creation: for later vCPUs see ``kvmstats_vcpus_without_sched``.
 
     Notes
     -----
-    It may be collected from several threads; they take turns. It does not survive a fork: make it in the process that
+    It may be collected from several threads; they take turns. It does not survive a fork: create it in the process that
     serves.
 
-    A counter of a VM does not fall while the VM is there: what a vCPU had counted stays in the sum when it is
-    unplugged. A VM that is made anew, also in the same process, begins at 0, which Prometheus takes for the reset that
-    it is. A VM of which a file cannot be read has no sums in that scrape, rather than ones that are too low.
+    A counter of a VM does not fall while the VM exists: when a vCPU is unplugged, its counts stay in the sum. A VM that
+    is recreated, also in the same process, begins at 0, which Prometheus takes for a reset, as it is. A VM with a file
+    that cannot be read has no sums in that scrape, rather than sums that are too low.
 
     Examples
     --------
@@ -142,15 +142,15 @@ class Collector(Closing):
 
     @property
     def machines(self) -> dict[str, VirtualMachine]:
-        """What is attached to, by label; closed by the collector."""
+        """The VMs attached to, by label; closed by the collector."""
         return self._roster.machines
 
     def describe(self) -> list[Metric]:
-        """Return nothing: which metrics there are depends on the VMs. A registry calls this."""
+        """Return nothing, because the metrics depend on the VMs. A registry calls this."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Read everything once, and yield it as families of metrics. A registry calls this.
+        """Read everything once, and yield it as metric families. A registry calls this.
 
         Raises
         ------
@@ -185,7 +185,7 @@ class Collector(Closing):
             yield from families.collect(values, failed)
 
     def close(self) -> None:
-        """Let go of the VMs. A second call does nothing."""
+        """Close the files of all VMs. A second call does nothing."""
         with self._lock:
             opened, self._opened = self._opened, None
             self._live = self._families = None

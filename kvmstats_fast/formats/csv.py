@@ -37,7 +37,7 @@ def to_csv(  # noqa: PLR0913 - what a file can be like
     kind : {"vm", "vcpu"}, optional
         Which, if both were sampled.
     values : {"raw", "delta", "rate"}
-        What the columns of statistics have, as in `Samples.to_arrow`.
+        Contents of the columns of statistics, as in `Samples.to_arrow`.
     overwrite : bool
         Replace the file.
     mode : int
@@ -54,8 +54,8 @@ def to_csv(  # noqa: PLR0913 - what a file can be like
 
     Notes
     -----
-    The columns are those of `Samples.to_arrow`, a histogram's with one for each bucket (``halt_wait_hist[3]``). The
-    file is there as a whole or not at all.
+    The columns are those of `Samples.to_arrow`, with one for each bucket of a histogram (``halt_wait_hist[3]``). The
+    file is written completely or not at all.
     """
     csv = need("pyarrow.csv", "arrow")
     check_kind(kind)

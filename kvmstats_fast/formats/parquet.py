@@ -61,9 +61,9 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
         The files become ``ROOT/vcpu/date=YYYY-MM-DD/HOST-*.parquet``, and ``ROOT/vm/...``: a data set for each kind,
         because their columns differ. Dates are UTC.
     host : str, optional
-        What the column ``host`` says. Default: the name of the host where the samples were taken.
+        Contents of the column ``host``. Default: the name of the host where the samples were taken.
     values : {"raw", "delta", "rate"}
-        What the columns of statistics have, as in `Samples.to_arrow`. A data set has one of them.
+        Contents of the columns of statistics, as in `Samples.to_arrow`. A data set has one of these.
     encoding : {"BYTE_STREAM_SPLIT", "DELTA_BINARY_PACKED", "PLAIN"}
         Of integers. The first is for readers since 2024 or so (DuckDB 2); all readers know the other two. Rates are
         split unless this is ``"PLAIN"``: of floats, all readers know that.
@@ -89,14 +89,14 @@ def to_parquet(  # noqa: PLR0913 - what a data set can be like
 
     Notes
     -----
-    The columns are those of `Samples.to_arrow`. The host is one of them, and not in the names of directories, because
-    readers guess types from these: ``host=007`` would be the number 7. Row groups follow each other in time,
-    and in each the rows are sorted by file then time; statistics are compressed with zstd and encoded without a
-    dictionary: neighbours differ little. Histograms are lists. What the descriptors say is in the metadata of the
-    fields. Each file is there as a whole or not at all. `open_recordings` reads a data set of raw values back.
+    The columns are those of `Samples.to_arrow`. The host is a column, and not part of directory names, because readers
+    guess types from these: ``host=007`` would be the number 7. Row groups follow each other in time, and in each the
+    rows are sorted by file, then time. Statistics are compressed with zstd and encoded without a dictionary, because
+    neighbours differ little. Histograms are lists. The metadata of the fields have the descriptors. Each file is
+    written completely or not at all. `open_recordings` reads a data set of raw values back.
 
-    Changes are those of each run as a whole, whatever batches, files and dates it lies in; between two runs there are
-    none. Each is in the row, and so in the file, of the later of its two sweeps.
+    Changes are computed per run, across its batches, files and dates; between two runs there are none. Each is in the
+    row, and so in the file, of the later of its two sweeps.
     """
     if not isinstance(source, (Samples, Recording)):
         source = Recording(source)

@@ -40,7 +40,7 @@ def to_perfetto(
     overwrite: bool = False,
     mode: int = PRIVATE,
 ) -> None:
-    """Convert samples or a recording to a trace that https://ui.perfetto.dev and ``trace_processor`` read.
+    """Convert samples or a recording to a trace for https://ui.perfetto.dev and ``trace_processor``.
 
     Parameters
     ----------
@@ -68,8 +68,8 @@ def to_perfetto(
     -----
     Each VM has a track, with a track for each vCPU below it, and below these one for each statistic; a histogram has
     one for each bucket (``halt_wait_hist[3]``). Values are raw, in the unit that the track names. A track has its first
-    value, and after that those that differ from the one before; where a file failed it ends. The track ``sweep_ns`` of
-    the host has a value for each sweep.
+    value, and after that each value that differs from the previous one; it ends where a file failed. The track
+    ``sweep_ns`` of the host has a value for each sweep.
 
     Times are CLOCK_MONOTONIC, with clock snapshots that tie it to CLOCK_REALTIME, so that the counters line up with a
     trace of the same host from the same boot: ``cat host.pftrace kvm.pftrace > both.pftrace``. The file is there as a

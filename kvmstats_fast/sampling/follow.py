@@ -82,7 +82,7 @@ class Choice:
 
 
 class Follow(Unique):
-    """An iterator over the Samples of VMs that come and go: made by `follow`, used with ``with``.
+    """An iterator over the Samples of VMs that come and go; created by `follow`, used with ``with``.
 
     Attributes
     ----------
@@ -263,50 +263,51 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
 ) -> Follow:
     """Sample the VMs of this host on one schedule while VMs and vCPUs come and go.
 
-    Where the ``with`` block begins, what is there is attached to (`attach`), and the schedule starts. VMs and vCPUs
-    that come are taken up, those that go are let go of, a VM that is made anew in the same process is both. Left out
-    are this process, other monitors, and forked children of VMMs. Where there is no VM, it waits for one.
+    At the start of the ``with`` block it attaches to the existing VMs (`attach`), and the schedule starts. VMs and
+    vCPUs are picked up as they appear, and dropped as they go; a VM that is recreated in the same process is dropped
+    and picked up. This process, other monitors, and forked children of VMMs are left out. If there is no VM, it waits
+    for one.
 
     Parameters
     ----------
     names : str, int, or iterable of these, optional
-        Names of guests, or globs of names (``"web-*"``), and pids of VMMs. Default: all VMs. A pid is the process that
-        has it where the block begins.
+        Names of guests, or globs of names (``"web-*"``), and pids of VMMs. Default: all VMs. A pid means the process
+        that has it when the block begins.
     interval : float
         Seconds between sweeps; 0: as fast as possible.
     stats : str or iterable of str, optional
         Names or globs of statistics. Default: everything.
     rescan : float
-        Seconds between looks at the host. Nothing that came is overlooked for longer, as long as the caller comes back
-        for the next chunk in that time.
+        Seconds between looks at the host. A new VM is not overlooked for longer, as long as the caller comes back for
+        the next chunk in that time.
     inject, timeout
         As for `attach`.
     overlap : bool
-        Begin each Samples with the last sweep of those before, as long as the files are the same. Then `Samples.total`
-        and `Samples.mean_rate` of one after another leave nothing out; otherwise what happens between the last sweep of
-        one and the first of the next is in neither, and there are no rates where each has one sweep.
+        Begin each Samples with the last sweep of the previous one, as long as the files are the same. Then
+        `Samples.total` and `Samples.mean_rate` of successive Samples leave nothing out. Otherwise, changes between the
+        last sweep of one and the first of the next are in neither, and there are no rates if each has one sweep.
     chunk, wait, count, duration, depth, cpu, priority
-        As for `Sampler.stream`. `count` and `duration` are of the whole schedule, with or without VMs.
+        As for `Sampler.stream`. `count` and `duration` are those of the whole schedule, with or without VMs.
     threads, sched
-        As for `Sampler`. A vCPU whose thread is not known when it is taken up has no ``sched_*`` statistics until other
-        VMs or vCPUs come or go.
+        As for `Sampler`. A vCPU whose thread is not known when it is picked up has no ``sched_*`` statistics until
+        other VMs or vCPUs come or go.
 
     Returns
     -------
     Follow
-        For ``with``: an iterator over Samples, each of one set of files. It ends with the schedule; by `Follow.stop`;
-        or when all processes have ended, if only pids were given. A VM has its label (`FileInfo.vm`) as long as it is
-        there: its guest's name, or ``"pid 123"``, with the pid behind it if another VM had the name first.
+        For ``with``: an iterator over Samples, each of one set of files. It ends with the schedule, by `Follow.stop`,
+        or, if only pids were given, when all these processes have exited. A VM keeps its label (`FileInfo.vm`) as long
+        as it exists: its guest's name, or ``"pid 123"``, with the pid appended if another VM had the name first.
 
     Raises
     ------
     TypeError, ValueError
         For arguments of a wrong type or out of range.
     VmGoneError, AttachError
-        Where the block begins, if there is no process with a pid that was given, or it may not be held.
+        At the start of the block, if there is no process with a given pid, or it may not be held.
     KeyError
-        There or in the iteration, if a name or glob of `stats` fits no statistic: neither of VMs nor of vCPUs, once
-        files of both were seen; or if none fits anything.
+        There or in the iteration, if a name or glob of `stats` matches no statistic, neither of VMs nor of vCPUs, once
+        files of both were seen; or if none matches anything.
     OSError
         There or in the iteration, if /proc cannot be read.
     KvmStatsError, PermissionError, MemoryError
@@ -319,12 +320,12 @@ def follow(  # noqa: PLR0913 - what `attach` and `Sampler.stream` take
 
     Notes
     -----
-    Tick k is due at start + k * interval, whatever the files are by then: `Samples.tick` and `Samples.time` go on from
-    chunk to chunk. As a rule a change of files takes less than a ms. Ticks that it overtakes are counted in the next
-    chunk's `Samples.missed`, and those that pass while there is no VM in `Follow.idle`. A file whose VM goes has a
-    `SampleError` until the next look, at which it is left out.
+    Tick k is due at start + k * interval, whatever the files are by then: `Samples.tick` and `Samples.time` continue
+    from chunk to chunk. A change of files usually takes less than a ms. Ticks that pass meanwhile are counted in the
+    next chunk's `Samples.missed`, and those that pass while there is no VM in `Follow.idle`. A file whose VM goes has a
+    `SampleError` until the next look, and is then left out.
 
-    The host is looked at in the reader's thread, between chunks, while the run in the background goes on.
+    The reader's thread looks at the host, between chunks, while the run in the background goes on.
 
     Examples
     --------

@@ -70,7 +70,7 @@ class Turn:
 
 
 class Stream(Unique):
-    """An iterator over the Samples of a run in the background: made by `Sampler.stream`, used with ``with``.
+    """An iterator over the Samples of a run in the background; created by `Sampler.stream`, used with ``with``.
 
     Attributes
     ----------

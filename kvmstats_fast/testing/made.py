@@ -36,12 +36,12 @@ def make_samples(  # noqa: PLR0913 - samples have that many sides
     errors: Iterable[SampleError] = (),
     kernel: str = "",
 ) -> Samples:
-    """Make Samples up: of VMs that never were, over days that take no time.
+    """Make up Samples of imaginary VMs, even over days, in no time.
 
     Parameters
     ----------
     files : iterable of SyntheticStats
-        Whose statistics; what their memory holds does not matter. Those that have none of `values` are left out.
+        The files to sample; their own values do not matter. Those that have none of `values` are left out.
     values : mapping
         Names of statistics to raw values, whole numbers, which broadcast to ``(T, n)``, a histogram's to
         ``(T, n, buckets)``: T sweeps of the n files that have the statistic. uint64 of that shape is not copied.
@@ -50,10 +50,10 @@ def make_samples(  # noqa: PLR0913 - samples have that many sides
     start : str, datetime or datetime64
         Wall clock at tick 0, as for `Samples.between`.
     tick : array_like, optional
-        Tick of each sweep, ascending. Those between that are left out were missed. Default: one after another, as many
-        as the first of `values` has. A long run is made in parts, each with its own ticks.
+        Tick of each sweep, ascending; gaps are missed ticks. Default: consecutive, as many as the first of `values`
+        has. A long run is made in parts, each with its own ticks.
     errors : iterable of SampleError
-        Files, by their index in the samples, that failed, and at which sweep; their values are 0 from there on.
+        Files that failed, by their index in the samples, and at which sweep; their values are 0 from there on.
     kernel : str
         As in `Samples`.
 

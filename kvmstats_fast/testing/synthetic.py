@@ -43,8 +43,8 @@ class SyntheticStats(Closing):
     Parameters
     ----------
     arch : {"arm64", "mips", "powerpc-book3s", "powerpc-booke", "s390", "x86"}
-        Whose statistics: those of the original patch series, but for x86 in the merged layout those of Linux 6.18,
-        with histograms and booleans.
+        The architecture whose statistics it has: those of the original patch series, but for x86 in the merged layout
+        those of Linux 6.18, with histograms and booleans.
     kind : {"vm", "vcpu"}
     layout : {"merged", "v9", "v5", "v2"}
     byteorder : {"little", "big"}
@@ -60,8 +60,8 @@ class SyntheticStats(Closing):
     vcpu_id, pid : int
         What the id string says.
     vm, host, name : str
-        Whose it is, as `FileInfo` has it for files that are opened: the VM's label, the host, the guest's name. With
-        any of them `pid` is the VMM's, too.
+        The VM's label, the host and the guest's name, which `FileInfo` has for opened files. With any of them, `pid` is
+        the VMM's, too.
     count_defect : bool
         The x86 vCPU file of the original series as it was: the header counts bytes instead of descriptors, and behind
         the table stands other kernel memory, not the values.
@@ -191,7 +191,7 @@ class SyntheticStats(Closing):
 
     @property
     def schema(self) -> Schema:
-        """Header and descriptors, as those of a file that is opened."""
+        """Header and descriptors, as in an opened file."""
         return parse(self.to_bytes()).schema
 
     def open(self) -> StatsFile:
@@ -215,12 +215,12 @@ class SyntheticStats(Closing):
     # ---- what happens to VMs
 
     def die(self) -> None:
-        """Let the VMM exit: what was opened is let go of with `VmGoneError` (ESRCH), and nothing can be opened."""
+        """Let the VMM exit: opened files are closed with `VmGoneError` (ESRCH), and none can be opened."""
         self._gone = VmGoneError(errno.ESRCH, f"process {self.owner.pid} (synthetic) has exited, and its VM with it")
         self._revoke(self._gone)
 
     def rebuild(self) -> None:
-        """Let the VM be made anew: what was opened is let go of with `VmGoneError` (ENODEV), and counts begin at 0."""
+        """Let the VM be recreated: opened files are closed with `VmGoneError` (ENODEV), and counts begin at 0."""
         self._gone = None
         self._revoke(VmGoneError(errno.ENODEV, f"the VM of process {self.owner.pid} (synthetic) is gone"))
         self.recover()
@@ -232,7 +232,7 @@ class SyntheticStats(Closing):
             self._handles.pop().revoke(why)
 
     def fail(self, error: int = errno.EIO) -> None:
-        """Let every read fail, of files that were opened and of those that will be, until `recover`.
+        """Let every read fail, of files opened before and after, until `recover`.
 
         Parameters
         ----------
@@ -276,8 +276,8 @@ class SyntheticStats(Closing):
         KeyError
             If the file has no such statistic.
         ValueError
-            If the value does not fit an unsigned value of the file, or there are not as many as the statistic has, or
-            the file has the count defect and so no values.
+            If the value does not fit an unsigned value of the file, or the number of values is wrong, or the file has
+            the count defect and so no values.
         """
         stat, position = self._find(name)
         numbers = _numbers(value)

@@ -54,7 +54,7 @@ _HINTS = {
 class TinyGuest(Closing):
     """A real VM of a few pages, on x86-64 hosts: each vCPU runs a real-mode loop of one `out` instruction.
 
-    Each `out` makes the vCPU leave ``KVM_RUN`` once, so how much the exit counters must have moved is known exactly.
+    Each `out` makes the vCPU leave ``KVM_RUN`` once, so the exact change of the exit counters is known.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ class TinyGuest(Closing):
     Raises
     ------
     KvmUnavailableError
-        Where /dev/kvm is missing, not permitted or not usable, or the host is not x86-64.
+        If /dev/kvm is missing, not permitted or not usable, or the host is not x86-64.
 
     Notes
     -----
@@ -174,7 +174,7 @@ class TinyGuest(Closing):
         return run
 
     def open_stats(self) -> list[StatsFile]:
-        """Open all stats files: the VM's, then each vCPU's. They are the caller's to close."""
+        """Open all stats files: the VM's, then each vCPU's. The caller must close them."""
         self._check_open()
         with ExitStack() as opened:
             files = [opened.enter_context(StatsFile.open(fd)) for fd in (self.vm_fd, *self.vcpu_fds)]
@@ -194,7 +194,7 @@ class TinyGuest(Closing):
 
 @cache
 def exit_counter() -> str:
-    """Name of the statistic that counts TinyGuest's exits exactly, on this host's kind of KVM.
+    """Return the name of the statistic that counts TinyGuest's exits exactly, on this host's kind of KVM.
 
     ``"io_exits"`` on AMD and Intel hardware (``exits`` counts a few of other kinds too), ``"exits"`` on PVM, which
     emulates real mode and counts no I/O; there an exit that the host preempts may count twice (see `counts_right`).
@@ -212,14 +212,14 @@ def exit_counter() -> str:
 
 
 def counts_right(change: Mapping[str, int], exits: int) -> bool:
-    """Whether the exit counter of a vCPU's file moved as `exits` exits of a TinyGuest must move it.
+    """Return whether the exit counter of a vCPU's file changed as `exits` exits of a TinyGuest must change it.
 
     Parameters
     ----------
     change : mapping
-        How much each statistic of the vCPU moved; one that is missing did not move.
+        Change of each statistic of the vCPU; a missing one did not change.
     exits : int
-        How many exits the vCPU made.
+        Number of exits of the vCPU.
 
     Returns
     -------

@@ -45,26 +45,26 @@ class VmProcess:
     ----------
     pid : int
     vmm : str
-        The VMM's program, as ``"qemu-system-x86_64"``: the name of its file, or where that may not be seen, what its
-        command line or ``comm`` calls it.
+        The VMM's program, such as ``"qemu-system-x86_64"``: the name of its file, or if that is not accessible, the
+        name on its command line or in ``comm``.
     name : str
-        Name of the guest, where the command line tells it: QEMU ``-name``, Firecracker ``--id``, crosvm and kvmtool
-        ``--name``, StratoVirt ``-name``. Otherwise empty; cloud-hypervisor has no such option. Nothing makes it unique.
+        Name of the guest, if the command line has it: QEMU ``-name``, Firecracker ``--id``, crosvm and kvmtool
+        ``--name``, StratoVirt ``-name``. Otherwise empty; cloud-hypervisor has no such option. It need not be unique.
     uid : int
         Its real user.
     vms : int or None
-        How many VMs it has open. None if its files may not be seen.
+        Number of VMs it has open. None if its files are not accessible.
     vcpus : tuple of int, or None
-        Ids of the vCPUs it has open, ascending; with several VMs one may occur several times. None as above.
+        Ids of the vCPUs it has open, ascending; with several VMs an id may occur several times. None as above.
     held : tuple of HeldFile, or None
         The stats files it has open, by fd. None as above.
     start_time : int
-        When it started, in clock ticks since boot (field 22 of ``/proc/PID/stat``). Two looks that agree in pid and
-        start_time saw the same process.
+        When it started, in clock ticks since boot (field 22 of ``/proc/PID/stat``). The same pid and start_time mean
+        the same process.
     attachable : bool
-        Whether this process may take fds from it (``pidfd_getfd(2)``): the kernel's own answer, of that moment.
+        Whether this process may take fds from it (``pidfd_getfd(2)``): the kernel's own answer at that moment.
     why_not : str
-        Why it may not; empty if it may. What helps is in the error of `attach`.
+        Why it may not; empty if it may. The error of `attach` says how to change that.
     """
 
     pid: int
@@ -85,14 +85,14 @@ def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
     Parameters
     ----------
     proc : path
-        Where the proc file system is. If it is not that of this process' own pid namespace (the host's in a container,
+        Path of the proc file system. If it is not that of this process's own pid namespace (the host's in a container,
         a copy), nothing in it is attachable.
 
     Returns
     -------
     list of VmProcess
-        By pid. Left out are processes that end meanwhile, and those that have stats files but neither a VM nor a vCPU
-        open: monitors, which have them from a VMM.
+        Ordered by pid. Processes that exit meanwhile are left out, and so are monitors: processes that have stats files
+        open but neither a VM nor a vCPU.
 
     Raises
     ------
@@ -101,11 +101,12 @@ def find_vms(proc: str | os.PathLike[str] = "/proc") -> list[VmProcess]:
 
     Notes
     -----
-    A process shows its files to its own user if it is dumpable, and as a rule to root (``PTRACE_MODE_READ_FSCREDS``,
-    ``fs/proc/base.c``). Of any other process only the names are known. If one of them is that of a known VMM (QEMU,
-    Firecracker, cloud-hypervisor, crosvm, kvmtool, StratoVirt), the process is listed with None for what is not known;
-    otherwise it is left out. So without privilege a VM of another user's unknown VMM is missing, and so is what /proc
-    hides altogether: processes outside this pid namespace, and with the mount option ``hidepid`` those of other users.
+    The files of a process are visible to its own user if it is dumpable, and usually to root
+    (``PTRACE_MODE_READ_FSCREDS``, ``fs/proc/base.c``). Of any other process only the names are visible. If one of them
+    is that of a known VMM (QEMU, Firecracker, cloud-hypervisor, crosvm, kvmtool, StratoVirt), the process is listed
+    with None for what is not known; otherwise it is left out. So without privilege, VMs of another user's unknown VMM
+    are missing, and so are processes that /proc hides: those outside this pid namespace, and with the mount option
+    ``hidepid`` those of other users.
 
     A VM or vCPU that a process has open several times counts once if the kernel can tell (``kcmp(2)``); otherwise each
     fd counts.

@@ -53,18 +53,18 @@ def send_files(
     sock : socket.socket, int or object with fileno()
         A connected Unix stream socket. Its timeout and blocking mode do not matter and stay as they are.
     files : iterable of StatsFile, int or object with fileno()
-        Any number of them, in the order in which they will arrive. They stay open here, and the caller's.
+        Any number of them, in the order in which they will arrive. The caller keeps them, open.
     uid : int, optional
         The user that the peer must be. Default: the user of this process, or root.
     timeout : float or None
-        Seconds that the peer may take to make room, in all; None: no limit.
+        Seconds that the peer may take to make room, in total; None: no limit.
 
     Raises
     ------
     HandOverError
         If the peer belongs to another user (nothing is sent then), or closes the connection.
     TimeoutError
-        If the peer does not read. It has got some of the files, and will refuse them.
+        If the peer does not read. It has received some of the files, and will refuse them.
     TypeError, ValueError
         If `sock` is not a connected Unix stream socket.
     OSError
@@ -75,7 +75,7 @@ def send_files(
     Returns when the kernel has taken everything; nothing comes back from the peer, so a VMM never waits for its
     monitor. Files on their way are held by the kernel: the caller may close its own, and the socket.
 
-    Who the peer is comes from ``SO_PEERCRED``: the user of the process that called ``connect``, ``listen`` or
+    The peer's user comes from ``SO_PEERCRED``: that of the process that called ``connect``, ``listen`` or
     ``socketpair``.
     """
     fds = [_sendable(i, file) for i, file in enumerate(files)]
@@ -89,7 +89,7 @@ def send_files(
 
 
 def receive_files(sock: int | HasFileno, *, uid: int | None = None, timeout: float | None = 30.0) -> list[StatsFile]:
-    """Return the stats files that `send_files`, or a VMM that speaks its protocol, hands over.
+    """Receive the stats files that `send_files`, or a VMM that speaks its protocol, hands over.
 
     Parameters
     ----------
@@ -98,13 +98,13 @@ def receive_files(sock: int | HasFileno, *, uid: int | None = None, timeout: flo
     uid : int, optional
         The user that the peer must be. Default: the user of this process, or root.
     timeout : float or None
-        Seconds that the peer may take, in all; None: no limit.
+        Seconds that the peer may take in total; None: no limit.
 
     Returns
     -------
     list of StatsFile
-        In the order in which they were sent; they own their fds, which are close-on-exec. Not a byte after the
-        hand-over is read, so the connection can go on to serve something else.
+        In the order in which they were sent; they own their fds, which are close-on-exec. No byte after the hand-over
+        is read, so the connection is free for other use.
 
     Raises
     ------

@@ -34,26 +34,26 @@ def inherited_files(name: str | None = None, *, unset_environment: bool = False)
     name : str, optional
         Only fds of this name (``FileDescriptorName=``, ``FDNAME=``).
     unset_environment : bool
-        Remove the variables, so that no child takes them for its own. Also done if an error is raised.
+        Remove the variables, so that no child takes them for its own. Also if an error is raised.
 
     Returns
     -------
     list of StatsFile
-        Those of the fds that are stats files, in order; empty if nothing was passed to this process. They own their
-        fds. The other fds stay open.
+        The fds that are stats files, in order; empty if nothing was passed to this process. They own their fds. The
+        other fds stay open.
 
     Raises
     ------
     ValueError
-        If a variable is not what ``sd_listen_fds(3)`` calls valid.
+        If a variable is not valid according to ``sd_listen_fds(3)``.
     OSError
         If an fd that is announced is not open, or a stats file cannot be read.
     FormatError
-        If one is a stats file of a kind that this package cannot read. After an error all fds stay open.
+        If one is a stats file that this package cannot read. After an error all fds stay open.
 
     Notes
     -----
-    All passed fds, stats files or not, are made close-on-exec. What is a stats file is told by its link in
+    All passed fds, stats files or not, are made close-on-exec. A stats file is recognised by its link in
     ``/proc/self/fd``: ``anon_inode:kvm-vm-stats`` and the like (``virt/kvm/kvm_main.c``), and the files that
     `StatsFile.from_bytes` and `SyntheticStats` make.
     """

@@ -36,16 +36,17 @@ def launch(
     env: Mapping[str, str] | None = None,
     **popen: Any,
 ) -> VirtualMachine:
-    """Start a VMM, and return the statistics of its VM; no privilege is needed.
+    """Start a VMM, and return the stats files of its VM; no privilege is needed.
 
-    It runs under the hold library, which opens the stats file of each VM and vCPU that it makes, and keeps it open.
+    It runs under the hold library, which opens the stats file of each VM and vCPU that it creates, and keeps it open.
 
     Parameters
     ----------
     argv : sequence of str or path
         The VMM, any dynamically linked program, and its arguments.
     vcpus : int, optional
-        How many vCPUs to wait for. Default: until there is a VM with a vCPU, and no other one was made for 50 ms.
+        Number of vCPUs to wait for. Default: wait until there is a VM with a vCPU, and no other vCPU was created for 50
+        ms.
     timeout : float
         Seconds to wait.
     env, **popen
@@ -54,13 +55,13 @@ def launch(
     Returns
     -------
     VirtualMachine
-        Its attribute `process` is the ``Popen``. vCPUs that are made later are added by `refresh`.
+        Its attribute `process` is the ``Popen``. `refresh` adds vCPUs that are created later.
 
     Raises
     ------
     AttachError
         If the program cannot be made to hold its files (it is static, or setuid), before it is started; or if it has
-        made no VM, or fewer vCPUs, in `timeout` seconds: then it has been killed.
+        created no VM, or too few vCPUs, within `timeout` seconds: then it has been killed.
     VmGoneError
         If it exits before that.
     OSError

@@ -33,10 +33,10 @@ LONGEST = 1e9
 
 
 class VirtualMachine(Closing):
-    """The stats files of a running VM that this process may not have started; made by `attach` and `launch`.
+    """The stats files of a running VM, whoever started it; created by `attach` and `launch`.
 
-    It can be sampled as it is, ``Sampler(machine)``, and with others, ``Sampler([one, another])``. When its VMM exits
-    its files are closed at once, because an open stats file keeps the memory of its VM in the kernel allocated; a run
+    Pass it to a Sampler, ``Sampler(machine)``, alone or with others, ``Sampler([one, another])``. When its VMM exits,
+    its files are closed at once, because an open stats file keeps the memory of its VM allocated in the kernel; a run
     goes on with the others, and has a `SampleError` with a `VmGoneError` for each of its files.
 
     Attributes
@@ -44,9 +44,9 @@ class VirtualMachine(Closing):
     pid : int
         Of the VMM.
     vmm, name : str
-        The VMM's program, and what its command line calls the guest (empty: nothing).
+        The VMM's program, and the name of the guest on its command line (empty: none).
     about : VmProcess
-        What `find_vms` says of the VMM, as of `attach` or the last `refresh`.
+        The VMM as `find_vms` describes it, as of `attach` or the last `refresh`.
     how : {"borrow", "inject", "launch"}
         How its files were obtained.
     vm : StatsFile or None
@@ -57,7 +57,7 @@ class VirtualMachine(Closing):
     files : tuple of StatsFile
         All of them.
     process : subprocess.Popen or None
-        The VMM, if `launch` started it; it is the caller's to end and to wait for.
+        The VMM, if `launch` started it; the caller must end it and wait for it.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class VirtualMachine(Closing):
 
     @property
     def alive(self) -> bool:
-        """Whether the VMM runs."""
+        """Whether the VMM is running."""
         if self._watched.gone is not None:
             return False
         if self._closed:
@@ -97,19 +97,19 @@ class VirtualMachine(Closing):
 
     @property
     def threads(self) -> dict[int, int]:
-        """The thread (tid) that runs each vCPU, by the vCPU's number, of those vCPUs whose thread is known.
+        """The thread (tid) that runs each vCPU, by the vCPU's number; only vCPUs whose thread is known.
 
         Raises
         ------
         VmGoneError
             If the VMM has exited.
         AttachError
-            If its folder in /proc may not be seen.
+            If its directory in /proc is not accessible.
 
         Notes
         -----
-        What is not known now may be known later: a vCPU that never sleeps shows its thread by no system call. `explain`
-        says of whom nothing is known, once this was asked for.
+        A thread that is not known now may be known later: a vCPU that never sleeps does not reveal its thread by a
+        system call. After this was accessed, `explain` names the vCPUs whose thread is not known.
         """
         return {vcpu_id: thread.tid for vcpu_id, thread in self._find_threads().items()}
 
@@ -117,9 +117,9 @@ class VirtualMachine(Closing):
     def threads_known_by(self) -> dict[int, KnownBy]:
         """How the thread of each vCPU in `threads` is known, by the vCPU's number.
 
-        ``"KVM_RUN"``: it was seen in this call for the vCPU's fd. ``"name"``: it is called so, as ``CPU 0/KVM``,
-        ``fc_vcpu 0`` and ``vcpu0`` are. ``"id"``: the id of the vCPU's stats file names it, which is right where each
-        thread makes the vCPU that it runs, as QEMU's do.
+        ``"KVM_RUN"``: the thread was seen in this call for the vCPU's fd. ``"name"``: its name says so, such as ``CPU
+        0/KVM``, ``fc_vcpu 0`` or ``vcpu0``. ``"id"``: the id of the vCPU's stats file names it, which is right if each
+        thread creates the vCPU that it runs, as in QEMU.
         """
         return {vcpu_id: thread.known_by for vcpu_id, thread in self._find_threads().items()}
 
@@ -140,12 +140,12 @@ class VirtualMachine(Closing):
         return known
 
     def look(self) -> bool:
-        """Notice now, instead of within a second, that a VM of a running VMM is gone.
+        """Check now, instead of within a second, whether a VM of a running VMM is gone.
 
         Returns
         -------
         bool
-            Whether all files are open: those of a VM that is gone are closed.
+            Whether all files are open; those of a VM that is gone are closed.
         """
         with WATCHER.lock:
             if not self._closed and self._watched.gone is None:
@@ -157,7 +157,7 @@ class VirtualMachine(Closing):
         return self._watched.shares_vm(other._watched)
 
     def refresh(self, inject: bool = False, *, timeout: float = 2.0) -> bool:
-        """Look again: add vCPUs that were plugged in, close files that the VMM has closed.
+        """Add vCPUs that were plugged in, and close files that the VMM has closed.
 
         Parameters
         ----------
@@ -167,14 +167,14 @@ class VirtualMachine(Closing):
         Returns
         -------
         bool
-            Whether anything changed. A Sampler samples the files it was made with: make another one then.
+            Whether anything changed. A Sampler keeps sampling the files it was created with: create a new one then.
 
         Raises
         ------
         VmGoneError
             If the VMM has exited.
         AttachError
-            If the process may not be attached to any more.
+            If the process can no longer be attached to.
         """
         timeout = check_seconds("timeout", timeout, LONGEST, zero=False)
         self._check_alive()
@@ -213,7 +213,7 @@ class VirtualMachine(Closing):
         return bool(fresh or stale)
 
     def explain(self) -> str:
-        """Return what could not be had, why, and what would get it; empty if nothing is missing."""
+        """Return what is missing, why, and how to get it; empty if nothing is missing."""
         if self._watched.gone is not None:
             return str(self._watched.gone.strerror)
         lines = list(self._trouble)
@@ -280,26 +280,26 @@ class VirtualMachine(Closing):
 
 
 def attach(pid: int | str, inject: bool = False, *, timeout: float = 2.0) -> VirtualMachine:
-    """Return the statistics of a running VM, whoever started it.
+    """Attach to a running VM, whoever started it, and return its stats files.
 
-    The stats files that its VMM holds are borrowed, which the VMM does not notice. QEMU from 8.1 on holds those of its
-    vCPUs; what was started by `launch` or under the hold library holds all.
+    The stats files that its VMM holds are borrowed; the VMM does not notice. QEMU from 8.1 on holds those of its vCPUs;
+    a VMM that was started by `launch` or under the hold library holds all.
 
     Parameters
     ----------
     pid : int or str
-        Of the VMM; `find_vms` lists them. Or the guest's name, if one VM of the host has it.
+        Pid of the VMM, see `find_vms`; or the guest's name, if exactly one VM of the host has it.
     inject : bool
-        Have the VMM's own threads open the files that it does not hold, by ptrace (x86-64). Each thread is stopped for
-        a moment, and a system call that it sleeps in ends as by a signal. The files stay open in the VMM, so this is
-        needed once for each VM. Read ``docs/attach.md`` before you do this to a VM that matters.
+        Make the VMM's own threads open the files that it does not hold, by ptrace (x86-64). Each thread is stopped for
+        a moment, and a system call that it sleeps in is interrupted as by a signal. The files stay open in the VMM, so
+        this is needed once per VM. Read ``docs/attach.md`` before you do this to a VM that matters.
     timeout : float
         Seconds for `inject`.
 
     Returns
     -------
     VirtualMachine
-        With what could be had; ``explain()`` says what could not, and what would get it.
+        With the files that were obtained; ``explain()`` says what is missing, and how to get it.
 
     Raises
     ------
@@ -308,9 +308,8 @@ def attach(pid: int | str, inject: bool = False, *, timeout: float = 2.0) -> Vir
     VmGoneError
         If there is no such process, or it exits meanwhile.
     AttachError
-        If nothing can be had: not permitted, no VM, stats files of other processes only, or a VMM that holds none; or
-        if no VM has the name, or several have. The message says which of these it is, and what to do, the least
-        intrusive first.
+        If no file can be obtained: not permitted, no VM, stats files of other processes only, or a VMM that holds none;
+        or if no VM has the name, or several have. The message says which, and what to do, the least intrusive first.
     """
     timeout = check_seconds("timeout", timeout, LONGEST, zero=False)
     with ExitStack() as opened:
