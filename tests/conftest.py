@@ -58,6 +58,13 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"real-VM tests: {ran} ran, {skipped} skipped")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _hang_ups():
+    """Let programs end of SIGHUP, also where nohup has it ignored: what is handled here, they do not inherit."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+
+
 @pytest.fixture
 def resources():
     """An ExitStack that is closed at the end of the test."""
