@@ -10,6 +10,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -613,7 +614,7 @@ sys.stdin.read()
 def test_a_traced_process_is_refused(target):
     """Whose threads a debugger has are left to it, and the message says which process that is."""
     vmm_process = target(1, 2)
-    command = [shutil.which("python3"), "-c", TRACER, str(vmm_process.pid)]
+    command = [sys.executable, "-c", TRACER, str(vmm_process.pid)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as tracer:
         assert tracer.stdout.readline() == "traced\n"
         results = open_missing(vmm_process.pid, timeout=30)  # of which it takes little: no thread is left to try
