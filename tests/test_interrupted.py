@@ -74,6 +74,8 @@ def _interrupt(work, before, settle):
     machine = before()
     end([machine, work(machine)])  # the first time, what is kept for good is made: the watch has its fds
     files, processes = open_files(), children()
+    gc.collect()
+    gc.freeze()  # each collection below is of what is made below
     for at in count(1, STEP):
         got = [before()]
         with CtrlC(at) as ctrl_c:
