@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+#: What a program begins with that makes its VMs by itself.
+WITH_GUESTS = (
+    f"import sys; sys.path.append({str(Path(__file__).parent)!r})\nfrom small_guest import TinyGuest, stats_of\n"
+)
 
 #: Each line of its stdin is run; `guest`, `files` and `spare`, fds below those of the VM, are there.
-_PROGRAM = """
-import ctypes, os, sys
+_PROGRAM = f"""{WITH_GUESTS}
+import ctypes, os
 spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
-from kvmstats_fast.testing import TinyGuest
 if len(sys.argv) > 4:
     with open("/proc/self/comm", "w") as comm:
         comm.write("qemu-system-x86")

@@ -63,7 +63,7 @@ def test_borrowed_files_give_the_values_of_the_vm_as_it_runs():
 @pytest.mark.real_vm
 def test_files_of_vms_come_before_those_of_vcpus_in_whatever_order_they_were_opened():
     """Of the process, the last vCPU's was the first."""
-    backwards = "files = [type(files[0]).open(fd) for fd in (*reversed(guest.vcpu_fds), guest.vm_fd)]"
+    backwards = "files = [stats_of(fd) for fd in (*reversed(guest.vcpu_fds), guest.vm_fd)]"
     with Holder(3, hold="vcpus", before=backwards) as other, borrowed(other.pid) as files:
         assert other.fds == sorted(other.fds)
         assert [(file.kind, file.vcpu_id) for file in files] == [("vm", None), ("vcpu", 0), ("vcpu", 1), ("vcpu", 2)]

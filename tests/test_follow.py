@@ -152,12 +152,11 @@ def test_a_vm_that_is_made_anew_keeps_its_label_and_a_vcpu_joins_it(resources):
     with kf.follow([WEB, DB], interval=0.001, stats=["exits", "remote_tlb_flush"], rescan=0.1) as chunks:
         read = [next(chunks)]
         assert [str(info) for info in read[0].files] == [WEB, f"{WEB}/0", DB, f"{DB}/0"]
-        vmm.do("import fcntl, kvmstats_fast as kf; vcpu = fcntl.ioctl(guest.vm_fd, 0xAE41, 1)")  # KVM_CREATE_VCPU
-        vmm.do("files.append(kf.StatsFile.open(vcpu))")
+        vmm.do("guest.add_vcpu(); files.append(stats_of(guest.vcpu_fds[1]))")
         read += read_until(chunks, lambda x: len(x.files) == 5)
         assert [str(info) for info in read[-1].files] == [WEB, *(f"{WEB}/{i}" for i in range(2)), DB, f"{DB}/0"]
         machine = chunks.machines[WEB]
-        vmm.do("[file.close() for file in files]; os.close(vcpu); guest.close()")
+        vmm.do("[file.close() for file in files]; guest.close()")
         vmm.do("guest = TinyGuest(3); files = guest.open_stats()")
         read += read_until(chunks, lambda x: len(x.files) == 6)
         assert [str(info) for info in read[-1].files] == [WEB, *(f"{WEB}/{i}" for i in range(3)), DB, f"{DB}/0"]

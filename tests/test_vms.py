@@ -391,9 +391,7 @@ def test_totals_are_what_guests_did_whatever_happened_to_them(resources, tmp_pat
         read_until(lambda x: x.time[-1] > now)
 
     do(100, f"{web}/0", f"{db}/0")
-    vmms[web].do("import fcntl, kvmstats_fast as kf, mmap; guest._runs.append(None)")
-    vmms[web].do("guest.vcpu_fds += (guest._keep(fcntl.ioctl(guest.vm_fd, 0xAE41, 1)),)")  # KVM_CREATE_VCPU
-    vmms[web].do("files.append(kf.StatsFile.open(guest.vcpu_fds[1]))")
+    vmms[web].do("guest.add_vcpu(); files.append(stats_of(guest.vcpu_fds[1]))")
     do(200, f"{web}/0", f"{web}/1", f"{db}/0")
     vmms[web].do("[file.close() for file in files]; guest.close(); guest = TinyGuest(1); files = guest.open_stats()")
     do(300, f"{web}/0", f"{db}/0")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import exit_status, forked, open_fds, run_while, stats_fds, until
+from holder import WITH_GUESTS
 
 import kvmstats_fast as kf
 from kvmstats_fast.vmm import mark, watch
@@ -18,9 +19,8 @@ from kvmstats_fast.vmm.borrow import hold_process
 from kvmstats_fast.vmm.inject import open_missing
 
 #: A VMM that runs each line of its stdin.
-VMM = """
-import os, sys
-from kvmstats_fast.testing import TinyGuest
+VMM = f"""{WITH_GUESTS}
+import os
 def boot(vcpus=1):
     guest = TinyGuest(vcpus)
     return guest, guest.open_stats()
