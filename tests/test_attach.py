@@ -24,6 +24,7 @@ from kvmstats_fast.cli import main
 from kvmstats_fast.vmm import borrow as borrowing
 from kvmstats_fast.vmm import machine as machine_module
 from kvmstats_fast.vmm import proc as proc_module
+from kvmstats_fast.vmm.proc import Process
 from kvmstats_fast.vmm.watch import WATCHER
 
 #: A VMM that is there as soon as a busy machine lets it: the interpreter imports next to nothing.
@@ -470,6 +471,14 @@ def test_a_program_that_makes_no_vm_is_ended_and_said_so():
     """One that exits, one that goes on without a VM: nothing of it is left."""
     with pytest.raises(kf.VmGoneError, match="exited with status 3 before it had made a VM"):
         kf.launch([sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(kf.VmGoneError, match=r"exited with status 0 \(one that goes into the background"):
+        kf.launch([sys.executable, "-c", ""])
+    for number, then in (
+        (signal.SIGKILL, "before"),
+        (signal.SIGSYS, r"\(a seccomp filter that does not know KVM_GET_"),
+    ):
+        with pytest.raises(kf.VmGoneError, match=rf"was killed by signal {number:d} {then}"):
+            kf.launch([sys.executable, "-c", f"import os; os.kill(os.getpid(), {number:d})"])
     fds = open_fds()
     with pytest.raises(kf.AttachError, match=r"made no VM with a vCPU in 0\.3 s, and was killed.*-accel kvm") as caught:
         kf.launch([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.3, stdout=subprocess.PIPE)
@@ -548,3 +557,45 @@ def test_attach_with_inject_has_everything_and_the_next_only_borrows(tmp_path, r
     with kf.attach(process.pid, inject=True) as again:
         assert again.how == "borrow"
         assert len(again.files) == 5
+
+
+@pytest.mark.real_vm
+def test_a_vmm_that_cannot_be_seen_yet_is_waited_for(monkeypatch):
+    """As between its fork and its start: that is no VM without files."""
+    kvm_files, refused = Process.kvm_files, []
+
+    def be_hidden(process):
+        if len(refused) < 3:
+            refused.append(process.pid)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return kvm_files(process)
+
+    monkeypatch.setattr(Process, "kvm_files", be_hidden)
+    with kf.launch([*QUICKLY, VMM + "time.sleep(60)"], vcpus=1) as machine, machine.process as process:
+        assert len(refused) == 3
+        assert [file.vcpu_id for file in machine.vcpus] == [0]
+        process.kill()
+
+
+@pytest.mark.real_vm
+def test_a_process_whose_threads_may_not_be_seen_has_no_known_ones(holder, monkeypatch):
+    """The error names their folder; what is read of the VM is read on."""
+
+    def refuse(process):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"{process.folder}/task")
+
+    with kf.attach(holder.pid) as machine:
+        monkeypatch.setattr(Process, "threads", refuse)
+        with pytest.raises(kf.AttachError, match=rf"reading /proc/{holder.pid}/task") as caught:
+            machine.threads  # noqa: B018 - it raises
+        assert caught.value.errno == errno.EACCES
+        machine.vm.read()
+
+
+@pytest.mark.real_vm
+def test_a_process_with_several_vms_is_explained(resources):
+    """Whose vCPU is whose nobody can know: `vm` is None, and the files are all there."""
+    vmm = resources.enter_context(Holder(1, before="more = TinyGuest(1); held = more.open_stats()"))
+    with kf.attach(vmm.pid) as machine:
+        assert (machine.vm, len(machine.files)) == (None, 4)
+        assert f"process {vmm.pid} has 2 VMs: their files are in `files`" in machine.explain()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from helpers import NOBODY, CtrlC, examples, exit_status, forked, open_fds
+from helpers import NOBODY, CtrlC, examples, exit_status, forked, open_fds, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -796,3 +797,49 @@ def test_real_stats_files_are_known_by_their_links(listen, monkeypatch, guest, s
         assert [(file.fileno(), file.vcpu_id) for file in files] == [(801, None), (802, 0), (803, 1)]
     for fd in (high[0], *high[4:]):
         os.close(fd)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """What was waited for; the first time for each, the socket is said to be ready when it is not."""
+    wait, waits = handover._wait, []
+
+    def be_hasty(connection, event, deadline, progress):
+        waits.append(event)
+        if waits.count(event) > 1:
+            wait(connection, event, deadline, progress)
+
+    monkeypatch.setattr(handover, "_wait", be_hasty)
+    return waits
+
+
+def test_a_sender_waits_for_room_that_another_has_taken(pair, files, waits):
+    """That there was some a moment ago promises nothing: the files arrive, whole."""
+    one, other = pair
+    filled = 0
+    with suppress(BlockingIOError):
+        while True:
+            filled += one.send(b"x" * 4096, socket.MSG_DONTWAIT)
+    sender = threading.Thread(target=kf.send_files, args=(one, files))
+    sender.start()
+    assert until(lambda: waits.count(select.POLLOUT) > 1)
+    while filled:
+        filled -= len(other.recv(min(filled, 4096)))
+    with received(other) as got:
+        assert [file.id for file in got] == [file.id for file in files]
+    sender.join(20)
+    assert not sender.is_alive()
+
+
+def test_a_receiver_waits_for_what_another_has_taken(pair, files, waits):
+    """That something was there a moment ago promises nothing: the files arrive, whole."""
+    one, other = pair
+    got = []
+    receiver = threading.Thread(target=lambda: got.extend(kf.receive_files(other)))
+    receiver.start()
+    assert until(lambda: waits.count(select.POLLIN) > 1)
+    kf.send_files(one, files)
+    receiver.join(20)
+    assert [file.id for file in got] == [file.id for file in files]
+    for file in got:
+        file.close()

@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from functools import cache
 from importlib import machinery
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -597,3 +598,25 @@ def test_the_library_says_what_its_file_says():
     """The number of the place in hold.c is the one that vmm.c looks from."""
     assert re.search(r"#define HOLD_OFFSET (\d+)", SOURCE.read_text())[1] == "512"
     assert "FIRST_HELD = 512" in VMM.read_text()
+
+
+def test_where_the_kernel_gives_no_privilege_the_bits_mean_none(tmp_path, monkeypatch):
+    """On a file system that is mounted nosuid anybody may hold a program that is setuid."""
+    program = program_of(tmp_path / "vmm", elf(), 0o4755)
+    monkeypatch.setattr(os, "getuid", lambda: program.stat().st_uid + 1)
+    with pytest.raises(kf.AttachError, match="it is setuid to uid"):
+        hold.check_can_hold(program)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOSUID))
+    hold.check_can_hold(program)
+
+
+def test_capabilities_that_cannot_be_looked_for_are_the_kernels_error(tmp_path, monkeypatch):
+    """They are not taken to be none."""
+
+    def listxattr(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr(os, "getuid", lambda: NOBODY)
+    monkeypatch.setattr(os, "listxattr", listxattr)
+    with pytest.raises(OSError, match="Input/output error"):
+        hold.check_can_hold(program_of(tmp_path / "vmm", elf()))

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import json
+import mmap
 import os
 import platform
 import shlex
@@ -914,3 +915,37 @@ def test_every_result_has_its_message():
     assert names == {result.name for result in Result} == {result.name for result in inject._MESSAGES}
     assert set(inject._ERRNO) == set(Result)
     assert set(inject._STEPS) == {*STEPS.values(), lib.KVMSTATS_STEP_NONE}
+
+
+def test_off_x86_64_injection_is_said_to_be_no_way(monkeypatch):
+    """Before anything is looked at, with what to do instead."""
+
+    class Elsewhere:
+        def __getattr__(self, name):
+            return getattr(lib, name)
+
+        def kvmstats_inject(self, _):
+            return int(Result.UNSUPPORTED)
+
+    monkeypatch.setattr(inject, "lib", Elsewhere())
+    with pytest.raises(AttachError, match=r"only on x86-64 .* hand them over") as caught:
+        open_missing(os.getpid())
+    assert caught.value.errno == errno.ENOTSUP
+
+
+def test_code_is_looked_for_as_far_as_its_file_goes(tmp_path):
+    """A mapping may be longer: what lies behind the end of the file is no code, and no error."""
+    page = mmap.PAGESIZE
+    (tmp_path / "code").write_bytes(b"x" * 100)
+    with (tmp_path / "code").open("r+b") as file, mmap.mmap(-1, 4 * page) as room:
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, *[ctypes.c_long] * 5]
+        at = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        fixed = 0x10 | mmap.MAP_PRIVATE
+        assert libc.mmap(at, 3 * page, mmap.PROT_READ, fixed, file.fileno(), 0) == at
+        with Process(os.getpid()).open_memory() as memory:
+            assert inject._read_code(memory.fileno(), at, at + 3 * page) == b"x" * 100 + bytes(page - 100)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(inject, "_PIECE", page)
+            with Process(os.getpid()).open_memory() as memory:
+                assert inject._read_code(memory.fileno(), at, at + 3 * page) == b"x" * 100 + bytes(page - 100)

@@ -19,6 +19,8 @@ from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.errors import VmGoneError
 from kvmstats_fast.vmm import proc as proc_module
 from kvmstats_fast.vmm.borrow import hold_process, list_files
+from kvmstats_fast.vmm.find import is_domain
+from kvmstats_fast.vmm.hazard import has_filter
 from kvmstats_fast.vmm.inject import open_missing
 from kvmstats_fast.vmm.proc import KvmFile, Process, kvm_file
 
@@ -376,3 +378,43 @@ def test_a_process_lets_go_of_its_pidfds():
     with pytest.raises(ValueError, match="is not held"):
         Process(os.getpid()).check_alive()
     assert Path(process.folder) == Path("/proc", str(os.getpid()))
+
+
+def test_what_is_asked_of_a_process_that_has_ended_is_answered_with_no():
+    """It has no filter, is nobody's domain, and holds nothing: that it is gone is said by whoever needs it."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    gone = Process(process.pid)
+    assert (has_filter(gone), is_domain(gone), gone.held_pids(), gone.activity()) == (False, False, set(), None)
+
+
+@needs_root
+@pytest.mark.real_vm
+def test_another_user_sees_a_vmm_of_its_own_whose_first_thread_has_ended(leaderless, open_folder):
+    """The folder of what has ended is root's: its files are seen through a thread that lives."""
+    program = shutil.copy(leaderless, open_folder)
+    command = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--groups", str(Path("/dev/kvm").stat().st_gid)]
+    with running(*command, program, "hold") as vmm:
+
+        def look():
+            assert [file.kind for file in Process(vmm.pid).kvm_files() if file.is_stats] == ["vm", "vcpu"]
+
+        assert until(lambda: b"Z" in Path(f"/proc/{vmm.pid}/stat").read_bytes().rpartition(b")")[2])
+        look()
+        assert exit_status(forked(look, NOBODY)) == 0
+
+
+def test_files_are_seen_through_another_thread_when_one_ends(monkeypatch):
+    """That through which they were looked at: while any lives, the process has not ended."""
+    links, seen = Process._links, []
+
+    def be_gone(process):
+        seen.append(process.tid)
+        if len(seen) == 1:
+            process._tid = 1 << 22  # no thread has this number
+            raise FileNotFoundError(errno.ENOENT, "gone")
+        return links(process)
+
+    monkeypatch.setattr(Process, "_links", be_gone)
+    assert Process(os.getpid()).kvm_files() == []
+    assert len(seen) == 2

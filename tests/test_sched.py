@@ -16,9 +16,11 @@ from qemu import needs_qemu, plain_qemu, until
 import kvmstats_fast as kf
 from kvmstats_fast._resource import Fd
 from kvmstats_fast.cli import main
+from kvmstats_fast.sampling import vcpu_threads
 from kvmstats_fast.sampling.plan import Plan, Rows
 from kvmstats_fast.schedstat import STATS, Schedstat, with_thread
 from kvmstats_fast.testing import SyntheticStats
+from kvmstats_fast.vmm import threads
 from kvmstats_fast.vmm.proc import KvmFile
 from kvmstats_fast.vmm.threads import find_threads
 
@@ -452,3 +454,27 @@ def test_qemu_s_vcpus_have_their_threads_and_their_times(tmp_path, resources):
         read = np.transpose([sampler.view(name) for name in NAMES])
         assert (np.array(before) <= read).all()
         assert (read <= np.array(after)).all()
+
+
+def test_ids_name_no_thread_of_another_pid_namespace(monkeypatch):
+    """Their numbers are those of the first one, which here may be others' or nobody's."""
+    monkeypatch.setattr(threads, "FIRST_NAMESPACE", "pid:[1]")
+    assert threads_of(dict.fromkeys((10, 11, 12), NO_CALL), ("kvm-10", "kvm-11/vcpu-0", "kvm-12/vcpu-1")) == {}
+
+
+@pytest.mark.parametrize(
+    ("tid", "error", "text"),
+    [
+        (1 << 22, FileNotFoundError(), "has ended"),  # no thread has this number
+        (None, FileNotFoundError(), "built without CONFIG_SCHED_INFO"),
+        (None, ProcessLookupError(), "has ended"),
+    ],
+)
+def test_why_a_thread_has_no_schedstat_is_told(monkeypatch, tid, error, text):
+    """One that has ended, before or while it is read, or a kernel that has none of any."""
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(vcpu_threads.Schedstat, "open", refuse)
+    assert text in vcpu_threads._open(os.getpid(), tid or threading.get_native_id())

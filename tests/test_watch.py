@@ -3,6 +3,7 @@
 import _thread
 import errno
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import kvmstats_fast as kf
 from kvmstats_fast.vmm import mark, watch
 from kvmstats_fast.vmm.borrow import hold_process
 from kvmstats_fast.vmm.inject import open_missing
+from kvmstats_fast.vmm.proc import KvmFile, Process
 
 #: A VMM that runs each line of its stdin.
 VMM = f"""{WITH_GUESTS}
@@ -332,6 +334,33 @@ def test_a_watch_that_cannot_begin_is_an_error_that_names_the_limits(vmm):
             assert open_fds() == fds
 
     assert exit_status(forked(work)) == 0
+
+
+def test_a_watch_for_which_no_file_can_be_opened_is_an_error_that_says_so(vmm):
+    """Of `attach`, with the kernel's errno; nothing stays open."""
+    vmm.do("guest, files = boot()")
+
+    def refuse():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(select, "epoll", refuse)
+            fds = open_fds()
+            with pytest.raises(kf.AttachError, match="the VMM cannot be watched: Too many open files") as caught:
+                kf.attach(vmm.pid)
+            assert caught.value.errno == errno.EMFILE
+            assert open_fds() == fds
+        kf.attach(vmm.pid).close()
+
+    assert exit_status(forked(work)) == 0
+
+
+def test_a_file_that_is_closed_while_marks_are_looked_for_is_nobodys(monkeypatch):
+    """It has none; the others are looked at."""
+    files = [KvmFile("vm", None, fd, is_stats=True) for fd in (1 << 20, 0)]
+    monkeypatch.setattr(mark, "_is_there", lambda _: True)
+    assert mark.drop_dead(Process(os.getpid()), files) == files
 
 
 def test_a_borrower_is_no_vmm(vmm):
