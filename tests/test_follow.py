@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -588,3 +589,114 @@ def test_a_host_that_takes_long_to_look_at_is_looked_at_half_of_the_time(monkeyp
     with kf.follow("no-such-guest", 0.001, rescan=0.001, duration=0.4) as chunks:
         assert list(chunks) == []
     assert np.diff(begins).min() >= 0.04
+
+
+# ---- what fails once
+
+
+@pytest.mark.real_vm
+def test_a_vm_for_which_no_file_was_free_is_tried_again(monkeypatch, living):
+    """Though it has not changed: whoever has closed files meanwhile, it is followed then."""
+    attach, attempts = roster_module.attach, []
+
+    def be_full(*arguments, **options):
+        attempts.append(arguments)
+        if len(attempts) < 3:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return attach(*arguments, **options)
+
+    monkeypatch.setattr(roster_module, "attach", be_full)
+    with kf.follow(living.pid, 0.001, "exits", rescan=0.02) as chunks:
+        assert "Too many open files" in chunks.refused[living.pid]
+        assert pids(next(chunks)) == {living.pid}
+        assert not chunks.refused
+    assert len(attempts) == 3
+
+
+@pytest.mark.real_vm
+def test_a_vm_that_cannot_be_refreshed_is_read_on(monkeypatch, resources):
+    """With the files that are had; why is told until it can be."""
+    vmm = resources.enter_context(Holder(1))
+
+    def refuse(*_, **__):
+        raise kf.AttachError(errno.EMFILE, "no file is free")
+
+    with kf.follow(vmm.pid, 0.001, "exits", rescan=0.02) as chunks:
+        next(chunks)
+        with monkeypatch.context() as patch:
+            patch.setattr(kf.VirtualMachine, "refresh", refuse)
+            vmm.do("files += guest.open_stats()")
+            read_until(chunks, lambda _: vmm.pid in chunks.refused)
+            assert "no file is free" in chunks.refused[vmm.pid]
+            assert pids(next(chunks)) == {vmm.pid}
+        read_until(chunks, lambda _: vmm.pid not in chunks.refused)
+
+
+@pytest.mark.real_vm
+def test_a_process_that_took_a_pid_between_two_looks_is_not_the_one_that_was_seen(monkeypatch, living):
+    """It is looked at anew, and followed if it is wanted, too."""
+    look_at, seen = roster_module.look_at, []
+
+    def see_another(process):
+        look = look_at(process)
+        if process.pid == living.pid:
+            seen.append(process.pid)
+            if len(seen) == 1:
+                return look._replace(vms=replace(look.vms, start_time=1))
+        return look
+
+    monkeypatch.setattr(roster_module, "look_at", see_another)
+    with Roster(living.pid, inject=False, timeout=2.0) as roster:
+        roster.update(lambda: None)
+        assert (roster.machines, roster.refusals) == ({}, {})
+        living.do("2 + 2")
+        roster.update(lambda: None)
+        assert [machine.pid for machine in roster.machines.values()] == [living.pid]
+
+
+def test_a_process_that_has_ended_meanwhile_is_not_refused():
+    """Whether it may be attached to is no question any more."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    assert roster_module._has_ended(process.pid)
+    assert not roster_module._has_ended(os.getpid())
+
+
+@pytest.mark.real_vm
+def test_files_without_a_chosen_statistic_are_not_sampled(resources):
+    """While there are no others nothing is; that is no error, and ends when one has it."""
+    vmm = resources.enter_context(Holder(1))
+    with kf.follow(vmm.pid, 0.001, "exits", rescan=0.02) as chunks:
+        assert [info.kind for info in next(chunks).files] == ["vcpu"]
+        vmm.do("files.pop().close()")
+
+        def open_later():
+            time.sleep(0.1)
+            vmm.do("files += guest.open_stats()[1:]")
+
+        opener = threading.Thread(target=open_later)
+        opener.start()
+        read_until(chunks, lambda x: chunks.idle and len(x.files) == 1)
+        opener.join()
+    with (
+        pytest.warns(kf.SamplingWarning, match="nothing tells which thread"),
+        kf.follow(vmm.pid, 0.001, "sched_*", sched=True, rescan=0.02, duration=0.1) as chunks,
+    ):
+        assert not list(chunks)
+
+
+@pytest.mark.real_vm
+def test_a_vm_that_goes_while_its_run_is_prepared_is_left_out_of_it(monkeypatch, living):
+    """The run is prepared again, of the files that are left."""
+    plan, gone = follow_module.Plan, []
+
+    def fail_once(*arguments, **options):
+        if not gone:
+            gone.append(True)
+            raise kf.VmGoneError(errno.ESRCH, "it has ended")
+        return plan(*arguments, **options)
+
+    monkeypatch.setattr(follow_module, "Plan", fail_once)
+    with kf.follow(living.pid, 0.001, "exits") as chunks:
+        assert pids(next(chunks)) == {living.pid}
+    assert gone

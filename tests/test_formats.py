@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from sql import duckdb, needs_duckdb
 
 import kvmstats_fast as kf
+from kvmstats_fast.formats import need
 from kvmstats_fast.formats import parquet as tables
 from kvmstats_fast.testing import SyntheticStats
 
@@ -529,3 +530,19 @@ def test_a_long_name_and_a_long_id_keep_their_length():
             new = kf.parse(kf.to_merged(one.to_bytes()))
         assert (list(new), new.id) == (["n" * 48], one.id)
         assert new.header.name_size == name_size  # each ends with a NUL
+
+
+def test_only_an_extra_that_is_missing_is_said_to_be_missing(tmp_path, monkeypatch):
+    """One that is there, but lacks something of its own, or is too old, says so itself."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_there.py").write_text("import no_such_module_of_anybody")
+    (tmp_path / "too_old.py").write_text("raise ImportError('needs another numpy')")
+    (tmp_path / "too_large.py").write_text("raise ImportError('x.so: failed to map segment from shared object')")
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'no_such_module_of_anybody'$"):
+        need("half_there", "arrow")
+    with pytest.raises(ImportError, match=r"^needs another numpy$"):
+        need("too_old", "arrow")
+    with pytest.raises(MemoryError, match=r"too_large cannot be loaded: .*failed to map"):
+        need("too_large", "arrow")
+    with pytest.raises(ModuleNotFoundError, match=r"not_there is not installed.*kvmstats-fast\[arrow\]"):
+        need("not_there", "arrow")

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -128,3 +130,10 @@ def test_the_map_for_contributors_names_every_room():
     assert set(shown) - {"__init__"} == {room(module) for module in modules}
     for wing in ("sampling", "vmm", "analysis", "export", "plugins", "top"):
         assert shown[wing] == {module.partition(".")[2] for module in modules if module.startswith(f"{wing}.")}
+
+
+def test_dir_lists_the_public_names():
+    """Those that can be had, before any of them was asked for: an interactive shell completes them."""
+    code = "import kvmstats_fast as kf; print(set(dir(kf)) == {*kf.__all__, '__version__'})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+    assert all(hasattr(kvmstats_fast, name) for name in dir(kvmstats_fast))

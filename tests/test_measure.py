@@ -11,6 +11,8 @@ import pytest
 from helpers import take_away
 
 import kvmstats_fast as kf
+from kvmstats_fast.sampling import measured
+from kvmstats_fast.sampling.readings import Span
 from kvmstats_fast.testing import SyntheticStats, counts_right, exit_counter
 
 
@@ -346,3 +348,29 @@ def test_the_exits_of_a_block_are_counted(guest, stats):
     assert counts_right(m.counts, 250)
     assert m.delta[exit_counter()][0] == 0
     assert np.array_equal(m.samples.time, np.sort(m.samples.time))
+
+
+def test_a_warning_that_is_an_error_does_not_hide_that_of_the_block(files, monkeypatch):
+    """Where warnings are errors it comes out of the block, unless that raised; what was measured is there."""
+
+    def with_a_remark(*readings):
+        span = Span(*readings)
+        span.remarks.append("the wall clock jumped")
+        return span
+
+    monkeypatch.setattr(measured, "Span", with_a_remark)
+    with pytest.raises(kf.SamplingWarning, match="the wall clock jumped"), kf.measure(files) as m:
+        pass
+    assert m.elapsed > 0
+    with pytest.raises(LookupError, match="of the block"), kf.measure(files) as m:
+        raise LookupError("of the block")
+    assert m.elapsed > 0
+
+
+def test_a_phase_says_how_often_it_was_entered(files):
+    """In its text, with how long that took."""
+    with kf.measure(files) as m:
+        for _ in range(2):
+            with m.phase("boot"):
+                pass
+    assert repr(m.phases["boot"]) == f"<Phase: entered 2 times, {m.phases['boot'].elapsed:.6g} s>"

@@ -1,6 +1,7 @@
 """Recorder: many small writes become few batches, and nothing that was written is lost or changed by that."""
 
 import errno
+import gc
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from helpers import examples, exit_status, forked
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
+from kvmstats_fast.formats.pending import Pending
 from kvmstats_fast.testing import SyntheticStats
 
 VM = made.schema_of(None, "vm")
@@ -375,3 +377,40 @@ def test_the_document_states_the_defaults():
     assert f"`flush_seconds={options['flush_seconds']:g}`" in text
     assert options["flush_bytes"] == 1 << 20
     assert "`flush_bytes=1 << 20`" in text
+
+
+def test_ctrl_c_behind_a_write_does_not_have_it_written_twice(path, monkeypatch):
+    """What waited was in the files already: `close` writes what came after it, and nothing again."""
+    x, sweeps = at_1_hz(6)
+    clear, interrupted = Pending.clear, []
+
+    def interrupt(pending):
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        clear(pending)
+
+    monkeypatch.setattr(Pending, "clear", interrupt)
+    recorder = kf.Recorder(path, flush_bytes=3 * SWEEP_BYTES)
+    written = []
+    for sweep in sweeps:
+        with suppress(KeyboardInterrupt):
+            recorder.write(sweep)
+        written.append(recorder.sweeps)
+    recorder.close()
+    assert interrupted
+    assert recorder.sweeps == 6
+    made.assert_same(kf.Samples.load(path), x)
+
+
+def test_a_recorder_that_is_not_closed_ends_its_files_when_it_goes(path):
+    """Also where nothing waits: no reader is told that they were cut off."""
+    x, _ = at_1_hz(6)
+    recorder = kf.Recorder(path, flush_bytes=1)
+    recorder.write(x)
+    assert recorder.pending == 0
+    del recorder
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.assert_same(kf.Samples.load(path), x)

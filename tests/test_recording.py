@@ -1065,3 +1065,32 @@ def test_a_file_that_is_deleted_while_the_directory_is_read_is_none_of_the_recor
     monkeypatch.setattr(recording, "find_files", lambda path: [path])
     with pytest.raises(FileNotFoundError):
         kf.Samples.load(path / "vcpu-00001.arrows")
+
+
+def test_kinds_of_other_times_are_refused_where_a_range_has_one_of_them(path):
+    """What is not in the range is not decompressed, and yet is not taken to fit."""
+    x = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 6)
+    record(path, [x])
+    record(path.with_name("other"), [replace(x, time=x.time + 10**13)])
+    file = path / "vm-00000.arrows"
+    with pa.ipc.open_stream(file.read_bytes()) as reader:
+        schema = reader.schema
+    with pa.ipc.open_stream((path.with_name("other") / file.name).read_bytes()) as reader:
+        batch, metadata = reader.read_next_batch_with_custom_metadata()
+    with pa.ipc.new_stream(file, schema) as writer:
+        writer.write_batch(pa.record_batch(batch.columns, schema=schema), custom_metadata=metadata)
+    for span in ((), (0, 3)):
+        with pytest.raises(kf.KvmStatsError, match="column 'time' is not that of the other kinds"):
+            kf.Samples.load(path, None, *span)
+
+
+def test_a_recording_that_is_deleted_before_it_is_read_has_no_batch(path):
+    """The one file of it: a warning says that it is gone, and the error that nothing is left."""
+    made.samples([("vcpu", VCPU, 1)], 6).save(path)
+    r = kf.Recording(path)
+    (path / "vcpu-00000.arrows").unlink()
+    with (
+        pytest.warns(kf.RecordingWarning, match="part 0 is missing"),
+        pytest.raises(kf.KvmStatsError, match="there is no whole batch in this recording"),
+    ):
+        r.load()

@@ -713,3 +713,13 @@ def test_kinds_of_a_run_with_other_sweeps_are_not_put_together(tmp_path):
     with pytest.raises(ValueError, match="the vm files of a run have other sweeps than its other files"):
         list(r.runs())
     assert len(next(r.select(kind="vcpu").runs())) == len(x)
+
+
+def test_a_histogram_of_which_not_all_have_the_sum_has_no_exact_mean(tmp_path, form):
+    """A kernel, or a recording, without it: the sum of the others would be taken for that of all."""
+    runs = [run_of("a").select(kind="vcpu"), run_of("b", seed=1).select("halt_wait_hist")]
+    r = opened(tmp_path, form, runs)
+    both = r.histogram("halt_wait_hist", by=None)
+    assert both.raw_total is None
+    assert both.counts.tolist() == sum(x.histogram("halt_wait_hist").counts.sum(axis=0) for x in runs).tolist()
+    assert r.select(host="a").histogram("halt_wait_hist", by=None).raw_total is not None

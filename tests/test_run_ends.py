@@ -1,5 +1,6 @@
 """How runs and streams end: by stop, in a fork, without a thread, forgotten; and that nothing waits for ever."""
 
+import errno
 import gc
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from helpers import NOBODY, become, exit_status, forked, kernel_threads, open_fds, until
 
 import kvmstats_fast as kf
+from kvmstats_fast._kvmstats import lib
 from kvmstats_fast.sampling import run
 from kvmstats_fast.testing import SyntheticStats
 
@@ -401,3 +403,16 @@ def test_a_name_that_is_missing_is_looked_for_in_all_files(resources):
             kf.Sampler(files, "remote_tlb_flus")
         with pytest.raises(KeyError, match="did you mean halt_exits"):
             kf.Sampler(files).view("halt_exit")
+
+
+def test_a_run_that_is_no_more_does_not_keep_the_sampler(files):
+    """Ctrl-C may have come while it was let go of: the next run has the Sampler."""
+    sampler = kf.Sampler(files)
+    assert lib.kvmstats_lock(sampler._live.c, 1 << 40) == 0  # an owner that is nobody's
+    assert len(sampler.run(0, count=1)) == 1
+
+
+def test_another_reason_why_threads_cannot_start_is_told_without_limits():
+    """They have nothing to do with it."""
+    text = str(run._thread_refused(errno.EPERM))
+    assert text == "the threads of this run cannot be started: Operation not permitted"

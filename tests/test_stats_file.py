@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import struct
 import sys
 import warnings
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import DATA, open_fds
+from helpers import DATA, exit_status, forked, open_fds
 
 import kvmstats_fast as kf
 from kvmstats_fast import abi
+from kvmstats_fast._resource import Fd
 from kvmstats_fast.testing import SyntheticStats
 
 REAL = (DATA / "captures" / "x86_64-6.1" / "vcpu0-after.bin").read_bytes()
@@ -493,3 +495,20 @@ def test_what_stands_in_for_a_revoked_file_goes_to_no_child(resources):
     assert not os.get_inheritable(fd)
     with pytest.raises(kf.VmGoneError, match="gone"):
         file.read()
+
+
+def test_an_fd_above_a_limit_that_was_lowered_is_closed(tmp_path):
+    """Where nothing can be put in its place: it is not kept open, which would keep the memory of a VM."""
+    (tmp_path / "a").write_bytes(b"")
+
+    def work():
+        with (tmp_path / "a").open() as other:
+            fd = Fd(fcntl.fcntl, other.fileno(), fcntl.F_DUPFD_CLOEXEC, 200)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, 4096))
+            fd.replace(other.fileno())
+            assert fd.closed
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.fstat(200)
+            fd.replace(other.fileno())  # of one that is closed nothing is left to replace
+
+    assert exit_status(forked(work)) == 0
