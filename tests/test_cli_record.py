@@ -194,10 +194,10 @@ def test_where_nothing_was_recorded_nothing_is_left(tmp_path, capsys, more, stat
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--before", "1s"], "--before is about what is found: it takes --when"),
-        (["--per-vcpu"], "--per-vcpu is about what is found"),
-        (["--keep", "2"], "--keep removes old files: it takes --rotate"),
-        (["-e", "sched_run_ns"], "it takes --sched"),
+        (["--before", "1s"], "--before is for a flight recorder: it needs --when"),
+        (["--per-vcpu"], "--per-vcpu is for a flight recorder"),
+        (["--keep", "2"], "--keep removes old files: it needs --rotate"),
+        (["-e", "sched_run_ns"], "it needs --sched"),
         (["--when", "exits"], "is not a condition"),
         (["--priority", "100"], "priority is 100; it must be from 1 to 99"),
     ],

@@ -165,7 +165,7 @@ def test_guests_that_cannot_be_had_are_told_apart_by_the_exit_status(capsys):
         (["-p", str(gone.pid)], 4, "has ended"),
         (["-p", "1", "file"], 2, "-p names VMs that run"),
         (["-n", "3"], 2, "-n is the number of intervals"),
-        (["-e", "exits", "-e", "sched_*"], 2, "sched_* is what the host's scheduler counts: it takes --sched"),
+        (["-e", "exits", "-e", "sched_*"], 2, "sched_* is what the host's scheduler counts: it needs --sched"),
         (["--socket", "/no/such/socket"], 1, "/no/such/socket: No such file or directory"),
         (["--socket", "/" + "x" * 200], 1, ": AF_UNIX path too long"),
         (["-g", "*", "-d", "1", "--", "true"], 2, "-d does not go with it"),

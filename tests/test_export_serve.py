@@ -451,8 +451,8 @@ def test_where_there_is_no_vm_it_serves_and_waits():
             "':9000' is not an address such as 127.0.0.1:9000, [::1]:9000 or 9000; 0.0.0.0:PORT",
         ),
         (["--textfile", "/tmp/x.txt"], 2, "does not end in .prom"),
-        (["-n", "1"], 2, "-n is about the file: it takes --textfile"),
-        (["-I", "1s"], 2, "-I is about the file"),
+        (["-n", "1"], 2, "-n is for writing a file: it needs --textfile"),
+        (["-I", "1s"], 2, "-I is for writing a file"),
         (["--textfile", "/tmp/x.prom", "-n", "1", "--listen", "0"], 2, "give one or the other"),
         (["--listen", "0", "-p", "999999999"], 4, ""),
         (

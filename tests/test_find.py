@@ -551,7 +551,7 @@ def test_a_guest_that_is_not_found_may_be_of_a_process_that_is_hidden(monkeypatc
     monkeypatch.setattr(find, "scan", lambda _: ([], hidden))
     with pytest.raises(kf.AttachError, match="no VM is called 'web'") as caught:
         kf.attach("web")
-    told = f". Processes that do not show this user whether they have one: {hidden}. `kvmstats list`"
+    told = f". Processes that may have one, but whose files this user may not see: {hidden}. `kvmstats list`"
     assert (told in str(caught.value)) == bool(hidden)
 
 
@@ -577,4 +577,4 @@ def test_the_list_says_what_it_could_not_see(proc):
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     assert "  1  crosvm  -     ?      ?            no: " in text
-    assert "kvmstats: processes that do not show this user their files, and have no known VMM's name: 2\n" in text
+    assert "kvmstats: processes whose files this user may not see, and whose name is not a known VMM's: 2\n" in text

@@ -516,7 +516,7 @@ def test_without_textual_it_says_what_to_install(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--speed", "2"], "--speed is that of a recording"),
+        (["--speed", "2"], "--speed is for replaying a recording"),
         (["-p", "1", "x.npz"], "give one or the other"),
         (["-n", "0"], "not a number above 0"),
         (["x.npz", "--speed", "-1"], "is not a factor above 0"),

@@ -100,7 +100,7 @@ def _read_pyperf(one: dict[str, Any], content: dict[str, Any]) -> tuple[str, Cou
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= float(value) < math.inf:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return float(value)
 
 

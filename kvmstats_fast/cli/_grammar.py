@@ -132,7 +132,7 @@ def check_sched(arguments: argparse.Namespace) -> None:
     """Raise UsageError if statistics of vCPUs' threads are named, and not asked for."""
     for event in arguments.event or ():
         if event.startswith("sched_") and not arguments.sched:
-            raise UsageError(f"{event} is what the host's scheduler counts: it takes --sched")
+            raise UsageError(f"{event} is what the host's scheduler counts: it needs --sched")
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

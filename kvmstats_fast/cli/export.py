@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     for option, given in (("-I", arguments.interval), ("-n", arguments.count)):
         if given and not arguments.textfile:
-            raise UsageError(f"{option} is about the file: it takes --textfile")
+            raise UsageError(f"{option} is for writing a file: it needs --textfile")
     if arguments.count and arguments.listen:
         raise UsageError("-n ends with the last write, and --listen goes on: give one or the other")
 

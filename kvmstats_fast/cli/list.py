@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("kvmstats: no process has a VM open", file=sys.stderr)
     if unseen:
         print(
-            f"kvmstats: processes that do not show this user their files, and have no known VMM's name: {unseen}",
+            f"kvmstats: processes whose files this user may not see, and whose name is not a known VMM's: {unseen}",
             file=sys.stderr,
         )
     return 0

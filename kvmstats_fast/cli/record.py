@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     condition = _condition(arguments)
     check_sched(arguments)
     if arguments.keep and not arguments.rotate:
-        raise UsageError("--keep removes old files: it takes --rotate, which begins new ones")
+        raise UsageError("--keep removes old files: it needs --rotate, which starts new ones")
     path = Path(arguments.output or time.strftime("kvmstats-%Y%m%d-%H%M%S"))
     names = named_vms(arguments)
     with ExitStack() as opened:
@@ -169,7 +169,7 @@ def _condition(arguments: argparse.Namespace) -> Condition | None:
             ("--per-vcpu", arguments.per_vcpu),
         ):
             if given:
-                raise UsageError(f"--{option.replace('_', '-')} is about what is found: it takes --when")
+                raise UsageError(f"--{option.replace('_', '-')} is for a flight recorder: it needs --when")
         return None
     with usage_errors():
         return Condition.parse(arguments.when, per_vcpu=arguments.per_vcpu)

@@ -72,10 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_targets(arguments, guests_of_files=True)
     if arguments.speed and not arguments.file:
-        raise UsageError("--speed is that of a recording: it takes FILE")
+        raise UsageError("--speed is for replaying a recording: it needs FILE")
     if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr)):
         raise KvmStatsError(
-            "top takes a terminal, and stdin, stdout or stderr is none; `kvmstats stat -I 1s` prints the same numbers"
+            "top needs a terminal, and stdin, stdout or stderr is not one; `kvmstats stat -I 1s` prints the same"
         )
     need("textual", "tui")
     return _show(arguments)

@@ -194,7 +194,7 @@ def _find_called(guest: str, fits: Callable[[VmProcess], bool]) -> list[VmProces
     text = f"no VM is called '{printable(guest)}'"
     text += f"; did you mean {' or '.join(map(printable, near))}?" if near else "."
     if hidden:
-        text += f" Processes that do not show this user whether they have one: {hidden}."
+        text += f" Processes that may have one, but whose files this user may not see: {hidden}."
     text += " `kvmstats list` shows all VMs; one without a name is attached to by the pid of its VMM"
     raise AttachError(errno.ENOENT, text)
 

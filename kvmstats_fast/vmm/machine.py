@@ -50,8 +50,8 @@ class VirtualMachine(Closing):
     how : {"borrow", "inject", "launch"}
         How its files were obtained.
     vm : StatsFile or None
-        The VM's file; None if it could not be had, or if the process has several VMs, whose files nothing tells apart
-        but their number.
+        The VM's file; None if it is missing, or if the process has several VMs, because nothing says which file
+        belongs to which.
     vcpus : tuple of StatsFile
         Those of the vCPUs, by number.
     files : tuple of StatsFile

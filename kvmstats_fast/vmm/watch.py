@@ -91,7 +91,7 @@ class Watched:
         """Let go of the files of a VM that is gone while the VMM runs."""
         if self._marks is None or not self._marks.forget_lost():
             return
-        text = f"the VM of {self.who} is gone, and the process runs on: refresh() takes up the VM that it has now"
+        text = f"the VM of {self.who} is gone, and the process runs on: refresh() attaches to the VM that it has now"
         for file in self.files:
             if self._marks.vms == 0 or self._has_closed(file):
                 with suppress(OSError, ValueError, KvmStatsError):  # closed already
