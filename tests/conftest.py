@@ -15,17 +15,37 @@ from holder import Holder
 
 from kvmstats_fast.testing import KvmUnavailableError, TinyGuest, exit_counter
 
+#: The files that take longest come first, so that none ends alone: by turns one that waits, and one that computes.
+LONGEST = (
+    *("top_screen", "c_core", "export_serve", "hold", "libvirt", "leaks", "sampler", "twin", "export_prometheus"),
+    *("recordings", "wall_clock", "cli_terminal", "watch", "inject", "cli_record", "foreign", "attach", "recording"),
+)
 
-def pytest_configure():
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: two more than there are processors, for at any time some tests wait for a VM, a tick or a terminal."""
+    return len(os.sched_getaffinity(0)) + 2
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first."""
+    rank = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_configure(config):
     """Handle SIGINT, which tests send to themselves, even where a shell has it ignored in the background.
 
     And forget how wide the terminal is, of which pytest-xdist tells its processes: what tests read goes to none. And
-    let the hundreds of interpreters that are started keep what the first one has compiled.
+    let the hundreds of interpreters that are started keep what the first one has compiled. And have pytest-xdist hand
+    out files in their order, not by how many tests they have.
     """
     for name in ("COLUMNS", "PYTHONDONTWRITEBYTECODE"):
         os.environ.pop(name, None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_finish():
