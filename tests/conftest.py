@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from holder import Holder
+from large import is_here, why_missing
 
 from kvmstats_fast.testing import KvmUnavailableError, TinyGuest, exit_counter
 
@@ -55,7 +56,10 @@ def pytest_collection_finish():
 
 
 def pytest_runtest_setup(item):
-    """Skip a test of a real VM, with the reason, where no VM can be made."""
+    """Skip a test, with the reason, where a library is not installed, or no VM can be made for a test of a real one."""
+    for mark in item.iter_markers("needs"):
+        if not is_here(mark.args[0]):
+            pytest.skip(why_missing(mark.args[0]))
     if item.get_closest_marker("real_vm"):
         try:
             exit_counter()

@@ -11,11 +11,11 @@ import pytest
 
 from kvmstats_fast.testing import exit_counter
 
-pytest.importorskip("asv")
 RECIPE = Path(__file__).parents[1] / "docs" / "examples" / "asv_exits.py"
 MACHINE = {"arch": "", "cpu": "", "machine": "here", "num_cpu": "", "os": "", "ram": ""}
 
 
+@pytest.mark.needs("asv")
 @pytest.mark.real_vm
 def test_the_recipe_tracks_what_a_guest_counts(tmp_path):
     """The results of a commit have the exact count of each statistic."""

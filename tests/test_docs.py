@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from holder import Holder
-from sql import duckdb, needs_duckdb
+from large import duckdb, needs, polars
 
 mpl.use("Agg")
 import kvmstats_fast as kf
@@ -46,7 +46,7 @@ def blocks(language, *, least):
                 r"\b(attach|find_vms|follow|machine|vm_fd|time_shares)\b", match[1]
             )
             marks = [pytest.mark.real_vm] if needs_vm else []
-            marks += [needs_duckdb] if "duckdb" in match[1] and language == "python" else []
+            marks += needs(match[1]) if language == "python" else []
             found.append(pytest.param(match[1], id=f"{page.stem}-{line}", marks=marks))
     assert len(found) >= least
     return found
@@ -79,9 +79,9 @@ def world(tmp_path, monkeypatch, request):
     for number, vm in enumerate(("web", "db", "web-1")):
         with kf.Recorder(f"rec/{number}") as recorder:
             recorder.write(run_of("node1", vm, "2026-11-23"))
-    names = {name: __import__(name) for name in ("asyncio", "pandas", "polars")}
+    names = {name: __import__(name) for name in ("asyncio", "pandas")}
     names |= {"kf": kf, "plot": plot, "Sampler": kf.Sampler, "x": x, "send": lambda *_: None, "work": lambda: None}
-    names |= {"duckdb": duckdb, "stop_soon": stop_soon}
+    names |= {"duckdb": duckdb, "polars": polars, "stop_soon": stop_soon}
     names |= {"boot": lambda _: None, "configurations": (1, 2), "results": {}, "handed": []}
     made = SyntheticStats(vm="web", host="node1", pid=7)
     names["files"] = [made.open()]

@@ -9,12 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import dask.dataframe as dd
 import hypothesis
 import made
 import numpy as np
 import pandas as pd
-import polars as pl
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -22,7 +20,8 @@ import pytest
 import xarray as xr
 from helpers import DATA, examples
 from hypothesis import strategies as st
-from sql import duckdb, needs_duckdb
+from large import dask_frames, duckdb, params
+from large import polars as pl
 
 import kvmstats_fast as kf
 from kvmstats_fast.formats import need
@@ -71,15 +70,23 @@ def exactly(value):
 
 @pytest.mark.parametrize("name", ["exits", "halt_wait_ns", "halt_wait_hist", "blocking"])
 def test_arrow_libraries_take_samples_as_they_are(x, name):
-    """pyarrow, polars and pandas read a Samples object itself, to the last bit of uint64."""
+    """Pyarrow and pandas read a Samples object itself, to the last bit of uint64."""
     wanted = rows(x, name)
     assert pa.table(x)[name].to_pylist() == wanted
-    assert pl.DataFrame(x)[name].to_list() == wanted
     frame = pd.DataFrame.from_arrow(x) if hasattr(pd.DataFrame, "from_arrow") else pa.table(x).to_pandas()  # pandas 3
     assert [exactly(one) for one in frame[name]] == wanted
 
 
-@needs_duckdb
+@pytest.mark.needs("polars")
+@pytest.mark.parametrize("name", ["exits", "halt_wait_ns", "halt_wait_hist", "blocking"])
+def test_polars_takes_samples_as_they_are(x, name):
+    """It does so, too, and has the wall clock to the ns."""
+    assert pl.DataFrame(x)[name].to_list() == rows(x, name)
+    times = [int(x.time[t]) + x.wall_offset for t, _ in lives(x)]
+    assert pl.DataFrame(x)["time"].dt.epoch("ns").to_list() == times
+
+
+@pytest.mark.needs("duckdb")
 @pytest.mark.parametrize("name", ["exits", "halt_wait_ns", "halt_wait_hist", "blocking"])
 def test_duckdb_takes_samples_as_they_are(x, name):
     """It does so, too, and computes with all of the 64 bits."""
@@ -91,7 +98,6 @@ def test_time_is_the_wall_clock_everywhere(x):
     """In UTC, to the ns."""
     wanted = [int(x.time[t]) + x.wall_offset for t, _ in lives(x)]
     assert pa.table(x)["time"].cast(pa.int64()).to_pylist() == wanted
-    assert pl.DataFrame(x)["time"].dt.epoch("ns").to_list() == wanted
     frame = x.to_pandas()
     assert frame.index.get_level_values("time").as_unit("ns").asi8.tolist() == wanted
     assert str(frame.index.get_level_values("time").tz) == "UTC"
@@ -208,7 +214,7 @@ def test_parquet_is_what_was_asked_for(x, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # of dask's, to pandas
-@pytest.mark.parametrize("reader", [pytest.param("duckdb", marks=needs_duckdb), "polars", "pandas", "dask"])
+@pytest.mark.parametrize("reader", params(["duckdb", "polars", "pandas", "dask"]))
 @pytest.mark.parametrize("name", ["exits", "halt_wait_hist"])
 def test_readers_of_parquet_agree(x, name, reader, tmp_path):
     """Every reader gives the same numbers, and host and date as columns."""
@@ -227,7 +233,7 @@ def test_readers_of_parquet_agree(x, name, reader, tmp_path):
         if reader == "pandas":
             frame = pd.read_parquet(root)
         else:
-            frame = dd.read_parquet(str(root)).compute(scheduler="synchronous")
+            frame = dask_frames.read_parquet(str(root)).compute(scheduler="synchronous")
         frame = frame.astype({"host": str}).sort_values(["host", "file", "time"], kind="stable")
         found = list(zip(frame["host"], frame[name], strict=True))
     assert [host for host, _ in found] == ["h1"] * 10 + ["h2"] * 10
@@ -236,7 +242,7 @@ def test_readers_of_parquet_agree(x, name, reader, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # of dask's, to pandas
 @pytest.mark.parametrize("hosts", [("007", "7"), ("1e3", "1000"), ("true", "True"), ("2026-01-01", "a"), ("", "null")])
-@pytest.mark.parametrize("reader", [pytest.param("duckdb", marks=needs_duckdb), "polars", "pyarrow", "pandas", "dask"])
+@pytest.mark.parametrize("reader", params(["duckdb", "polars", "pyarrow", "pandas", "dask"]))
 def test_no_reader_takes_the_name_of_a_host_for_something_else(reader, hosts, tmp_path):
     """Numbers, booleans, dates: each host is a text in every reader, and no two become one."""
     for number, host in enumerate(hosts):
@@ -254,7 +260,7 @@ def test_no_reader_takes_the_name_of_a_host_for_something_else(reader, hosts, tm
     elif reader == "pandas":
         found = pd.read_parquet(root)["host"].value_counts().to_dict()
     else:
-        found = dd.read_parquet(str(root))["host"].value_counts().compute(scheduler="synchronous").to_dict()
+        found = dask_frames.read_parquet(str(root))["host"].value_counts().compute(scheduler="synchronous").to_dict()
     assert found == {host or "unknown": 2 + number for number, host in enumerate(hosts)}
 
 
@@ -299,14 +305,18 @@ def test_the_same_samples_are_converted_once(x, tmp_path):
     assert len({*paths, *others}) == len(paths) + len(others) == len(list(tmp_path.rglob("*.parquet")))
 
 
-def test_a_conversion_that_is_killed_spoils_no_data_set(x, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reader", params(["pyarrow", "polars"]))
+def test_a_conversion_that_is_killed_spoils_no_data_set(x, reader, tmp_path, monkeypatch):
     """What it leaves lies where no reader of the data set looks."""
     kf.to_parquet(x, tmp_path)
     monkeypatch.setattr(Path, "replace", lambda *_: tmp_path)
     kf.to_parquet(x, tmp_path, overwrite=True)
     monkeypatch.undo()
     assert len(list(tmp_path.rglob("*.part"))) == 1
-    assert len(pl.scan_parquet(tmp_path / "vcpu", hive_partitioning=True).collect()) == 10
+    if reader == "polars":
+        assert len(pl.scan_parquet(tmp_path / "vcpu", hive_partitioning=True).collect()) == 10
+    else:
+        assert pa.dataset.dataset(tmp_path / "vcpu", partitioning="hive").count_rows() == 10
 
 
 def test_more_rows_than_memory_is_to_hold_become_several_row_groups_and_files(tmp_path, monkeypatch):
@@ -341,29 +351,37 @@ def test_the_encoding_can_be_one_that_older_readers_know(x, encoding, tmp_path):
         kf.to_parquet(x, tmp_path, encoding="RLE")
 
 
+def csv_rows(path):
+    """Rows by Python's own csv."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_csv_has_a_column_for_each_bucket(x, tmp_path):
     """Python's own csv reads the raw integers back; a part of both kinds is asked for."""
     kf.to_csv(x, tmp_path / "x.csv")
-    with (tmp_path / "x.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
+    read = csv_rows(tmp_path / "x.csv")
     assert [int(row["exits"]) for row in read] == rows(x, "exits")
     assert [[int(row[f"halt_wait_hist[{i}]"]) for i in range(32)] for row in read] == rows(x, "halt_wait_hist")
     assert read[0]["id"] == x.files[0].id
     assert read[0]["time"].endswith("Z")
-    assert pl.read_csv(tmp_path / "x.csv", infer_schema=False)["exits"].cast(pl.UInt64).to_list() == rows(x, "exits")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         kf.to_csv(x, tmp_path / "x.csv")
     both = made.samples([("vm", VM, 1), ("vcpu", VCPU, 1)], 2)
     with pytest.raises(KeyError, match=r"samples\.vm"):
         kf.to_csv(both, tmp_path / "y.csv")
     kf.to_csv(both, tmp_path / "y.csv", kind="vm")
-    assert (
-        pl.read_csv(tmp_path / "y.csv", infer_schema=False)["pages_4k"].cast(pl.UInt64).to_list()
-        == both["pages_4k"][:, 0].tolist()
-    )
+    assert [int(row["pages_4k"]) for row in csv_rows(tmp_path / "y.csv")] == both["pages_4k"][:, 0].tolist()
     with pytest.raises(ValueError, match="kind"):
         kf.to_csv(both, tmp_path / "z.csv", kind="cpu")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.csv", "y.csv"]
+
+
+@pytest.mark.needs("polars")
+def test_polars_reads_csv_to_the_last_bit(x, tmp_path):
+    """As texts, which it casts."""
+    kf.to_csv(x, tmp_path / "x.csv")
+    assert pl.read_csv(tmp_path / "x.csv", infer_schema=False)["exits"].cast(pl.UInt64).to_list() == rows(x, "exits")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="hiding the system's time zones takes root")
@@ -449,6 +467,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.needs("dask")
 def test_dask_gives_what_numpy_gives_in_memory(fleet):
     """The documented example, on a cluster of two workers: the same rates and the same merged histogram, as a table."""
     root, runs = fleet
