@@ -101,7 +101,7 @@ def run_c_tests(tree):
 def lines_of_c(tree):
     """Return, by file of csrc, how often each line was executed."""
     counts = defaultdict(Counter)
-    for data in tree.rglob("*.gcda"):
+    for data in (one for one in tree.rglob("*.gcda") if one.stat().st_size):
         command = ("gcov", "--json-format", "--stdout", data)
         found = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True).stdout
         for one in map(json.loads, found.splitlines()):
