@@ -86,6 +86,15 @@ def test_all_at_once_are_to_the_last_bit_what_numpy_makes_of_each(table):
         assert total.overflowed == overflowed
 
 
+@pytest.mark.parametrize("sweeps", range(2, 14))
+def test_each_rate_of_one_file_is_by_its_own_seconds(sweeps):
+    """However many there are: four at once, those that are left, or the last alone."""
+    rng = np.random.default_rng(sweeps)
+    values, time = grown(rng, (sweeps, 1)), np.cumsum(rng.integers(1, 10**9, sweeps))
+    (rate,) = series.rates([ODD[0]], [values], time)
+    assert_same(rate, twin.rate(ODD[0], values, time))
+
+
 def odd_run(failed=()):
     """Samples of every kind of statistic, of files of two kernels, whose columns alternate."""
     rng = np.random.default_rng(5)

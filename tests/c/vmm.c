@@ -22,6 +22,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -313,6 +314,17 @@ static void slots(void)
     say("close it", close(vm));
     say("the file in its slot is still there", fcntl(vm + FIRST_HELD, F_GETFD));
     say("close it", close(vm + FIRST_HELD));
+
+    int other = check(eventfd(0, EFD_CLOEXEC), "eventfd"); /* the kernel's too, and none of KVM's */
+    vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
+    check(close(vm), "close");
+    check(dup2(other, vm + FIRST_HELD), "dup2");
+    say("a VM whose slot is in use", ioctl(kvm, CREATE_VM, 0));
+    say("close it", close(vm));
+    say("the file is still there", fcntl(vm + FIRST_HELD, F_GETFD));
+    say("close it", close(vm + FIRST_HELD));
+    say("close the other", close(other));
+    vm = other; /* the number of the next */
 
     say("a VM", ioctl(kvm, CREATE_VM, 0));
     syscall(SYS_close, vm + FIRST_HELD);
