@@ -254,6 +254,28 @@ def test_a_kernel_without_pidfds_of_threads_is_said_to_lack_them(monkeypatch, le
         kf.attach(vmm.pid)
 
 
+@pytest.mark.real_vm
+def test_a_thread_that_ends_before_it_is_held_is_passed_over(monkeypatch, leaderless):
+    """While another lives the process has not ended: its files are taken through that."""
+    pidfd_open, has_ended, missed, ended = os.pidfd_open, Process._has_ended, [], []
+
+    def be_late(pid, flags=0):
+        if flags and not missed:
+            missed.append(pid)
+            ended.append(pid)
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return pidfd_open(pid, flags)
+
+    def look(process, tid):
+        return (bool(ended) and ended.pop() == tid) or has_ended(process, tid)
+
+    monkeypatch.setattr(os, "pidfd_open", be_late)
+    monkeypatch.setattr(Process, "_has_ended", look)
+    with running(leaderless, "hold") as vmm, kf.attach(vmm.pid) as machine:
+        assert missed
+        assert [file.kind for file in machine] == ["vm", "vcpu"]
+
+
 def test_any_thread_may_be_the_one_that_lives(monkeypatch):
     """Threads that end while they are looked through are passed over, until none is left."""
     started, end = threading.Event(), threading.Event()
@@ -398,6 +420,11 @@ def test_another_user_sees_a_vmm_of_its_own_whose_first_thread_has_ended(leaderl
 
         def look():
             assert [file.kind for file in Process(vmm.pid).kvm_files() if file.is_stats] == ["vm", "vcpu"]
+            if os.getuid():
+                with pytest.raises(ProcessLookupError):  # of the first thread
+                    Process(vmm.pid).thread_syscall(vmm.pid)
+                with pytest.raises(PermissionError):  # of one that lives, and is another's
+                    Process(1).thread_syscall(1)
 
         assert until(lambda: b"Z" in Path(f"/proc/{vmm.pid}/stat").read_bytes().rpartition(b")")[2])
         look()

@@ -279,6 +279,8 @@ class Process(Closing):
         except OSError as error:
             if error.errno == errno.EINVAL:  # Linux before 6.9
                 raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP)) from None
+            if error.errno == errno.ESRCH:  # it has ended: whoever asked looks for another
+                return
             raise
         if self._tid in self.threads() and not _is_readable(pidfd):  # it lives, so the number is still its own
             self._thread_pidfd = pidfd
