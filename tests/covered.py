@@ -74,13 +74,13 @@ def build(tree):
     run(*command, cwd=tree, env=environment, stderr=subprocess.DEVNULL)
     for library in tree.glob("build/lib*/kvmstats_fast/*.so"):
         shutil.copy(library, tree / "kvmstats_fast")
-    # The hold library stands alone, and cannot where it counts.
+    # Where it counts the hold library cannot stand alone.
     hold = tree / "kvmstats_fast/libkvmstats-hold.so"
     run(*GCC, "-fPIC", "-shared", "-fvisibility=hidden", "csrc/hold.c", "-o", hold, cwd=tree)
     (tree / "sitecustomize.py").write_text(SITE, encoding="ascii")
     for notes in tree.rglob("*.gcno"):
         notes.with_suffix(".gcda").touch()
-        notes.with_suffix(".gcda").chmod(0o666)  # some tests become another user
+        notes.with_suffix(".gcda").chmod(0o666)  # for tests that become another user
 
 
 def run_c_tests(tree):
@@ -144,6 +144,8 @@ def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--of", default="", help="only these files, by the beginning of their path")
     given, arguments = options.parse_known_args()
+    if sys.version_info < (3, 12):
+        options.error("it takes Python 3.12 or later")
     names = run("git", "ls-files", "-z", cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.split("\0")
     if given.of and not any(one.startswith("tests/") for one in arguments):
         about = [tests_about(name) for name in names if name.startswith(given.of)]
@@ -151,8 +153,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         tree, data = Path(folder) / "tree", Path(folder) / "data"
         data.mkdir()
-        for one, mode in ((Path(folder), 0o755), (data, 0o777)):  # likewise
-            one.chmod(mode)
+        for one, mode in ((Path(folder), 0o755), (data, 0o777)):
+            one.chmod(mode)  # for these tests, too
         for name in filter(None, names):
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
@@ -160,7 +162,7 @@ def main():
         run_c_tests(tree)
         (tree / "coveragerc").write_text(CONFIG.format(tree=tree, root=ROOT), encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": str(tree), "COVERAGE_FILE": str(data / "coverage")}
-        # A test whose time is limited may fail when lines are counted; they are counted all the same.
+        # A test may fail whose time is limited, or that looks at what was built; its lines are counted all the same.
         coverage = (sys.executable, "-m", "coverage")
         pytest = ("run", "--rcfile=coveragerc", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
         subprocess.run([*coverage, *pytest], cwd=tree, env=environment, check=False)

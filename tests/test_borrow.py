@@ -20,7 +20,7 @@ from holder import Holder
 
 import kvmstats_fast as kf
 from kvmstats_fast._kvmstats import lib
-from kvmstats_fast.testing import exit_counter
+from kvmstats_fast.testing import SyntheticStats, exit_counter
 from kvmstats_fast.vmm import borrow as borrow_module
 from kvmstats_fast.vmm import proc as proc_module
 from kvmstats_fast.vmm import refusal as permission
@@ -575,3 +575,13 @@ def test_another_user_may_be_given_what_it_may_not_take(guest, stats):
     done = subprocess.run(command, capture_output=True, text=True, check=True, pass_fds=[fd])
     os.close(fd)
     assert int(done.stdout) == stats[1].snapshot()[exit_counter()]
+
+
+def test_files_of_other_statistics_are_not_one(resources):
+    """Where the kernel cannot tell files apart, and their ids are the same: nor are those that count apart."""
+    made = [resources.enter_context(SyntheticStats(kind=kind)) for kind in ("vm", "vcpu", "vcpu")]
+    vm, one, other = (resources.enter_context(file.open()) for file in made)
+    assert borrow_module._is_in_step(one, other)
+    assert not borrow_module._is_in_step(one, vm)
+    made[2].add("exits", 5)
+    assert not borrow_module._is_in_step(one, other)

@@ -949,3 +949,11 @@ def test_code_is_looked_for_as_far_as_its_file_goes(tmp_path):
             patch.setattr(inject, "_PIECE", page)
             with Process(os.getpid()).open_memory() as memory:
                 assert inject._read_code(memory.fileno(), at, at + 3 * page) == b"x" * 100 + bytes(page - 100)
+
+
+def test_a_process_that_has_ended_has_no_code():
+    """Its memory is empty, which is the end of what can be read."""
+    with subprocess.Popen(["sleep", "100"]) as process, Process(process.pid).open_memory() as memory:
+        process.kill()
+        process.wait()
+        assert inject._read_code(memory.fileno(), 4096, 8192) == b""
