@@ -42,8 +42,14 @@ def open_fds():
 
 
 def kernel_threads():
-    """The threads of this process, as the kernel numbers them."""
-    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+    """The threads of this process, as the kernel numbers them; one that ends was joined before /proc forgets it."""
+    is_exiting = 4  # PF_EXITING, of the ninth field
+    threads = set()
+    for path in Path("/proc/self/task").iterdir():
+        with suppress(OSError):
+            if not int((path / "stat").read_text().rpartition(")")[2].split()[6]) & is_exiting:
+                threads.add(int(path.name))
+    return threads
 
 
 def run_while(work, run, *arguments, **options):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import exit_status, forked, open_fds, watchdog
+from helpers import exit_status, forked, kernel_threads, open_fds, watchdog
 from holder import Holder
 from nursery import Nursery
 from qemu import HOLDS_VCPUS, needs_qemu, plain_qemu, until
@@ -49,11 +49,6 @@ def read_until(chunks, condition, seconds=30):
             return read
         assert time.monotonic() < deadline, x.files
     return read
-
-
-def kernel_threads():
-    """How many threads this process has."""
-    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def pids(x):
