@@ -93,7 +93,7 @@ class Condition:
 class Flight:
     """Picks from Samples that are fed to it, in order, the sweeps around those for which a condition holds.
 
-    In memory are no more than the sweeps of the last `before` seconds, and the samples that were fed last.
+    In memory are no more than the samples that reach into the last `before` seconds.
 
     Parameters
     ----------
