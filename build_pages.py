@@ -40,7 +40,7 @@ def write(library: str, out: Path) -> None:
         "project_name": "kvmstats_fast",
         "version": kvmstats_fast.__version__,
         "manual_title": "User Commands",
-        "description": "KVM's binary statistics, per VM and per vCPU",
+        "description": "read KVM's binary statistics, per VM and per vCPU",
     }
     os.environ["COLUMNS"] = "74"  # of usages, whatever the terminal: a page of 80 indents by 7
     page = str(Manpage(make_parser(), about))

@@ -1,10 +1,10 @@
-"""KVM's binary statistics, per VM and per vCPU, in numpy.
+"""Read KVM's binary statistics, per VM and per vCPU, into numpy.
 
 >>> import kvmstats_fast as kf
 >>> with kf.StatsFile.open(vcpu_fd) as f:       # doctest: +SKIP
 ...     f.snapshot()["exits"]
 
-A name is imported when it is first used, so that ``import kvmstats_fast`` costs next to nothing.
+Each name is imported on first use, so ``import kvmstats_fast`` costs next to nothing.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# The public names stand three times: type checkers read the imports and __all__, the interpreter __all__ and the rooms.
+# The public names are listed thrice: type checkers read the imports and __all__, the interpreter __all__ and the rooms.
 # tests/test_packaging.py compares them.
 if TYPE_CHECKING:
     from kvmstats_fast.abi import Layout, StatBase, StatType, StatUnit
