@@ -53,6 +53,13 @@ def test_counts_are_divided_by_work(per, a, b, units):
         assert compared["memory"].ratio == 1
 
 
+def test_figures_have_intervals_too():
+    """Of one run a side they come from blocks, as those of statistics do."""
+    change = kf.compare(run(exits=[10, 30]), run(exits=[10, 70]))["exits_imbalance"]
+    assert change.ratio != 1
+    assert (change.low, change.high) == pytest.approx((change.ratio, change.ratio))  # nothing varies
+
+
 def test_a_cleared_counter_and_missed_ticks_change_nothing():
     """The rate is what was counted over the time that passed."""
     counts = np.arange(40)[:, None] * 10

@@ -501,6 +501,15 @@ def test_ticks_that_are_missed_after_the_last_sweep_are_told(living):
     check_accounts(chunks, read, 0.001)
 
 
+@pytest.mark.real_vm
+def test_chunks_that_overlap_begin_where_the_last_one_ended(living):
+    """With overlap=True the last sweep of a chunk is also the first of the next; without, none is there twice."""
+    for overlap in (True, False):
+        with kf.follow(living.pid, interval=0.001, chunk=1, count=100, overlap=overlap) as chunks:
+            sweeps = [x.tick.tolist() for x in chunks if len(x)]
+        assert [before[-1] == after[0] for before, after in itertools.pairwise(sweeps)] == [overlap] * (len(sweeps) - 1)
+
+
 def test_it_runs_once_in_its_block():
     """Outside it there is nothing to read or to stop."""
     chunks = kf.follow("no-such-guest", duration=0.01)

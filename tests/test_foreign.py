@@ -327,6 +327,20 @@ def test_columns_must_be_what_the_metadata_says(change, about, compression, path
     assert about in str(caught.value)
 
 
+def test_a_file_without_a_statistic_has_nothing_to_read(path):
+    """The other kind's file is read; by itself it is an error."""
+    file = path / "vcpu-00000.arrows"
+
+    def bare(fields, columns):
+        own = [place for place, field in enumerate(fields) if b"kvmstats.descriptor" not in (field.metadata or {})]
+        return [fields[place] for place in own], [columns[place] for place in own]
+
+    rewrite(file, change=bare)
+    assert {info.kind for info in kf.Samples.load(path).files} == {"vm"}
+    with pytest.raises(kf.KvmStatsError, match="there is no whole batch"):
+        kf.Samples.load(file)
+
+
 @pytest.mark.parametrize("descriptor", [b"99", b"-1", b"x", b"", b"1.0", b"9" * 5000, "²".encode(), b"0"])
 def test_the_descriptor_of_a_column_must_be_one_of_the_file(descriptor, path):
     """By its number, which no other column has."""

@@ -107,6 +107,14 @@ def test_a_slow_run_is_as_small_as_one_written_in_large_chunks(path):
     made.assert_same(kf.Samples.load(path), x)
 
 
+def test_a_large_chunk_comes_behind_the_small_ones_before_it(path):
+    """What the tail has is in a batch before the chunk that is one by itself."""
+    x, sweeps = at_1_hz(40)
+    write(path, [*sweeps[:2], x[2:]], flush_bytes=1, batch_bytes=20 * SWEEP_BYTES)
+    assert lengths(path) == [2, 38]
+    made.assert_same(kf.Samples.load(path), x)
+
+
 def test_the_largest_chunks_of_a_stream_are_written_once(path):
     """Each is a batch at once: none of them waits, or is written again."""
     written = []
