@@ -6,6 +6,7 @@ import os
 import random
 import re
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from helpers import DATA, numbers, watchdog
 
 import kvmstats_fast as kf
 from kvmstats_fast.file_info import identify
-from kvmstats_fast.formats import metadata, parquet
+from kvmstats_fast.formats import ipc, metadata, parquet
 from kvmstats_fast.vmm.handover import HandOverError
 
 VM = made.schema_of([made.ODD[1], made.ODD[4]], "vm")
@@ -404,6 +405,20 @@ def test_a_batch_may_not_claim_more_than_it_can_hold(claim, tmp_path):
     with watchdog(), pytest.raises(kf.KvmStatsError, match=r"vcpu-00000\.arrows.* claim to hold [0-9]{10,}"):
         kf.Samples.load(file)
     assert pa.default_memory_pool().max_memory() == before
+
+
+def test_what_does_not_begin_as_a_message_is_not_measured_as_one(path):
+    """Arrow takes the first word for a length where it is not the mark: it would read what was not measured."""
+    raw = bytearray((path / "vcpu-00000.arrows").read_bytes())
+    source = pa.BufferReader(raw)
+    pa.ipc.open_stream(source)
+    start = source.tell()
+    mark, size = struct.unpack_from("<Ii", raw, start)
+    assert ipc.measure_next(memoryview(raw), start) is not None
+    for begin in ((0, size), (mark - 1, size), (mark, size - len(raw))):  # which ends where it did, from the end
+        struct.pack_into("<Ii", raw, start, *begin)
+        with pytest.raises(ipc.NoMessageError):
+            ipc.measure_next(memoryview(raw), start)
 
 
 def test_a_batch_that_does_not_fit_is_a_memory_error_before_it_is_decompressed(tmp_path, monkeypatch):

@@ -106,6 +106,14 @@ def test_a_vcpu_that_failed_is_divided_until_then():
     assert parts["running"][:, 0].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_vcpu_that_failed_before_a_second_sweep_was_halted_for_no_time(failed):
+    """Two sweeps that were read make a time; what is behind them means nothing."""
+    x = made([0, 900, 900], blocking=[0, 1, 1])
+    x.errors = (kf.samples.SampleError(0, failed, OSError()),)
+    assert halted(x, 0, 1, 2) == [0, 0]
+
+
 @hypothesis.given(
     steps=st.lists(
         st.tuples(st.sampled_from([0, 0, 100, 1500, 9000]), st.sampled_from([0, 1])), min_size=2, max_size=9
