@@ -28,7 +28,7 @@ def test_demo_shows_a_real_vm_with_the_right_numbers():
     done = kvmstats("demo", "-n", "300")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("A real VM on /dev/kvm with 2 vCPUs")
-    said = re.findall(r"vcpu (\d) left the guest (\d+) times, (\w+) moved by ([\d,]+): right", done.stdout)
+    said = re.findall(r"vcpu (\d) left the guest (\d+) times, (\w+) rose by ([\d,]+): right", done.stdout)
     assert [words[:3] for words in said] == [("0", "300", exit_counter()), ("1", "600", exit_counter())]
     assert all(int(moved) >= int(left) for _, left, _, moved in said)  # a busy host interrupts some, see counts_right
 
@@ -50,7 +50,7 @@ def test_demo_says_that_made_up_files_are_made_up():
     done = kvmstats("demo", "--synthetic", "-n", "7")
     assert done.returncode == 0
     assert done.stdout.startswith("SYNTHETIC: no VM ran")
-    assert "exits moved by 14: right" in done.stdout
+    assert "exits rose by 14: right" in done.stdout
     assert json.loads(kvmstats("demo", "--synthetic", "--json").stdout.splitlines()[0])["source"] == "synthetic"
 
 
@@ -101,7 +101,7 @@ def test_demo_fails_when_a_counter_is_wrong(monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "_start", one_exit_lost)
     assert cli.main(["demo", "--synthetic"]) == 1
-    assert "exits moved by 999: WRONG" in capsys.readouterr().out
+    assert "exits rose by 999: WRONG" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_a_bad_argument_is_one_line_and_status_2(arguments, capsys, recording):
 def test_a_vm_of_which_nothing_moved_is_named(recording, capsys):
     """It says so, instead of nothing at all; JSON and CSV have no rows."""
     assert cli.main(["stat", recording, "-e", "still"]) == 0
-    assert capsys.readouterr().out == "VM web (pid 1), 2 vCPUs, 10.000 s\n  nothing moved\n"
+    assert capsys.readouterr().out == "VM web (pid 1), 2 vCPUs, 10.000 s\n  nothing changed\n"
     assert cli.main(["stat", recording, "-e", "still", "-j"]) == 0
     assert not capsys.readouterr().out
 

@@ -297,7 +297,7 @@ def test_a_picture_is_drawn(recording, tmp_path, capsys):
     assert cli.main(["report", recording, "--plot", str(tmp_path / "x.nothing")]) == 2
     assert "does not end in the name of a format: " in capsys.readouterr().err
     assert cli.main(["report", recording, "-e", "still", "--plot", str(tmp_path / "y.png")]) == 2
-    assert "there is nothing to draw" in capsys.readouterr().err
+    assert "there is nothing to plot" in capsys.readouterr().err
     assert cli.main(["report", recording, "--plot", str(tmp_path / "x.png")]) == 1
     assert "x.png" in capsys.readouterr().err
     assert {one.name for one in tmp_path.iterdir()} == {"made.npz", "x.png"}

@@ -298,7 +298,7 @@ def test_the_page_of_a_vm_has_its_statistics_and_histograms():
     exits = int(total.select(vcpu=1).total("exits")[0])
     assert [line.split()[1] for line in one if line.startswith("exits ")] == [f"{exits:,}"]
     assert [line for line in make_page(counted, counted, who, 80, globs("signal")) if line.startswith("signal_exits")]
-    assert make_page((), (), who, 80)[-2:] == ["nothing moved yet", ""]
+    assert make_page((), (), who, 80)[-2:] == ["nothing changed yet", ""]
 
 
 def test_a_vm_of_which_one_thread_is_known_has_one_page():

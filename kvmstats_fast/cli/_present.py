@@ -75,7 +75,7 @@ def present(rows: Sequence[Row], vms: Mapping[tuple[str, str], Vm], screen: Scre
         title = _title(block[0], about, several_hosts=len(hosts) > 1)
         lines += map(screen.title, wrap_text(title, screen.width))
         shown = [row for row in block if row.moved or zero]
-        lines += [] if shown else ["  nothing moved"]
+        lines += [] if shown else ["  nothing changed"]
         for vcpu in dict.fromkeys(row.vcpu for row in shown):
             chosen = [row for row in shown if row.vcpu == vcpu]
             lines += [] if vcpu is None else [f" vCPU {vcpu}"]

@@ -160,7 +160,7 @@ def _describe(block: Block, start: int, stop: int) -> Iterator[str]:
         head = ("statistic", *SPREAD_HEAD[1:-1], "share", "over time")
         yield _sortable(head, SPREAD_ALIGN + "<", rows)
     elif not block.rows:
-        yield "<p>Nothing moved.</p>"
+        yield "<p>Nothing changed.</p>"
     yield from (_bars(row) for row in block.rows if row.stat.is_histogram)
     if block.figures:
         yield "<h3>Figures</h3>"

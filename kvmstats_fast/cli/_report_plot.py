@@ -34,7 +34,7 @@ def draw(recorded: Recorded, path: Path, *, overwrite: bool) -> None:
         if row.steps and row.moved:
             panels.setdefault(row.stat.name, []).append(row)
     if not panels:
-        raise UsageError(f"{path}: no statistic that moved has a rate over time: there is nothing to draw")
+        raise UsageError(f"{path}: no statistic that changed has a rate over time: there is nothing to plot")
     shown = dict([*panels.items()][:_PANELS])
     figure = figure_module.Figure(figsize=(10, 1.2 + 2.2 * len(shown)), layout="constrained")
     formats = figure.canvas.get_supported_filetypes()

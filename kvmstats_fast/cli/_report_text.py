@@ -49,7 +49,7 @@ def _describe(block: Block, screen: Screen) -> list[list[str]]:
     lines = fit_table([SPREAD_HEAD, *cells], SPREAD_ALIGN, screen.width, SPREAD_DROP) if cells else []
     lines[:1] = map(screen.head, lines[:1])
     title = wrap_text(block.title, screen.width)
-    paragraphs = [[*map(screen.title, title), *(lines or ([] if block.rows else ["  nothing moved"]))]]
+    paragraphs = [[*map(screen.title, title), *(lines or ([] if block.rows else ["  nothing changed"]))]]
     paragraphs += [bars(row, screen) for row in block.rows if row.stat.is_histogram]
     if block.figures:
         figures = [(f"  {name}", value, printable(formula, 1 << 10)) for name, value, formula in block.figures]

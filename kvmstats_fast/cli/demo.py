@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
                 verdict = "right" if good else "WRONG"
                 if good and counted != count:
                     verdict += ", the host interrupted an exit"
-                text = f"vcpu {vcpu} left the guest {count} times, {subject.counter} moved by {counted}: {verdict}"
+                text = f"vcpu {vcpu} left the guest {count} times, {subject.counter} rose by {counted}: {verdict}"
                 screen.print(*screen.wrap(text))
     return 0 if all(right) else 1
 

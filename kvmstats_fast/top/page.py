@@ -105,7 +105,7 @@ def _numbers(rows: Sequence[Row], vcpus: int, width: int) -> list[str]:
         now = "" if row.rate is None else format_rate(row, row.rate, vcpus)
         name = indent[2:] + printable(row.stat.name)
         cells.append((name, format_value(row, row.value), now, format_share(row, every)))
-    return fit_table(cells, "<>>>", width, [3]) if len(cells) > 1 else ["nothing moved yet"]
+    return fit_table(cells, "<>>>", width, [3]) if len(cells) > 1 else ["nothing changed yet"]
 
 
 def _histograms(rows: Sequence[Row], total: Counted, width: int) -> Iterator[str]:
