@@ -10,6 +10,7 @@ import made
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import open_fds
 
 import kvmstats_fast as kf
 from kvmstats_fast.formats.recorded_run import _RunReader
@@ -175,11 +176,13 @@ def test_sweeps_that_are_gone_in_front_of_a_tail_are_counted(path):
     recorder.close()
 
 
+@pytest.mark.parametrize("batch", [5, 9])
 @pytest.mark.parametrize("at", range(1, 40, 3))
-def test_ctrl_c_at_any_write_of_a_tail_or_of_a_merge_loses_nothing(at, path, monkeypatch):
-    """`close` writes what waited; what was in the tail is read from there."""
+def test_ctrl_c_at_any_write_of_a_tail_or_of_a_merge_loses_nothing(at, batch, path, monkeypatch):
+    """`close` writes what waited; what was in the tail is read from there; all files are ended, and none stays open."""
     x, sweeps = at_1_hz(12)
-    recorder = kf.Recorder(path, flush_seconds=2, batch_bytes=9 * SWEEP_BYTES)
+    fds = open_fds()
+    recorder = kf.Recorder(path, flush_seconds=2, batch_bytes=batch * SWEEP_BYTES)
     for part in sweeps[:8]:
         recorder.write(part)
     os_write, calls = os.write, 0
@@ -198,6 +201,7 @@ def test_ctrl_c_at_any_write_of_a_tail_or_of_a_merge_loses_nothing(at, path, mon
             given += 1
             recorder.write(part)
     recorder.close()
+    assert open_fds() == fds
     made.assert_same(kf.Samples.load(path), x[:given])
 
 
