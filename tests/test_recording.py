@@ -730,6 +730,24 @@ def test_a_kind_that_is_gone_is_said(path):
     assert warned == [f"{path}: not all of this recording could be read: the file of kind vcpu is missing"]
 
 
+THREADS = """
+import os, sys
+import kvmstats_fast as kf
+import pyarrow
+x = kf.Samples.load(sys.argv[1])
+before = os.listdir("/proc/self/task")
+x.save(sys.argv[2], compression="zstd")
+kf.Samples.load(sys.argv[2])
+assert os.listdir("/proc/self/task") == before
+"""
+
+
+def test_no_thread_is_started_to_write_or_read_a_recording(tmp_path):
+    """Arrow would end the process where it cannot start one."""
+    made.samples([("vm", VM, 1), ("vcpu", VCPU, 2)], 100).save(tmp_path / "x.npz")
+    subprocess.run((sys.executable, "-c", THREADS, tmp_path / "x.npz", tmp_path / "run"), check=True)
+
+
 def test_two_threads_do_not_mix_their_batches(path, monkeypatch):
     """A write while another thread writes is refused, and nothing of it is in the recording."""
     x = made.samples([("vcpu", VCPU, 2)], 6)
