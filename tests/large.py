@@ -35,12 +35,14 @@ def params(names):
 
 
 class _Library:
-    """A module that is imported by its first use."""
+    """A module that is imported by its first use, of which pytest's looks for fixtures and marks are none."""
 
     def __init__(self, name):
         self._name = name
 
     def __getattr__(self, name):
+        if name.startswith(("_", "pytest")):
+            raise AttributeError(name)
         return getattr(import_module(self._name), name)
 
 
