@@ -812,7 +812,8 @@ def test_a_stack_that_ends_at_address_0_is_refused(tmp_path):
     subprocess.run([*CC, "-nostdlib", "-static", "-no-pie", source, "-o", program], check=True)
     with subprocess.Popen([program]) as process:
         try:
-            vmm = until(lambda: Path(f"/proc/{process.pid}/exe").readlink() == program) and vmm_of(process.pid)
+            assert until(lambda: status(process.pid, "State") == {process.pid: "S"})  # all of it is mapped, then
+            vmm = vmm_of(process.pid)
             attempt = ask(vmm, process.pid, (0,))
             assert attempt.result == Result.STACK
             assert "no writable memory below its stack (0x8)" in str(attempt.error)
