@@ -1,5 +1,9 @@
 """How Sphinx makes the pages of the guides and the docstrings: `sphinx-build -W docs docs/_build`."""
 
+import re
+
+from sphinx.application import Sphinx
+
 import kvmstats_fast
 
 project = "kvmstats_fast"
@@ -23,3 +27,13 @@ autodoc_default_options = {
 autodoc_typehints = "none"  # the sections of the docstrings have types
 numpydoc_show_class_members = False  # autodoc has them
 numpydoc_xref_param_type = False
+
+
+def leave_out_internal(_app: Sphinx, _what: str, _name: str, member: object, *_: object) -> bool | None:
+    """Leave out a method whose docstring says that it is for other rooms of the package."""
+    return True if re.search(r"\bInternal[.:;]", member.__doc__ or "") else None
+
+
+def setup(app: Sphinx) -> None:
+    """Have Sphinx ask."""
+    app.connect("autodoc-skip-member", leave_out_internal)
