@@ -144,11 +144,11 @@ class build(_build):  # noqa: N801 - setuptools finds commands by this name
 class bdist_wheel(_bdist_wheel):  # noqa: N801 - setuptools finds commands by this name
     """One wheel for CPython 3.10 and later; a free-threaded build, which cannot load that, gets its own.
 
-    Their stable ABI, abi3t (PEP 803), begins with CPython 3.15, and is made by nothing that builds this yet.
+    3.14t has no stable ABI. 3.15t has abi3t (PEP 803), which cffi 2.1 and setuptools 84 can make; it was not tried.
     """
 
     def finalize_options(self) -> None:
-        """Ask for the stable ABI where there is one."""
+        """Ask for the stable ABI, but not of a free-threaded build."""
         if not sysconfig.get_config_var("Py_GIL_DISABLED"):
             self.py_limited_api = "cp310"
         super().finalize_options()
