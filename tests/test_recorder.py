@@ -134,16 +134,16 @@ def test_the_largest_chunks_of_a_stream_are_written_once(path):
 def test_what_waits_is_written_when_it_takes_so_many_bytes(path):
     """Not counted in writes: samples that are large enough by themselves become a batch of their own."""
     x, sweeps = at_1_hz(30)
-    parts = [*sweeps[:5], x[5:16], *sweeps[16:]]
+    parts = [*sweeps[:5], x[5:15], *sweeps[15:]]
     recorder = kf.Recorder(path, flush_seconds=1000, flush_bytes=10 * SWEEP_BYTES, batch_bytes=0)
     seen = []
     for part in parts:
         recorder.write(part)
         seen.append((recorder.sweeps, recorder.pending))
     recorder.close()
-    assert seen[:7] == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (16, 0), (16, 1)]
-    assert seen[-1] == (26, 4)
-    assert lengths(path) == [5, 11, 10, 4]
+    assert seen[:7] == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (15, 0), (15, 1)]
+    assert seen[-1] == (25, 5)
+    assert lengths(path) == [5, 10, 10, 5]
 
 
 def test_a_slow_writer_s_samples_wait_no_longer_than_they_may(path, monkeypatch):
