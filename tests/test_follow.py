@@ -704,3 +704,23 @@ def test_a_vm_that_goes_while_its_run_is_prepared_is_left_out_of_it(monkeypatch,
     with kf.follow(living.pid, 0.001, "exits") as chunks:
         assert pids(next(chunks)) == {living.pid}
     assert gone
+
+
+@pytest.mark.real_vm
+def test_a_vmm_that_ends_before_it_is_attached_to_is_nobody(monkeypatch, living):
+    """It is not refused, and the next look finds who is there."""
+    attach, gone = roster_module.attach, []
+
+    def be_late(*arguments, **options):
+        if not gone:
+            gone.append(arguments)
+            raise kf.VmGoneError(errno.ESRCH, "it has ended")
+        return attach(*arguments, **options)
+
+    monkeypatch.setattr(roster_module, "attach", be_late)
+    with Roster(living.pid, inject=False, timeout=2.0) as roster:
+        roster.update(lambda: None)
+        assert (roster.machines, roster.refusals, len(gone)) == ({}, {}, 1)
+        living.do("2 + 2")
+        roster.update(lambda: None)
+        assert [machine.pid for machine in roster.machines.values()] == [living.pid]

@@ -227,11 +227,11 @@ def test_a_guests_name_of_any_length_spoils_no_recording(resources, tmp_path):
     name = "n" * 1024
     with kf.follow([machine.pid for machine in machines], 0.001, count=5) as chunks:
         followed = kf.Samples.concatenate(list(chunks))
-    for x in (kf.Sampler(machines).run(0, count=2), followed):
+    for number, x in enumerate((kf.Sampler(machines).run(0, count=2), followed)):
         assert {info.name for info in x.files} == {name}
         assert len(x.vms) == 2
         assert all(vm.startswith(name) and len(vm) < len(name) + 20 for vm in x.vms)
-        path = tmp_path / str(len(x))
+        path = tmp_path / str(number)
         x.save(path)
         x.save(path.with_suffix(".npz"))
         assert kf.Samples.load(path).files == kf.Samples.load(path.with_suffix(".npz")).files == x.files

@@ -1,5 +1,6 @@
 """Loading some of it: what is asked for is what `select` and `between` give, and nothing else is decompressed."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import hypothesis
@@ -184,3 +185,14 @@ def test_what_a_message_says_of_itself_is_weighed_or_no_message(path):
                 assert found is None or (found[0] >= 0 and found[2] <= len(stream))
     assert weighed > 1000
     assert refused > 1000
+
+
+def test_a_range_that_a_clock_passes_twice_is_no_one_stretch(path):
+    """Where it was set back between two batches: seconds from the start name one of them."""
+    x = made.samples([("vcpu", VCPU, 1)], 10)
+    x.time[:] = np.arange(10) * 10**9
+    write(path, [x[:5], replace(x[5:], wall_offset=x.wall_offset - 5 * 10**9)])
+    start, stop = (np.datetime64(x.wall_offset + second * 10**9, "ns") for second in (1, 3))
+    with pytest.raises(ValueError, match=r"the wall clock was set back.*: give seconds from the start"):
+        kf.Samples.load(path, None, start, stop)
+    assert kf.Samples.load(path, None, 1, 3).time.tolist() == x.time[1:3].tolist()

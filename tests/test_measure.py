@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -374,3 +375,12 @@ def test_a_phase_says_how_often_it_was_entered(files):
             with m.phase("boot"):
                 pass
     assert repr(m.phases["boot"]) == f"<Phase: entered 2 times, {m.phases['boot'].elapsed:.6g} s>"
+
+
+def test_a_block_at_whose_end_no_file_can_be_read_says_so(files):
+    """Though it raised nothing: what was counted is not known."""
+    closing = ExitStack()
+    for file in files:
+        closing.callback(file.close)
+    with pytest.raises(ValueError, match="closed"), kf.measure(files):
+        closing.close()

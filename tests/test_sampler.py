@@ -909,3 +909,10 @@ def test_any_number_of_real_vcpus_is_sampled(vcpus, resources):
 def test_the_memory_check_knows_what_is_available():
     """A size that fits is not refused."""
     memory.check_memory(1 << 20, 1)
+
+
+def test_a_sampler_says_of_what_it_is(resources):
+    """How many files of which kind, and how many statistics it reads."""
+    made = [resources.enter_context(SyntheticStats(kind=kind)) for kind in ("vm", "vcpu", "vcpu")]
+    files = [resources.enter_context(one.open()) for one in made]
+    assert repr(kf.Sampler(files, ["exits", "remote_tlb_flush"])) == "<Sampler of 1 VM and 2 vCPU files, 2 statistics>"

@@ -154,6 +154,15 @@ def test_a_run_goes_on_with_the_files_of_other_vms(vmm, resources):
         assert not any(file.closed for file in second)
 
 
+def test_a_file_that_its_user_has_closed_is_passed_over(vmm):
+    """When one of two VMs of a process goes: its files are closed, and the other of the VM that stays is not."""
+    vmm.do("one, its = boot(); other, more = boot(); one.run(100); other.run(300)")
+    with kf.attach(vmm.pid) as machine:
+        min(machine.vcpus, key=lambda file: file.snapshot()["exits"]).close()
+        vmm.do("stop(other, more)")
+        assert sum(look(machine)) == 3
+
+
 def test_the_files_of_another_vm_of_the_process_stay(vmm):
     """Two VMs with the same ids in one process, of which one is made anew, then goes for good."""
     vmm.do("one, its = boot(); other, more = boot(); one.run(100); other.run(300)")
