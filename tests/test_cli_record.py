@@ -137,7 +137,7 @@ def test_a_flight_recorder_keeps_a_burst_in_full_and_a_sweep_a_second(tmp_path, 
     work = "import time; time.sleep(0.5); guest.run(20000); time.sleep(0.5)"
     with Holder(1) as vmm:
         options = ["-p", str(vmm.pid), "-I", "2ms", "-o", str(path), "--when", f"{exit_counter()}>1/s"]  # one in 2 ms
-        options += ["--before", "100ms", "--after", "100ms", "-d", "3s"]
+        options += ["--before", "100ms", "--after", "100ms"]
         with recording(*options) as running:
             assert until((path / "full").exists)
             vmm.do(work)
@@ -159,7 +159,7 @@ def test_what_a_flight_recorder_says_can_be_typed_and_both_parts_are_not_added_u
     """It names a recording in which there is something; the folder of both would count everything twice."""
     path = tmp_path / "out"
     with Holder(1) as vmm:
-        options = ["-p", str(vmm.pid), "-I", "10ms", "-n", "5", "-o", str(path)]
+        options = ["-p", str(vmm.pid), "-I", "100ms", "-n", "5", "-o", str(path)]  # a busy host misses some
         assert cli.main(["record", *options, "--when", f"exits{'<' if held else '>'}1e9/s"]) == 0
     said = capsys.readouterr().err
     assert ("of them kept" if held else "none kept: the condition never held") in said

@@ -703,7 +703,8 @@ def test_of_thousands_of_lies_none_is_a_riddle():
     inputs = numbers(600)
     said, came = mutate("mutate_recordings.py", len(inputs), inputs.start)
     assert said.startswith("600 inputs: ")
-    assert min(came["read"], came["KvmStatsError"], came["FormatError"], came["merged"]) > 10
+    # Of 600 about 20 are the rarest, "merged": 10 or fewer come once in a hundred runs, and 2 or fewer in two million.
+    assert min(came["read"], came["KvmStatsError"], came["FormatError"], came["merged"]) > 2
 
 
 def test_a_footer_that_contradicts_itself_does_not_end_the_process():
