@@ -662,6 +662,16 @@ def test_parquet_files_of_one_run_that_contradict_each_other_are_refused(tmp_pat
         kf.open_recordings(tmp_path / "set")
 
 
+def test_a_parquet_file_without_the_rows_that_it_speaks_of_is_damaged(path, tmp_path):
+    """As one that somebody has filtered: the error names the file, and what it lacks."""
+    (file,) = [one for one in kf.to_parquet(path, tmp_path / "set") if "vcpu" in str(one)]
+    whole = pq.ParquetFile(file)
+    about = {**whole.schema_arrow.metadata, **whole.metadata.metadata}
+    pq.write_table(whole.read().slice(0, 0).replace_schema_metadata(about), file)
+    with pytest.raises(kf.KvmStatsError, match=r"vcpu.*: row group 1: kvmstats\.sweeps is 6; 0 rows and 0 sweeps"):
+        kf.open_recordings(tmp_path / "set")
+
+
 @pytest.mark.parametrize("text", [b"tick", b"time"])
 def test_names_in_parquet_that_are_no_text_are_an_error_of_the_file(path, tmp_path, text):
     """Wherever one stands: in the schema, or in the metadata of a row group."""

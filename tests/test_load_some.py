@@ -173,6 +173,8 @@ def test_what_a_message_says_of_itself_is_weighed_or_no_message(path):
     stream = file.read_bytes()
     start = 8 + int.from_bytes(stream[4:8], "little", signed=True)
     end = ipc.measure_next(memoryview(stream), start)[2]
+    with pytest.raises(ipc.NoMessageError):
+        ipc.measure_next(memoryview(stream), start, np.array([0, 10**6]))  # of which the batch has only the first
     weighed = refused = 0
     for at in range(start, min(end, start + 2000)):
         for value in (0, 1, 0x7F, 0xFF):
