@@ -255,6 +255,22 @@ def test_a_kernel_without_pidfds_of_threads_is_said_to_lack_them(monkeypatch, le
 
 
 @pytest.mark.real_vm
+def test_a_thread_that_cannot_be_held_is_the_kernels_error(monkeypatch, leaderless):
+    """With no file free, its errno: that is no end of the process, and no old kernel."""
+    pidfd_open = os.pidfd_open
+
+    def be_full(pid, flags=0):
+        if flags:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return pidfd_open(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", be_full)
+    with running(leaderless, "hold") as vmm, pytest.raises(OSError, match="Too many open files") as caught:
+        kf.attach(vmm.pid)
+    assert caught.value.errno == errno.EMFILE
+
+
+@pytest.mark.real_vm
 def test_a_thread_that_ends_before_it_is_held_is_passed_over(monkeypatch, leaderless):
     """While another lives the process has not ended: its files are taken through that."""
     pidfd_open, has_ended, missed, ended = os.pidfd_open, Process._has_ended, [], []
