@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import re
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from kvmstats_fast._arguments import check_integer, check_seconds
 from kvmstats_fast._resource import Closing
@@ -131,6 +133,7 @@ class Recorder(Closing):
                 errno.EEXIST, "it is not empty: record to another path (or `kvmstats record --force`)", str(path)
             )
         self._closed = False
+        _RECORDERS.add(self)
 
     @property
     def sweeps(self) -> int:
@@ -339,6 +342,16 @@ class Recorder(Closing):
     def __repr__(self) -> str:
         waiting = f", {self.pending} more wait" if self.pending else ""
         return f"<Recorder {str(self.path)!r}: {self.sweeps} sweeps, {self.size} bytes{waiting}>"
+
+
+_RECORDERS: WeakSet[Recorder] = WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    """Write what waits while imports work: without a GIL, what a module names goes when they no longer do."""
+    for recorder in list(_RECORDERS):
+        recorder.__del__()
 
 
 def is_stream_name(name: str) -> bool:
