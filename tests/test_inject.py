@@ -534,6 +534,7 @@ def test_a_thread_that_nothing_wakes_times_out(target):
     attempt = vmm_of(vmm_process.pid, 0.2).attempt(vmm_process.tids["vfork"], (0,), in_run=False)
     assert attempt.result == Result.TIMEOUT
     assert vmm_process.thread("vfork")["calls"] == 0  # it waits yet
+    vmm_process.say("wake")
     assert until(lambda: vmm_process.thread("vfork")["calls"] == 1)
 
 
@@ -559,6 +560,7 @@ def test_a_tracer_that_hangs_is_killed(target):
     assert attempt.result == Result.KILLED
     assert vmm_process.thread("vfork")["calls"] == 0  # it waits yet
     assert os.waitpid(-1, os.WNOHANG | 0x40000000) == (0, 0)
+    vmm_process.say("wake")
     assert until(lambda: vmm_process.thread("vfork")["calls"] == 1)
 
 

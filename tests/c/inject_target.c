@@ -13,8 +13,7 @@
  *   busy     guests do not halt                        parked  no vCPU runs
  *   seccomp  with a filter that allows everything      full    no fd is free
  *   spin     one thread makes no system call           held    the first VM's stats files are open
- *   twice    each VM has two fds                       vfork   one thread waits for a child, for 1 s, where no signal
- *                                                              wakes it
+ *   twice    each VM has two fds                       vfork   one thread waits for a child, where no signal wakes it
  *
  * Commands on stdin: "report" prints one line of JSON, "wake" lets blocked calls return, "close" closes the stats
  * files; the end of stdin ends the program.
@@ -343,8 +342,10 @@ static void *in_vfork(void *argument)
     struct thread *t = argument;
     t->tid = (pid_t)syscall(SYS_gettid);
     if (vfork() == 0) {
-        struct timespec rest = {.tv_sec = 1};
-        syscall(SYS_nanosleep, &rest, NULL);
+        struct timespec rest = {.tv_nsec = 1000000};
+        syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        while (!__atomic_load_n(&futex_word, __ATOMIC_ACQUIRE))
+            syscall(SYS_nanosleep, &rest, NULL);
         _exit(0);
     }
     ++t->calls;
