@@ -90,7 +90,7 @@ ABOUT = {
     "csrc": "c_core run run_ends sampler",
 }
 #: What no test of the package's own behaviour holds: how it looks, and rooms that stand outside the core.
-NOT = ("cli/", "plugins/", "testing/", "export/", "plot.py", "__main__.py", "_kvmstats.pyi")
+NOT = ("cli/", "plugins/", "testing/", "export/", "plot.py", "__main__.py", "_kvmstats.py")
 #: Its own processes and mounts; what is left of them ends with it. If it eats up the memory, the kernel kills it first.
 #: The shell is process 1, which signals do not end as they end others.
 APART = (

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -82,6 +83,36 @@ def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"{kvmstats_fast.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["StatsFile", "FormatError", "launch", "parse"])
+def test_sources_in_which_nothing_was_built_say_what_to_do(name, unbuilt):
+    """One ImportError, of whatever is used first."""
+    done = run_in(unbuilt, "-c", f"import kvmstats_fast; kvmstats_fast.{name}")
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: {unbuilt}/kvmstats_fast has no C core")
+    assert "`pip install -e .`" in done.stderr
+
+
+def test_a_command_in_sources_in_which_nothing_was_built_says_what_to_do(unbuilt):
+    """One line and status 1; `--help` needs no core."""
+    done = run_in(unbuilt, "-m", "kvmstats_fast", "list")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"kvmstats: {unbuilt}/kvmstats_fast has no C core")
+    assert run_in(unbuilt, "-m", "kvmstats_fast").stderr.startswith("usage: kvmstats")
+
+
+@pytest.fixture
+def unbuilt(tmp_path):
+    """A clone in which nothing was built."""
+    shutil.copytree(PACKAGE, tmp_path / "kvmstats_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def run_in(folder, *words):
+    """What Python says of these arguments in a folder, which comes first in its path."""
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False)
 
 
 def loaded_by(code):

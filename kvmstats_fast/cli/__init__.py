@@ -103,10 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except (kvmstats_fast.KvmStatsError, OSError, ImportError, MemoryError) as error:
-        print(f"kvmstats: {describe_error(error)}", file=sys.stderr)
-        _end_output()
-        return _status(error)
+    except ImportError as error:  # by itself: if it is of the core, the package's own errors cannot be imported
+        return _fail(error, 1)
+    except (kvmstats_fast.KvmStatsError, OSError, MemoryError) as error:
+        return _fail(error, _status(error))
     return status
 
 
@@ -129,6 +129,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.verb in _WITH_COMMAND:
         arguments.command = command
     return arguments
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"kvmstats: {describe_error(error)}", file=sys.stderr)
+    _end_output()
+    return status
 
 
 def _end_output() -> None:
