@@ -417,3 +417,31 @@ print(machine.alive)
 def test_a_vmm_is_watched_under_green_threads(under_green_threads):
     """After monkey-patching: attach works, by a watch in a thread of its own that sees the VMM's end."""
     assert under_green_threads(GREEN, VMM) == ["1 0", "False"]
+
+
+def test_a_program_that_closes_our_fds_has_no_vm_marked_as_dead(vmm):
+    """Another file in the place of the fd by which marks are seen: the VM runs on, and others can attach to it."""
+    vmm.do("guest, files = boot()")
+
+    def work():
+        machine = kf.attach(vmm.pid)
+        with Path(os.devnull).open("rb") as other:
+            os.dup2(other.fileno(), mark._probe()[0].fileno())
+        with pytest.raises(OSError, match="closed by the program"):
+            look(machine)
+        assert not any(file.closed for file in machine.files)
+
+    assert exit_status(forked(work)) == 0
+    with kf.attach(vmm.pid) as machine:
+        assert len(machine.files) == 2
+
+
+def test_the_files_of_a_vm_that_is_gone_are_held_neither_for_find_vms_nor_for_attach(vmm):
+    """Which agree, whatever the process still has open."""
+    vmm.do("guest, files = boot()")
+    with kf.attach(vmm.pid) as machine:
+        mark.mark_dead(machine.vcpus[0])
+    (found,) = [process for process in kf.find_vms() if process.pid == vmm.pid]
+    assert [file.kind for file in found.held] == ["vm"]
+    with kf.attach(vmm.pid) as machine:
+        assert [file.kind for file in machine.files] == ["vm"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError
+from kvmstats_fast.vmm.mark import drop_dead
 from kvmstats_fast.vmm.proc import KvmFile, Process, is_own
 from kvmstats_fast.vmm.refusal import reason_of_refusal
 
@@ -57,7 +58,7 @@ class VmProcess:
     vcpus : tuple of int, or None
         Ids of the vCPUs it has open, ascending; with several VMs an id may occur several times. None as above.
     held : tuple of HeldFile, or None
-        The stats files it has open, by fd. None as above.
+        The stats files it has open, by fd, but for those of VMs that are gone. None as above.
     start_time : int
         When it started, in clock ticks since boot (field 22 of ``/proc/PID/stat``). The same pid and start_time mean
         the same process.
@@ -147,7 +148,7 @@ def look_at(process: Process) -> Look:
     with suppress(FileNotFoundError, ProcessLookupError, NotADirectoryError):  # it has ended, or is none
         try:
             files = process.kvm_files()
-            return Look(describe(process, files) if has_vm(files) else None, False)
+            return Look(describe(process, drop_dead(process, files)) if has_vm(files) else None, False)
         except PermissionError:  # perhaps by now only: it has changed its user, or guards itself
             hidden = _describe_hidden(process)
             return Look(hidden, hidden is None and _has_program(process))

@@ -13,6 +13,7 @@ nobody takes it for one of the VM that comes next.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -91,9 +92,15 @@ class Marks:
 
 
 @cache
-def _probe() -> Fd:
-    """Return an fd of the inode that KVM's files have, too (``fs/anon_inodes.c``)."""
-    return Fd(os.eventfd, 0)
+def _probe() -> tuple[Fd, Fd, int]:
+    """Return two files of the inode that KVM's have, too (``fs/anon_inodes.c``): the second one has this mark."""
+    probe, marked, mark = Fd(os.eventfd, 0), Fd(os.eventfd, 0), _new_mark()
+    _lock(marked, mark)
+    return probe, marked, mark
+
+
+def _new_mark() -> int:
+    return _FIRST | int.from_bytes(os.urandom(7), "little")
 
 
 def _mark(process: Process, files: Iterable[KvmFile]) -> set[int]:
@@ -102,7 +109,7 @@ def _mark(process: Process, files: Iterable[KvmFile]) -> set[int]:
     for file in files:
         mark = next((mark for mark in _find(process, file) if mark >= _FIRST), 0)
         if not mark and (copy := process.take(file.fd)) is not None:
-            mark = _FIRST | int.from_bytes(os.urandom(7), "little")
+            mark = _new_mark()
             with copy:
                 _lock(copy, mark)
         if mark and _is_there(mark):
@@ -135,7 +142,23 @@ def _lock(file: HasFileno, mark: int) -> None:
 
 
 def _is_there(mark: int) -> bool:
-    """Return whether a lock stands in the way of one that would be at this place."""
+    """Return whether a lock stands in the way of one that would be at this place.
+
+    Raises
+    ------
+    OSError
+        If the kernel says so, or if its answers are not about KVM's files any more, as where a program closed fds that
+        are not its own: VMs that run would be taken for gone, and marked as dead for every monitor of the machine.
+    """
+    probe, _marked, known = _probe()
+    if _stands(probe, mark):
+        return True
+    if not _stands(probe, known):
+        raise OSError(errno.EBADF, "an fd by which VMs are watched was closed by the program")
+    return False
+
+
+def _stands(probe: Fd, mark: int) -> bool:
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, mark, 1, 0)
-    kind: int = _FLOCK.unpack(fcntl.fcntl(_probe(), fcntl.F_OFD_GETLK, asked))[0]
+    kind: int = _FLOCK.unpack(fcntl.fcntl(probe, fcntl.F_OFD_GETLK, asked))[0]
     return kind != fcntl.F_UNLCK
