@@ -252,10 +252,6 @@ def test_rounds_kept(benchmark, made):
 def test_rounds_exceeded(benchmark, made):
     benchmark.pedantic(made.add, ("exits", 10), rounds=4, iterations=7, warmup_rounds=2)
 
-@pytest.mark.kvm_budget(exit=1)
-def test_unknown(made):
-    pass
-
 @pytest.mark.kvm_budget(exits=0)
 def test_other_failure():
     assert False, "this is the news"
@@ -286,12 +282,21 @@ exits           70      69        1  +1.4%
 def test_a_budget_passes_at_n_and_fails_below(run):
     """With a table of what was exceeded, and by how much; what a test itself raises comes out instead."""
     result, _ = run(BUDGETS)
-    result.assert_outcomes(passed=2, failed=4)
+    result.assert_outcomes(passed=2, failed=3)
     text = result.stdout.str()
     assert MESSAGE in text
     assert ROUNDS_MESSAGE in text
-    result.stdout.fnmatch_lines(["*no statistic 'exit' in what these files count; did you mean exits*"])
     result.stdout.fnmatch_lines(["*this is the news*"])
+
+
+def test_a_budget_of_a_statistic_that_is_not_there_is_one_line(run):
+    """It says which there are, and shows no source of the plugin."""
+    result, _ = run("import pytest\n@pytest.mark.kvm_budget(exit=1)\ndef test_it(made):\n    pass")
+    result.assert_outcomes(failed=1)
+    title = next(number for number, line in enumerate(result.outlines) if " test_it " in line)
+    message = "kvm_budget: no statistic 'exit' in what these files count; did you mean exits"
+    assert result.outlines[title + 1].startswith(message)
+    assert result.outlines[title + 2].startswith(("---", "==="))  # the next section
 
 
 def test_a_table_ends_the_run(run):

@@ -50,14 +50,20 @@ class Budget:
         self._limits = limits
 
     def check(self, watched: Watched) -> str:
-        """Return what was exceeded, and by how much, as a table; empty if nothing was, or if it is not known."""
+        """Return what was exceeded, and by how much, as a table; empty if nothing was, or if it is not known.
+
+        If files could not be read, or have no such statistic, it says so.
+        """
         if watched.errors:
             return "\n".join(["KVM budget not kept: not all files could be read", *watched.errors])
         if not watched.knows(self.per):
             return ""
         rows = [("statistic", "counted", "budget", "over by", "")]
         for name, limit in self._limits.items():
-            counted = watched.find(name, self.per)
+            try:
+                counted = watched.find(name, self.per)
+            except KeyError as error:
+                return f"kvm_budget: {error.args[0]}"
             if counted > limit:
                 share = f"{(counted - limit) / limit:+.1%}" if limit else ""
                 rows.append((name, f"{counted:.12g}", f"{limit:.12g}", f"{counted - limit:.12g}", share))
