@@ -3,10 +3,14 @@
 import gc
 import json
 import os
+import re
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from holder import WITH_GUESTS
 
 from kvmstats_fast.plugins.rounds import RoundTimer
 from kvmstats_fast.testing import exit_counter
@@ -481,6 +485,27 @@ def test_it(made, count):
 
 
 # ---- a real guest
+
+
+@pytest.mark.real_vm
+def test_the_vmm_that_the_guide_starts_ends_with_the_suite(run, pytester, tmp_path):
+    """docs/suites.md's fixture starts one for all tests, counts it, and leaves no process behind."""
+    guide = (Path(__file__).parents[1] / "docs" / "suites.md").read_text()
+    fixture = re.search(r"^@pytest.fixture.*\ndef kvmstats_files(?s:.*?)(?=^```)", guide, re.MULTILINE)[0]
+    program = tmp_path / "vmm.py"
+    program.write_text(f"{WITH_GUESTS}\nguest = TinyGuest()\nimport time\ntime.sleep(60)")
+    fixture = fixture.replace('"qemu-system-x86_64", ...', f"{sys.executable!r}, {str(program)!r}")
+    assert str(program) in fixture
+    pytester.makeconftest(f"{LITTLE}import pytest\nimport kvmstats_fast as kf\n{fixture}")
+    code = """
+import pathlib
+def test_it(kvmstats, kvmstats_files):
+    assert kvmstats_files.alive
+    pathlib.Path("pid").write_text(str(kvmstats_files.pid))
+"""
+    result, _ = run(code)
+    result.assert_outcomes(passed=1)
+    assert not Path("/proc", (pytester.path / "pid").read_text()).exists()
 
 
 @pytest.mark.real_vm

@@ -55,7 +55,8 @@ def launch(
     Returns
     -------
     VirtualMachine
-        Its attribute `process` is the ``Popen``. `refresh` adds vCPUs that are created later.
+        Its attribute `process` is the ``Popen``: the caller ends it, and waits for it. `close`, or leaving a ``with``
+        block, closes the files only; the VM runs on. `refresh` adds vCPUs that are created later.
 
     Raises
     ------
