@@ -36,8 +36,8 @@ def describe_error(error: Exception) -> str:
 
 def waits_for(names: Sequence[object] | None) -> str:
     """Return what is said where none of the VMs that are wanted, by name or pid, is there yet."""
-    called = f" called {' or '.join(printable(str(name)) for name in names)}" if names else ""
-    return f"no VM{called} yet; it waits for one"
+    which = [f"of process {one}" if isinstance(one, int) else f"called {printable(str(one))}" for one in names or ()]
+    return f"no VM{' ' if which else ''}{' or '.join(which)} yet; it waits for one"
 
 
 def format_table(rows: Sequence[Sequence[str]], align: str) -> str:

@@ -191,6 +191,41 @@ def test_where_nothing_was_recorded_nothing_is_left(tmp_path, capsys, more, stat
             path.mkdir(exist_ok=True)
 
 
+def test_who_is_left_out_is_told_at_once_while_nothing_can_be_recorded(tmp_path, capsys):
+    """By name or by pid; not that there is no such VM, and again only for another reason."""
+    path = str(tmp_path / "out")
+    with Holder(1, hold="nothing", name="bare") as vmm:
+        for who in (["-g", "bare"], ["-p", str(vmm.pid)]):
+            assert cli.main(["record", *who, "-d", "1.3s", "-o", path]) == 0  # that is two looks
+            left_out, waits, end = capsys.readouterr().err.splitlines()
+            assert left_out.startswith(f"kvmstats: process {vmm.pid} is left out: ")
+            assert left_out.endswith("only for the process that made the VM")
+            assert waits.startswith("kvmstats: no VM can be recorded yet; it waits for one")
+            assert end == "kvmstats: no VM could be attached to; nothing was recorded"
+
+
+def test_who_comes_and_is_left_out_is_told_before_anything_is_recorded(tmp_path):
+    """While it waits for its first VM."""
+    with recording("-g", "late-*", "-d", "30s", "-o", tmp_path / "out") as running:
+        assert running.stderr.readline() == "kvmstats: no VM called late-* yet; it waits for one\n"
+        with Holder(1, hold="nothing", name="late-one") as vmm:
+            assert running.stderr.readline().startswith(f"kvmstats: process {vmm.pid} is left out: ")
+
+
+def test_a_pid_that_is_no_vmm_is_an_error_at_once(tmp_path, capsys):
+    """As with stat -p; a VMM that has made no VM yet is waited for, by its pid."""
+    path = tmp_path / "out"
+    with subprocess.Popen(["sleep", "60"]) as other:
+        assert cli.main(["record", "-p", str(other.pid), "-o", str(path)]) == 1
+        assert f"process {other.pid} has no VM: " in capsys.readouterr().err
+        other.kill()
+    with subprocess.Popen(["firecracker", "60"], executable="/bin/sleep") as young:
+        assert cli.main(["record", "-p", str(young.pid), "-d", "10ms", "-o", str(path)]) == 0
+        assert f"process {young.pid} is left out: it has no VM; if it makes one" in capsys.readouterr().err
+        young.kill()
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import kvmstats_fast as kf
 from kvmstats_fast._resource import describe_fd
-from kvmstats_fast._text import format_html, format_si, printable
+from kvmstats_fast._text import format_html, format_si, printable, waits_for
 from kvmstats_fast.cli import main
 from kvmstats_fast.testing import SyntheticStats
 
@@ -35,6 +35,15 @@ def test_printable_text_has_printable_characters_only(text, most):
     shown.encode()
     if text.isprintable():
         assert shown == (text if len(text) <= most else text[: most - 3] + "...")
+
+
+@pytest.mark.parametrize(
+    ("names", "which"),
+    [(None, ""), (["web-*"], " called web-*"), ([7, "a\x1b"], " of process 7 or called a\\x1b")],
+)
+def test_who_is_waited_for_is_named_as_it_was_given(names, which):
+    """A pid is a process, and no name of a VM."""
+    assert waits_for(names) == f"no VM{which} yet; it waits for one"
 
 
 @contextmanager

@@ -33,6 +33,8 @@ from kvmstats_fast.cli._grammar import (
 from kvmstats_fast.formats.recorder import Recorder, is_stream_name
 from kvmstats_fast.sampling.flight import Condition, EachSecond, Flight
 from kvmstats_fast.sampling.follow import follow
+from kvmstats_fast.vmm.find import may_have_vm
+from kvmstats_fast.vmm.machine import attach
 from kvmstats_fast.vmm.ways import leave_out_advice
 
 if TYPE_CHECKING:
@@ -107,6 +109,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--keep removes old files: it needs --rotate, which starts new ones")
     path = Path(arguments.output or time.strftime("kvmstats-%Y%m%d-%H%M%S"))
     names = named_vms(arguments)
+    for pid in arguments.pid or ():
+        if not may_have_vm(pid):
+            attach(pid).close()  # raises why not; otherwise it has made a VM by now
     with ExitStack() as opened:
         with usage_errors():
             following = follow(
@@ -126,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
             opened.callback(_remove_empty, path)  # of a command that is not there, or a VM that never came
         writer = opened.enter_context(_open(path, arguments, condition))
         shown = _Shown(chunks, writer, waits_for(names))
+        chunks.on_look = shown.tell_refused
         status = _record(arguments, chunks, writer, shown)
     if arguments.keep:
         _retain(writer, arguments.keep)  # the last files have come into being at the end
@@ -273,17 +279,24 @@ class _Shown:
         self._refused: dict[int, str] = {}
         self.vms: dict[str, None] = {}
         self._sweeps = 0
-        if not chunks.machines:
+        self.tell_refused()
+        if not chunks.machines and self._refused:
+            self._print("no VM can be recorded yet; it waits for one (`kvmstats list -w` says what helps)")
+        elif not chunks.machines:
             self._print(waits)
+
+    def tell_refused(self) -> None:
+        """Say who is left out that was not before, and why."""
+        refused = self._chunks.refused
+        for pid, why in refused.items():
+            if self._refused.get(pid) != why:
+                self._print(f"process {pid} is left out: {printable(leave_out_advice(why), 400)}")
+        self._refused = refused
 
     def update(self, samples: Samples) -> None:
         """Take note of what was written."""
         self._sweeps += len(samples)
         self.vms |= dict.fromkeys(samples.vms)
-        for pid, why in self._chunks.refused.items():
-            if self._refused.get(pid) != why:
-                self._print(f"process {pid} is left out: {printable(leave_out_advice(why), 400)}")
-        self._refused = self._chunks.refused
         now = time.monotonic()
         if self._live and now - self._said >= _PROGRESS:
             self._said = now
@@ -305,7 +318,8 @@ class _Shown:
         """Say what was recorded, and what can be done with it."""
         sweeps, vms = self._sweeps, len(self.vms)
         if not self._writer.sweeps:
-            self._print("nothing was recorded" if vms else "no VM came; nothing was recorded")
+            none = "" if vms else "no VM could be attached to; " if self._refused else "no VM came; "
+            self._print(f"{none}nothing was recorded")
             return
         kept = ""
         if isinstance(self._writer, _FlightWriter):

@@ -23,7 +23,7 @@ from kvmstats_fast.schedstat import with_thread
 from kvmstats_fast.vmm.roster import Roster
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from typing_extensions import Self
@@ -96,6 +96,9 @@ class Follow(Unique):
     idle : int
         Ticks so far at which there was nothing to sample; they are not missed. Sweeps, `missed` and `idle` add up to
         the ticks of the schedule so far.
+    on_look : callable or None
+        Called by the reader's thread, without arguments, after each look at the host in the iteration: `refused` and
+        `machines` are new then, also while no chunk comes. None unless it is set.
     """
 
     def __init__(self, roster: Roster, relay: Relay, choice: Choice, threads: int, rescan: float) -> None:
@@ -107,6 +110,7 @@ class Follow(Unique):
         self._sampled: dict[str, list[StatsFile]] | None = None
         self._waiting: deque[Samples] = deque()  # chunks that came while the host was looked at
         self._is_stopped = False
+        self.on_look: Callable[[], object] | None = None
         self._turn = Turn("follow")
 
     # ---- what is known of it
@@ -203,6 +207,8 @@ class Follow(Unique):
         self._roster.settle()
         now = time.monotonic()
         self._due = max(self._due, now + (now - began))  # on a host that takes long to look at, half of the time
+        if self.on_look is not None:
+            self.on_look()
 
     def _prepare(self, files: dict[str, list[StatsFile]]) -> LiveRow | None:
         """Return what a run of these files needs; None if none of them has a chosen statistic."""

@@ -155,6 +155,16 @@ def look_at(process: Process) -> Look:
     return Look(None, False)
 
 
+def may_have_vm(pid: int) -> bool:
+    """Return whether a process has a VM, or is called like a known VMM, which may make one."""
+    process = Process(pid)
+    if look_at(process).vms is not None:
+        return True
+    with suppress(OSError):  # it has ended
+        return _describe_hidden(process) is not None
+    return False
+
+
 def is_called(process: VmProcess, guest: str) -> bool:
     """Return whether the guest of a VMM has this name, or one that this glob fits."""
     return process.name == guest or fnmatchcase(process.name, guest)
