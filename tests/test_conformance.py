@@ -2,16 +2,26 @@
 
 import json
 import os
+import re
 import struct
+import subprocess
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import qemu
+from helpers import until
 from holder import Holder
 
+import kvmstats_fast as kf
 from kvmstats_fast import cli
+from kvmstats_fast.cli.check import ways_to
 from kvmstats_fast.conformance import FAIL, NOT_APPLICABLE, PASS, Live, check_file
+from kvmstats_fast.vmm.find import look_at
+from kvmstats_fast.vmm.proc import Process
+from kvmstats_fast.vmm.ways import WAYS
 
 CAPTURES = Path(__file__).parent / "data" / "captures"
 ONLY_LIVE = {"C16", "C17", "C18", "C19", "C20", "D5"}
@@ -214,8 +224,68 @@ def test_the_files_of_a_vmm_are_checked_and_the_ways_to_them_told(capsys):
         assert cli.main(["check", "-p", str(vmm.pid)]) == 0
     out = capsys.readouterr().out
     assert out.count("23 PASS, 0 FAIL, 3 N/A") == 2
-    ways = dict(line.split(maxsplit=1) for line in out.splitlines()[-6:] if "  " in line.strip())
+    assert f"\nWays to the files of process {vmm.pid}:\n" in out
+    ways = ways_in(out)
+    assert list(ways) == [way.name for way in WAYS]
     assert ways["borrow"] == "yes"
+    assert ways["hold"] == "it was not started under the hold library"
+    assert ways["QEMU 8.1"] == "it is not QEMU"
+
+
+def ways_in(out):
+    """What is said of each way, at the end of the output."""
+    names = "|".join(way.name for way in WAYS)
+    return dict(re.findall(rf"^  ({names}) +(.*)$", out, re.MULTILINE))
+
+
+@pytest.mark.real_vm
+def test_the_ways_to_a_vm_that_holds_nothing_are_told_before_the_error(capsys):
+    """There they are wanted; the files of another process are checked all the same."""
+    with Holder(1, hold="nothing") as bare, Holder(1) as vmm:
+        assert cli.main(["check", "-p", str(bare.pid), "-p", str(vmm.pid)]) == 1
+        assert cli.main(["check", "-p", str(bare.pid), "-j"]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("23 PASS, 0 FAIL, 3 N/A") == 2
+    first, second = map(ways_in, out.split("Ways to")[1:])
+    assert (first["borrow"], second["borrow"]) == ("it holds no stats file", "yes")
+    assert [line.partition(" holds")[2] for line in err.splitlines()] == [
+        err.splitlines()[0].partition(" holds")[2]
+    ] * 2
+
+
+def test_a_process_that_is_gone_has_no_ways(capsys):
+    """The error says all."""
+    assert cli.main(["check", "-p", str(2**22 + 1)]) == 4
+    assert capsys.readouterr().out == ""
+
+
+@qemu.needs_qemu
+@pytest.mark.real_vm
+def test_who_opened_the_files_of_a_qemu_is_told(tmp_path):
+    """QEMU itself from 8.1 on, the hold library, or injection, after which those of vCPUs may be anybody's."""
+
+    def ways(pid):
+        return ways_in("\n".join(ways_to(pid)))
+
+    none = "it has opened no stats file of a vCPU by itself"
+    by_itself = "yes" if qemu.HOLDS_VCPUS else none
+    with ExitStack() as resources:
+        process, _ = qemu.plain_qemu(tmp_path, resources, vcpus=1)
+        assert until(lambda: look_at(Process(process.pid)).vms.vcpus)
+        assert ways(process.pid)["QEMU 8.1"] == by_itself
+        with kf.attach(process.pid, inject=True) as machine:
+            assert [file.kind for file in machine] == ["vm", "vcpu"]
+        told = ways(process.pid)
+        assert told["borrow"] == "yes"
+        assert told["hold"] == "it was not started under the hold library"
+        assert told["QEMU 8.1"] == "not known: the VM's file was injected, so perhaps those of vCPUs were, too"
+    command, _ = qemu.arguments(tmp_path, vcpus=1)
+    with kf.launch(command, stdin=subprocess.DEVNULL) as machine, machine.process as process:
+        try:
+            told = ways(process.pid)
+        finally:
+            process.kill()
+    assert (told["borrow"], told["hold"], told["QEMU 8.1"]) == ("yes", "yes", by_itself)
 
 
 def test_a_broken_file_is_status_1_and_no_file_an_error(tmp_path, capsys):

@@ -129,6 +129,11 @@ def without(build):
 # ---- the library
 
 
+def test_the_slot_of_a_file_is_as_far_above_as_the_library_says():
+    """Python knows a held file by its number."""
+    assert f"#define HOLD_OFFSET {hold.HOLD_OFFSET}\n" in SOURCE.read_text()
+
+
 @pytest.mark.real_vm
 @pytest.mark.parametrize("mode", HELD)
 @pytest.mark.parametrize("name", BUILDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -17,21 +18,27 @@ from kvmstats_fast.cli._output import ObjectWriter, open_output
 from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.cli._targets import named_pids
 from kvmstats_fast.conformance import FAIL, NOT_APPLICABLE, PASS, Finding, Live, check_file
-from kvmstats_fast.errors import KvmStatsError
+from kvmstats_fast.errors import AttachError, KvmStatsError
 from kvmstats_fast.stats_file import StatsFile
 from kvmstats_fast.testing import TinyGuest
 from kvmstats_fast.vmm.borrow import hold_process
-from kvmstats_fast.vmm.find import find_vms
+from kvmstats_fast.vmm.find import is_qemu, look_at
 from kvmstats_fast.vmm.hazard import check_hazards, has_filter
+from kvmstats_fast.vmm.hold import kept_files
 from kvmstats_fast.vmm.machine import attach
+from kvmstats_fast.vmm.proc import Process
 from kvmstats_fast.vmm.ways import WAYS, leave_out_advice
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
+    from kvmstats_fast.vmm.find import VmProcess
+    from kvmstats_fast.vmm.proc import KvmFile
+
 _CHECK_EXTENSION, _CAP_BINARY_STATS_FD = 0xAE03, 203  # include/uapi/linux/kvm.h
 _FIELDS = ("file", *Finding._fields)
+_UNSEEN = "not known: this user may not see its files"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,26 +57,40 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check, and say what is broken."""
     broken = False
+    refused: list[AttachError] = []
     with ExitStack() as opened:
         output = opened.enter_context(open_output(arguments))
         writer, screen = ObjectWriter(arguments, output, _FIELDS), Screen.of(output, arguments.color)
         pids = named_pids(arguments)
-        for name, findings in _subjects(arguments.file, pids, opened):
+        for name, findings in _subjects(arguments.file, pids, opened, refused):
             broken = broken or any(one.verdict == FAIL for one in findings)
             if writer.text:
                 _print(name, findings, screen)
             else:
                 writer.write_objects({"file": name} | one._asdict() for one in findings)
         for pid in pids if writer.text else []:
-            screen.print("", *(line for way in ways_to(pid) for line in screen.wrap(way, " " * 13)))
+            if ways := [line for way in ways_to(pid) for line in screen.wrap(way, " " * 13)]:
+                screen.print("", f"Ways to the files of process {pid}:", *ways)
+    if refused:
+        *before, last = refused
+        for error in before:
+            print(f"kvmstats: {describe_error(error)}", file=sys.stderr)
+        raise last
     return 1 if broken else 0
 
 
-def _subjects(files: list[str], pids: list[int], opened: ExitStack) -> Iterator[tuple[str, list[Finding]]]:
+def _subjects(
+    files: list[str], pids: list[int], opened: ExitStack, refused: list[AttachError]
+) -> Iterator[tuple[str, list[Finding]]]:
+    """Yield what each file breaks; a process whose files cannot be had is `refused`."""
     for file in (file for path in files for file in list_files(Path(path))):
         yield str(file), check_file(partial(_slice, read_bytes(file)))
     for pid in pids:
-        machine = opened.enter_context(attach(pid))
+        try:
+            machine = opened.enter_context(attach(pid))
+        except AttachError as error:
+            refused.append(error)
+            continue
         for stats in machine.files:
             fd = stats.fileno()
             findings = check_file(partial(_pread, fd), Live(fd, partial(time.sleep, 0.1), _capability()))
@@ -132,23 +153,37 @@ def _print(name: str, findings: list[Finding], screen: Screen) -> None:
 
 
 def ways_to(pid: int) -> Iterator[str]:
-    """Yield a line for each way to the files of a process: whether it is open, or what it lacks."""
-    process = next((one for one in find_vms() if one.pid == pid), None)
-    if process is None:
-        yield f"process {pid} has no VM"
+    """Yield a line for each way to the files of a process that has a VM: whether it is open, or what it lacks."""
+    process = Process(pid)
+    found = look_at(process).vms
+    if found is None:
         return
-    held = len(process.held or ())
     lacks = {
-        "borrow": process.why_not or ("" if held else "it holds no stats file"),
-        "hold": "" if held else "it was not started under the hold library",
-        "QEMU 8.1": "" if held else "it holds no stats file of a vCPU",
-        "hand over": "known only to who changed the VMM: kvmstats --socket PATH",
+        "borrow": found.why_not or ("" if found.held else "it holds no stats file"),
+        "hold": _UNSEEN,
+        "QEMU 8.1": _UNSEEN,
+        "hand over": "known only to who changed the VMM; `kvmstats stat --socket PATH` receives them",
         "inherit": "known only to who started this process",
-        "inject": process.why_not or _why_no_injection(pid),
+        "inject": found.why_not or _why_no_injection(pid),
     }
+    with suppress(OSError):
+        files = process.kvm_files()
+        kept = kept_files(files)
+        lacks["hold"] = "" if kept else "it was not started under the hold library"
+        lacks["QEMU 8.1"] = _why_not_of_qemu(found, [file for file in files if file.is_stats and file not in kept])
     for way in WAYS:
-        lack = lacks[way.name]
-        yield f"  {way.name:9}  {lack or 'yes'}"
+        yield f"  {way.name:9}  {lacks[way.name] or 'yes'}"
+
+
+def _why_not_of_qemu(process: VmProcess, stats: list[KvmFile]) -> str:
+    """Return why these files are not what QEMU opens by itself; empty if they are."""
+    if not is_qemu(process):
+        return "it is not QEMU"
+    if not any(file.kind == "vcpu" for file in stats):
+        return "it has opened no stats file of a vCPU by itself"
+    if any(file.kind == "vm" for file in stats):
+        return "not known: the VM's file was injected, so perhaps those of vCPUs were, too"
+    return ""
 
 
 def _why_no_injection(pid: int) -> str:

@@ -274,6 +274,11 @@ def is_domain(process: Process) -> bool:
         return False
 
 
+def is_qemu(process: VmProcess) -> bool:
+    """Return whether the VMM is QEMU, by the name of its program."""
+    return _known([process.vmm]) is _QEMU
+
+
 def vcpus_of(process: Process, files: list[KvmFile]) -> tuple[int, ...]:
     """Return the ids of the vCPUs that a process has open, ascending."""
     groups = process.group(file for file in files if file.kind == "vcpu" and not file.is_stats)

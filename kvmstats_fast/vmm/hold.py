@@ -18,8 +18,12 @@ from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from kvmstats_fast.vmm.proc import KvmFile
+
+#: How far above the fd of a VM or vCPU the library keeps its stats file (csrc/hold.c).
+HOLD_OFFSET = 512
 _PT_INTERP = 3
 _SCRIPTS_DEEP = 5  # what the kernel allows: fs/exec.c, exec_binprm
 
@@ -122,6 +126,13 @@ def start(
     with _CtrlCLater():
         started.extend(map(partial(subprocess.Popen, env=environment, **popen), (argv,)))
     return started[-1]
+
+
+def kept_files(files: Iterable[KvmFile]) -> list[KvmFile]:
+    """Return the stats files, of a process' files of KVM, that the hold library keeps: each is in its slot."""
+    files = list(files)
+    slots = {(file.kind, file.vcpu_id, file.fd + HOLD_OFFSET) for file in files if not file.is_stats}
+    return [file for file in files if file.is_stats and (file.kind, file.vcpu_id, file.fd) in slots]
 
 
 class _CtrlCLater:
