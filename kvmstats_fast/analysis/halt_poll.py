@@ -73,19 +73,22 @@ class HaltPollAdvice:
         return int(min(cheap["halt_poll_ns"][cheap["caught_low"] == cheap["caught_low"].max()]))
 
     def __str__(self) -> str:
-        return "\n".join((*self._summary(), format_table(self._rows(), _ALIGN)))
+        return "\n".join((*self._summary(), *([format_table(self._rows(), _ALIGN)] if self.halts else [])))
 
     def _repr_html_(self) -> str:
-        return f"<p>{'<br>'.join(self._summary())}</p>{format_html(self._rows(), _ALIGN)}"
+        return f"<p>{'<br>'.join(self._summary())}</p>{format_html(self._rows(), _ALIGN) if self.halts else ''}"
 
-    def _summary(self) -> tuple[str, str]:
+    def _summary(self) -> tuple[str, ...]:
+        now = "" if self.present is None else f"; halt_poll_ns is {self.present} now"
+        if not self.halts:
+            return (f"no halt was counted, so there is nothing that polling could have caught{now}",)
         caught, poll = format_number(100 * self.caught, ".1f"), format_number(100 * self.poll, ".2f")
         first = (
             f"{self.halts} halts; as it was set, polling caught {caught} % of them and took {poll} % of the vCPUs' time"
         )
         best = "none is the best" if self.best is None else f"{self.best} catches most"
         rule = f"of the settings that poll in vain for at most {100 * self.most_vain:g} % of the vCPUs' time"
-        return first, f"{best} {rule}" + ("" if self.present is None else f"; halt_poll_ns is {self.present} now")
+        return first, f"{best} {rule}{now}"
 
     def _rows(self) -> list[tuple[str, ...]]:
         table: list[tuple[str, ...]] = [("halt_poll_ns", "catches", "polls", "of it in vain")]
