@@ -944,6 +944,23 @@ def test_what_could_not_be_loaded_is_not_written(path):
     assert [one.name for one in path.parent.iterdir()] == ["run"]
 
 
+def test_a_folder_of_recordings_names_those_below_it(tmp_path):
+    """As of a flight recorder, whose two are read one at a time; of many the first."""
+    x = made.samples([("vcpu", VCPU, 1)], 2)
+    for name in ("overview", "full"):
+        x.save(tmp_path / name)
+    folder = re.escape(str(tmp_path))
+    named = (
+        f"no .arrows file in it; there are recordings below it, of which to name one: {folder}/full, {folder}/overview"
+    )
+    with pytest.raises(kf.KvmStatsError, match=f"{named}$"):
+        kf.Samples.load(tmp_path)
+    for name in ("a", "b", "c"):
+        x.save(tmp_path / name)
+    with pytest.raises(kf.KvmStatsError, match=rf"one: {folder}/a, {folder}/b, {folder}/c, {folder}/full, \.\.\.$"):
+        kf.Samples.load(tmp_path)
+
+
 def test_what_is_no_recording_is_said_so(path, tmp_path):
     """Nothing there, an empty directory, another Arrow file, two recordings in one place, a damaged .npz."""
     with pytest.raises(FileNotFoundError, match="no recording"):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kvmstats_fast.selection import Selection
     from kvmstats_fast.spans import Span
 
+_MOST_NAMED = 4
+
 
 def find_files(path: Path) -> list[Path]:
     """Return the files of a recording, or the one file that `path` is."""
@@ -37,7 +39,10 @@ def find_files(path: Path) -> list[Path]:
         return [path]
     found = sorted(one for one in path.iterdir() if one.suffix == ".arrows")
     if not found:
-        raise KvmStatsError(f"{path}: not a recording: there is no .arrows file in it")
+        below = sorted({str(one.parent) for one in path.glob("*/*.arrows")})
+        named = ", ".join([*below[:_MOST_NAMED], *(["..."] if len(below) > _MOST_NAMED else [])])
+        hint = f"; there are recordings below it, of which to name one: {named}" if below else ""
+        raise KvmStatsError(f"{path}: not a recording: there is no .arrows file in it{hint}")
     return found
 
 
