@@ -17,6 +17,7 @@ from qemu import until
 
 import kvmstats_fast as kf
 from kvmstats_fast import cli
+from kvmstats_fast.cli import record
 from kvmstats_fast.testing import exit_counter
 
 pytest.importorskip("pyarrow")
@@ -168,6 +169,40 @@ def test_what_a_flight_recorder_says_can_be_typed_and_both_parts_are_not_added_u
     assert ("do not add up: name" in capsys.readouterr().err) is held
 
 
+def test_a_signal_that_comes_while_a_recording_is_opened_is_not_lost(tmp_path, monkeypatch):
+    """Who waits for its path may send one at once: SIGHUP is no end then, and SIGTERM an ordinary one."""
+    opening = record._open
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
+        return opening(*arguments)
+
+    monkeypatch.setattr(record, "_open", interrupted)
+    unseen = []
+    before = {
+        number: signal.signal(number, lambda *it: unseen.append(it)) for number in (signal.SIGHUP, signal.SIGTERM)
+    }
+    try:
+        with Holder(1) as vmm:
+            assert cli.main(["record", "-p", str(vmm.pid), "-d", "60s", "-o", str(tmp_path / "out")]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert not unseen
+
+
+@pytest.mark.parametrize("when", [[], ["--when", "exits>1e9/s"]])
+def test_where_there_is_one_sweep_it_is_told_that_rates_need_two(tmp_path, capsys, when):
+    """And so what --when says about them; two sweeps say nothing of the kind."""
+    with Holder(1) as vmm:
+        for sweeps in (1, 5):  # of which a busy host misses some
+            options = ["-p", str(vmm.pid), "-I", "200ms", "-n", str(sweeps), "-o", str(tmp_path / f"out{sweeps}")]
+            assert cli.main(["record", *options, *when]) == 0
+            said = "one sweep was recorded; rates, and conditions about them, need two: a longer -d or a shorter -I"
+            assert (said in capsys.readouterr().err) is (sweeps == 1)
+
+
 @pytest.mark.parametrize(
     ("more", "status", "said"),
     [
@@ -231,6 +266,7 @@ def test_a_pid_that_is_no_vmm_is_an_error_at_once(tmp_path, capsys):
     [
         (["--before", "1s"], "--before is for a flight recorder: it needs --when"),
         (["--per-vcpu"], "--per-vcpu is for a flight recorder"),
+        (["-o", "-"], "a recording is a directory, which stdout cannot be: name one with -o"),
         (["--keep", "2"], "--keep removes old files: it needs --rotate"),
         (["-e", "sched_run_ns"], "it needs --sched"),
         (["--when", "exits"], "is not a condition"),

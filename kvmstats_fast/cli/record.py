@@ -105,6 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Record."""
     condition = _condition(arguments)
     check_sched(arguments)
+    if arguments.output == "-":
+        raise UsageError("a recording is a directory, which stdout cannot be: name one with -o")
     if arguments.keep and not arguments.rotate:
         raise UsageError("--keep removes old files: it needs --rotate, which starts new ones")
     path = Path(arguments.output or time.strftime("kvmstats-%Y%m%d-%H%M%S"))
@@ -125,6 +127,9 @@ def run(arguments: argparse.Namespace) -> int:
                 sched=arguments.sched,
             )
             chunks = opened.enter_context(following)
+        hung_up = threading.Event()
+        opened.enter_context(ended_by_signals(chunks.stop))  # before there is a path, by which others know that it runs
+        opened.enter_context(on_signals((signal.SIGHUP,), hung_up.set))
         if arguments.force:
             _remove(path)
         if not path.exists():
@@ -132,28 +137,28 @@ def run(arguments: argparse.Namespace) -> int:
         writer = opened.enter_context(_open(path, arguments, condition))
         shown = _Shown(chunks, writer, waits_for(names))
         chunks.on_look = shown.tell_refused
-        status = _record(arguments, chunks, writer, shown)
+        status = _record(arguments, chunks, writer, shown, hung_up)
     if arguments.keep:
         _retain(writer, arguments.keep)  # the last files have come into being at the end
     shown.end(path)
     return status
 
 
-def _record(arguments: argparse.Namespace, chunks: Follow, writer: _Writer, shown: _Shown) -> int:
+def _record(
+    arguments: argparse.Namespace, chunks: Follow, writer: _Writer, shown: _Shown, hung_up: threading.Event
+) -> int:
     process = None
-    hung_up = threading.Event()
-    with ended_by_signals(chunks.stop), on_signals((signal.SIGHUP,), hung_up.set):
-        if arguments.command:
-            process = start(arguments.command)
-            call_at_end(process, chunks.stop)
-        for samples in _each(chunks):
-            writer.write(samples)
-            if hung_up.is_set():
-                hung_up.clear()
-                writer.rotate()
-            if arguments.keep:
-                _retain(writer, arguments.keep)
-            shown.update(samples)
+    if arguments.command:
+        process = start(arguments.command)
+        call_at_end(process, chunks.stop)
+    for samples in _each(chunks):
+        writer.write(samples)
+        if hung_up.is_set():
+            hung_up.clear()
+            writer.rotate()
+        if arguments.keep:
+            _retain(writer, arguments.keep)
+        shown.update(samples)
     return 0 if process is None else wait_for(process)
 
 
@@ -331,3 +336,7 @@ class _Shown:
             f"{self._chunks.missed:,} ticks missed, {format_si(self._writer.size, 'B')}: "
             f"kvmstats report {shlex.quote(str(path))}"
         )
+        if sweeps == 1:
+            self._print(
+                "one sweep was recorded; rates, and conditions about them, need two: a longer -d or a shorter -I"
+            )
