@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -301,6 +302,19 @@ def test_a_picture_is_drawn(recording, tmp_path, capsys):
     assert cli.main(["report", recording, "--plot", str(tmp_path / "x.png")]) == 1
     assert "x.png" in capsys.readouterr().err
     assert {one.name for one in tmp_path.iterdir()} == {"made.npz", "x.png"}
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_nothing_written(recording, tmp_path, capsys, monkeypatch):
+    """Neither the page nor the text: a format that there is not, or a missing library, is told first."""
+    page, text, picture = (["--html", "x.html"], ["-o", "x.txt"], ["--plot", "x.nothing"])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", recording, *page, *text, *picture]) == 2
+    assert "does not end in the name of a format" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    assert cli.main(["report", recording, *page, *text, "--plot", "x.png"]) == 1
+    assert "pip install 'kvmstats-fast[plot]'" in capsys.readouterr().err
+    assert {one.name for one in tmp_path.iterdir()} == {"made.npz"}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from kvmstats_fast._text import printable
 from kvmstats_fast.cli._grammar import UsageError
 from kvmstats_fast.cli._present import arrange
 from kvmstats_fast.formats import need
-from kvmstats_fast.formats._put import PRIVATE, put_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 _PANELS = 8
 
 
-def draw(recorded: Recorded, path: Path, *, overwrite: bool) -> None:
-    """Draw the statistics that moved into a file, whose ending says in which format; the first ones if there are many.
+def draw(recorded: Recorded, path: Path) -> bytes:
+    """Draw the statistics that moved, in the format that the ending of `path` says; the first ones if there are many.
 
     Raises
     ------
+    ModuleNotFoundError
+        Without matplotlib.
     UsageError
         If nothing has a rate over time, or no format is called so.
     """
@@ -46,8 +48,9 @@ def draw(recorded: Recorded, path: Path, *, overwrite: bool) -> None:
     axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     for ax, (name, rows) in zip(axes, shown.items(), strict=True):
         _draw_panel(ax, name, rows, colors)
-    with put_file(path, overwrite=overwrite, mode=PRIVATE) as file:
-        figure.savefig(file, format=kind)
+    picture = BytesIO()
+    figure.savefig(picture, format=kind)
+    return picture.getvalue()
 
 
 def _draw_panel(ax: Any, name: str, rows: list[Summary], colors: dict[str, str]) -> None:

@@ -55,6 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the recordings, and say it."""
     with usage_errors():
         recorded = summarize(arguments.file, arguments.by, choose(arguments), arguments.interval)
+    made: list[tuple[str, bytes]] = []  # before anything is written: what is missing leaves no half of it
+    if arguments.html:
+        page = _report_html.make_page(recorded, zero=arguments.zero)
+        made.append((arguments.html, page.encode("utf-8", "backslashreplace")))
+    if arguments.plot:
+        made.append((arguments.plot, _report_plot.draw(recorded, Path(arguments.plot))))
     with open_output(arguments) as output:
         writer = RowWriter(arguments, output, SPREAD)
         if writer.text and arguments.output == "-" and (arguments.plot or arguments.html):
@@ -65,12 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
             writer.write_objects(_objects(recorded, zero=arguments.zero))
         else:
             writer.write([row for row in recorded.rows if row.moved or arguments.zero])
-    if arguments.html:
-        page = _report_html.make_page(recorded, zero=arguments.zero)
-        with put_file(Path(arguments.html), overwrite=arguments.force, mode=PRIVATE) as file:
-            file.write(page.encode("utf-8", "backslashreplace"))
-    if arguments.plot:
-        _report_plot.draw(recorded, Path(arguments.plot), overwrite=arguments.force)
+    for path, content in made:
+        with put_file(Path(path), overwrite=arguments.force, mode=PRIVATE) as file:
+            file.write(content)
     return 0
 
 
