@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -17,6 +16,8 @@ from helpers import DATA
 import kvmstats_fast as kf
 from kvmstats_fast import cli
 from kvmstats_fast.analysis.several_runs import SeveralRuns
+from kvmstats_fast.cli import _report_plot
+from kvmstats_fast.formats import need
 
 S = 10**9
 COUNT = (kf.StatType.CUMULATIVE, kf.StatUnit.NONE, kf.StatBase.POW10, 0, 1, -1)
@@ -310,8 +311,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_nothing_written(recording, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report", recording, *page, *text, *picture]) == 2
     assert "does not end in the name of a format" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    monkeypatch.setattr(_report_plot, "need", lambda _, extra: need("not_there", extra))
     assert cli.main(["report", recording, *page, *text, "--plot", "x.png"]) == 1
     assert "pip install 'kvmstats-fast[plot]'" in capsys.readouterr().err
     assert {one.name for one in tmp_path.iterdir()} == {"made.npz"}
