@@ -531,6 +531,22 @@ def test_json_is_one_object_a_line(monkeypatch, capsys, proc):
     }
 
 
+def test_json_and_the_table_agree_on_who_has_nothing_to_attach_to(monkeypatch, capsys, proc):
+    """Who may be attached to and holds no files is not attachable; the reason is that, with what helps."""
+    for pid, held in ((7, []), (8, ["kvm-vcpu-stats:0"])):
+        proc.add(pid, ["qemu-system-x86_64"], vm_links(1, *held))
+    found = [replace(one, attachable=True, why_not="") for one in scan(proc.root)[0]]
+    monkeypatch.setattr("kvmstats_fast.cli.list.scan", lambda _: (found, 0))
+    assert cli.main(["list", "-j"]) == 0
+    none, some = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (some["attachable"], some["why_not"], none["attachable"]) == (True, "", False)
+    assert none["why_not"].startswith("qemu-system-x86_64 (process 7) holds no stats files")
+    assert "What helps, the least intrusive first: " in none["why_not"]
+    assert cli.main(["list"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("  ")[2].strip() for line in table[1:]] == ["no files: see -w", "yes"]
+
+
 def test_csv_has_plain_cells(monkeypatch, capsys, proc):
     """Numbers with blanks between, and true and false as JSON has them: nothing is as Python writes it."""
     proc.add(7, ["qemu-system-x86_64", "-name", "web"], vm_links(2))

@@ -13,7 +13,8 @@ from kvmstats_fast.cli._output import ObjectWriter, open_output
 from kvmstats_fast.cli._screen import Screen
 from kvmstats_fast.errors import KvmStatsError
 from kvmstats_fast.file_info import Known, label_vms
-from kvmstats_fast.vmm.find import scan
+from kvmstats_fast.vmm.find import say_holds_none, scan
+from kvmstats_fast.vmm.proc import Process
 from kvmstats_fast.vmm.ways import split_advice
 
 if TYPE_CHECKING:
@@ -66,11 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _objects(found: list[VmProcess]) -> Iterator[dict[str, Any]]:
-    """Yield what `find_vms` knows of each, and the label that the other verbs call its VM by."""
+    """Yield what `find_vms` knows of each, and the label that the other verbs call its VM by.
+
+    `attachable` is whether `attach` would have anything: a VMM that holds no files is not.
+    """
     labels = label_vms([Known(f"kvm-{one.pid}", "vm", None, one.pid, one.name, "") for one in found])
     for process, vm in zip(found, labels, strict=True):
         held = None if process.held is None else [file._asdict() for file in process.held]
-        yield {"vm": vm} | asdict(process) | {"held": held}
+        nothing = {}
+        if _has_nothing(process):
+            nothing = {"attachable": False, "why_not": say_holds_none(Process(process.pid), process.vmm)}
+        yield {"vm": vm} | asdict(process) | {"held": held} | nothing
 
 
 def _print_table(found: list[VmProcess], screen: Screen) -> None:
@@ -119,7 +126,12 @@ def _attach(process: VmProcess) -> str:
     """How to attach, or why not."""
     if not process.attachable:
         return f"no: {process.why_not}"
-    return "no files: see -w" if process.held == () else "yes"
+    return "no files: see -w" if _has_nothing(process) else "yes"
+
+
+def _has_nothing(process: VmProcess) -> bool:
+    """Return whether it may be attached to, but holds nothing that could be had."""
+    return process.attachable and process.held == ()
 
 
 def _held(process: VmProcess) -> str:

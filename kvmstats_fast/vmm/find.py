@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError
+from kvmstats_fast.vmm.hazard import has_filter
 from kvmstats_fast.vmm.mark import drop_dead
 from kvmstats_fast.vmm.proc import KvmFile, Process, is_own
 from kvmstats_fast.vmm.refusal import reason_of_refusal
+from kvmstats_fast.vmm.ways import advise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -277,6 +279,19 @@ def is_domain(process: Process) -> bool:
 def is_qemu(process: VmProcess) -> bool:
     """Return whether the VMM is QEMU, by the name of its program."""
     return _known([process.vmm]) is _QEMU
+
+
+def advise_on(process: Process, *, inject: bool = True, vcpus: bool = True) -> str:
+    """Return what to do about stats files that a VMM does not hold; `inject` and `vcpus` as `advise` has them."""
+    return advise(inject=inject and not has_filter(process), vcpus=vcpus, domain=is_domain(process))
+
+
+def say_holds_none(process: Process, vmm: str) -> str:
+    """Return why a VMM that may be attached to has nothing to attach to, and what helps."""
+    return (
+        f"{printable(vmm)} (process {process.pid}) holds no stats files, and the kernel opens them only for the "
+        f"process that made the VM. What helps, the least intrusive first: {advise_on(process)}"
+    )
 
 
 def vcpus_of(process: Process, files: list[KvmFile]) -> tuple[int, ...]:

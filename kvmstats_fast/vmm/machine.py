@@ -12,13 +12,11 @@ from kvmstats_fast._text import printable
 from kvmstats_fast.errors import AttachError
 from kvmstats_fast.file_info import MOST_NAME
 from kvmstats_fast.vmm.borrow import borrow, by_vcpu, find_known, hold_process, list_files
-from kvmstats_fast.vmm.find import VmProcess, describe, find_guest, has_vm, is_domain
-from kvmstats_fast.vmm.hazard import has_filter
+from kvmstats_fast.vmm.find import VmProcess, advise_on, describe, find_guest, has_vm, say_holds_none
 from kvmstats_fast.vmm.mark import Marks
 from kvmstats_fast.vmm.refusal import refused
 from kvmstats_fast.vmm.threads import find_threads
 from kvmstats_fast.vmm.watch import WATCHER, Watched
-from kvmstats_fast.vmm.ways import advise
 
 if TYPE_CHECKING:
     import subprocess
@@ -232,7 +230,7 @@ class VirtualMachine(Closing):
             lines.append(
                 f"{' and '.join(missing)}: {printable(self.vmm)} (process {self.pid}) does not hold "
                 f"{'it' if vms + len(vcpus) == 1 else 'them'}. What helps, the least intrusive first: "
-                + _advise(self._watched.process, inject=not self._trouble, vcpus=bool(vcpus))
+                + advise_on(self._watched.process, inject=not self._trouble, vcpus=bool(vcpus))
             )
         asked, threads = self._threads is not None, self._threads or {}
         unknown = [file.vcpu_id for file in self.vcpus if asked and file.vcpu_id not in threads]
@@ -378,14 +376,9 @@ def _nothing(process: Process, about: VmProcess, listed: list[KvmFile], trouble:
         return AttachError(
             errno.ENODATA,
             f"no stats file of process {pid} could be opened: {'; '.join(trouble)}. What helps, the least intrusive "
-            f"first: {_advise(process, inject=False)}",
+            f"first: {advise_on(process, inject=False)}",
         )
     return AttachError(
         errno.ENODATA,
-        f"{printable(about.vmm)} (process {pid}) holds no stats files, and the kernel opens them only for the process "
-        f"that made the VM. What helps, the least intrusive first: {_advise(process)}",
+        say_holds_none(process, about.vmm),
     )
-
-
-def _advise(process: Process, *, inject: bool = True, vcpus: bool = True) -> str:
-    return advise(inject=inject and not has_filter(process), vcpus=vcpus, domain=is_domain(process))
