@@ -155,7 +155,7 @@ def test_a_capture_has_values_and_no_rates(capsys):
         (["stat", "notes.txt"], 1, "notes.txt: neither a recording nor a captured stats file"),
         (["report", "notes.txt"], 1, "notes.txt: neither a recording nor a captured stats file"),
         (["stat", "nothing"], 1, "nothing: No such file or directory"),
-        (["stat", "vcpu0-after.bin", "-d", "1s"], 2, "-d takes -I"),
+        (["stat", "vcpu0-after.bin", "-d", "1s"], 2, "-d of a recording"),
         (["stat", "vcpu0-after.bin", "-e", "nothing"], 2, "nothing"),
     ],
 )

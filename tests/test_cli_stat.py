@@ -168,7 +168,8 @@ def test_guests_that_cannot_be_had_are_told_apart_by_the_exit_status(capsys):
         (["-e", "exits", "-e", "sched_*"], 2, "sched_* is what the host's scheduler counts: it needs --sched"),
         (["--socket", "/no/such/socket"], 1, "/no/such/socket: No such file or directory"),
         (["--socket", "/" + "x" * 200], 1, ": AF_UNIX path too long"),
-        (["-g", "*", "-d", "1", "--", "true"], 2, "-d does not go with it"),
+        (["-g", "*", "-d", "1", "--", "true"], 2, "-d cannot be combined with a command: sampling lasts"),
+        (["-z", "--", "qemu"], 2, "-z does not go with a VMM that is started here"),
         (["-I", "1s", "--", "qemu"], 2, "-I does not go with a VMM that is started here"),
         (["--", "/no/such/vmm"], 127, "kvmstats: /no/such/vmm: No such file"),
     ):

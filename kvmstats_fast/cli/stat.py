@@ -62,8 +62,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.usage = "kvmstats stat [options] [FILE ...] [-- COMMAND ...]"
     parser.description = (
         "Count until Ctrl-C, for a while (-d), or while COMMAND runs, and show the result; with COMMAND, exit with "
-        "its status. Without -p, -g or --socket, COMMAND is a VMM, which is started under the hold library as by "
-        "`kvmstats run`. With FILE, show what was recorded. Statistics that did not change are left out."
+        "its status. Without -p, -g or --socket, COMMAND is a VMM: as by `kvmstats run`, it is started under the hold "
+        "library, and the values of its stats files at its end are shown on stderr. Of the options, -e goes with it, "
+        "and -j with -o FILE. With FILE, show what was recorded. Statistics that did not change are left out."
     )
     add_targets(parser)
     add_selection(parser)
@@ -84,9 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command and arguments.file:
         raise UsageError(f"{arguments.file[0]} is a recording, and nothing is counted while a command runs: leave one")
     if arguments.command and arguments.duration:
-        raise UsageError("a command says itself how long it runs: -d does not go with it")
+        raise UsageError("-d cannot be combined with a command: sampling lasts as long as the command")
     if arguments.file and arguments.duration and not arguments.interval:
-        raise UsageError("a recording was counted for as long as it is: -d takes -I")
+        raise UsageError("-d of a recording is for how long intervals of it are shown: it needs -I")
     if arguments.file and arguments.sched:
         raise UsageError("a recording has what was recorded: --sched does not go with it")
     if not arguments.file:
@@ -110,6 +111,8 @@ def _run_vmm(arguments: argparse.Namespace) -> int:
         ("-I", arguments.interval),
         ("-x", arguments.csv),
         ("--vcpu", arguments.vcpu),
+        ("--per-vcpu", arguments.per_vcpu),
+        ("-z", arguments.zero),
         ("--sched", arguments.sched),
         ("-j without -o", arguments.json and arguments.output == "-"),
         ("-o without -j", arguments.output != "-" and not arguments.json),
