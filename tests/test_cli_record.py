@@ -266,6 +266,7 @@ def test_a_pid_that_is_no_vmm_is_an_error_at_once(tmp_path, capsys):
     [
         (["--before", "1s"], "--before is for a flight recorder: it needs --when"),
         (["--per-vcpu"], "--per-vcpu is for a flight recorder"),
+        (["--rotate", "5x"], "'5x' is neither a size above 0 (500k, 100M, 2G) nor a time (30s, 10m, 1h)"),
         (["-o", "-"], "a recording is a directory, which stdout cannot be: name one with -o"),
         (["--keep", "2"], "--keep removes old files: it needs --rotate"),
         (["-e", "sched_run_ns"], "it needs --sched"),
@@ -275,5 +276,9 @@ def test_a_pid_that_is_no_vmm_is_an_error_at_once(tmp_path, capsys):
 )
 def test_arguments_that_do_not_go_together_are_status_2(arguments, text, capsys):
     """Before anything is attached to or written."""
-    assert cli.main(["record", *arguments]) == 2
+    try:
+        status = cli.main(["record", *arguments])
+    except SystemExit as ended:  # of argparse
+        status = ended.code
+    assert status == 2
     assert text in capsys.readouterr().err

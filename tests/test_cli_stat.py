@@ -110,9 +110,12 @@ def test_output_goes_to_a_new_file_which_is_the_users_alone(recording, tmp_path,
     assert json.loads(path.read_text())["value"] == 3000
     assert path.stat().st_mode & 0o777 == 0o600
     assert cli.main(["stat", recording, "-j", "-o", str(path)]) == 1
-    assert "out.json: it is there already; overwrite=True (--force) replaces it" in capsys.readouterr().err
+    assert "out.json: it is there already; --force replaces it" in capsys.readouterr().err
     assert cli.main(["stat", recording, "-j", "-e", "exits", "-o", str(path), "--force"]) == 0
     assert json.loads(path.read_text())["value"] == 3000
+    for force in ([], ["--force"]):  # which would not help
+        assert cli.main(["stat", recording, "-o", str(tmp_path), *force]) == 1
+        assert capsys.readouterr().err == f"kvmstats: {tmp_path}: Is a directory\n"
 
 
 @pytest.mark.real_vm

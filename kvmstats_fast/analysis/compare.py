@@ -98,8 +98,8 @@ class Comparison(Mapping[str, Change]):
             return self._by_name[name]
         except KeyError:
             near = get_close_matches(name, self._by_name, n=1) if isinstance(name, str) else []  # `5 in compared`
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise KeyError(f"{name!r} is not on both sides{hint}") from None
+            hint = f"did you mean {near[0]!r}?" if near else f"none of the {len(self)} names there is similar"
+            raise KeyError(f"{name!r} is not on both sides; {hint}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)

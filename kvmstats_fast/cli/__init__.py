@@ -36,6 +36,9 @@ _VERBS = {
 }
 
 
+#: What errors recommend to who calls the library, and how a command line says it.
+_OPTIONS = {"overwrite=True": "--force", "take samples.vm or samples.vcpu": "choose one with --kind vm or --kind vcpu"}
+
 #: Verbs after whose ``--`` a command follows. (`run` takes one without it, too.)
 _WITH_COMMAND = ("stat", "record")
 
@@ -132,7 +135,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _fail(error: Exception, status: int) -> int:
-    print(f"kvmstats: {describe_error(error)}", file=sys.stderr)
+    text = describe_error(error)
+    for call, option in _OPTIONS.items():
+        text = text.replace(call, option)
+    print(f"kvmstats: {text}", file=sys.stderr)
     _end_output()
     return status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -123,6 +124,8 @@ def open_private(path: Path, *, force: bool, whole: bool = False) -> Iterator[Te
     try:
         fd = open_new(path, PRIVATE)
     except FileExistsError:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path)) from None
         if not force:
             raise taken(path) from None
         fd, is_new = os.open(path, _REPLACED, PRIVATE), False

@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output == "-":
         return _to_stdout(arguments, name)
     if name in ("npz", "arrows") and (name == "npz") != (ending == "npz"):
-        raise UsageError(f"{arguments.output}: a file is read as .npz if its name ends so, and as nothing else")
+        named = "name it *.npz, by which it is read as one" if name == "npz" else "what is named *.npz is read as one"
+        raise UsageError(f"{arguments.output}: {named}")
     with usage_errors():  # what the format cannot hold
         _FORMATS[name](arguments)
     print(arguments.output)

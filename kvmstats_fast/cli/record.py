@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -38,7 +39,6 @@ from kvmstats_fast.vmm.machine import attach
 from kvmstats_fast.vmm.ways import leave_out_advice
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator
 
     from kvmstats_fast.samples import Samples
@@ -85,9 +85,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _rotation(text: str) -> dict[str, Any]:
-    if text.endswith(("s", "m", "h")):
-        return {"rotate_seconds": duration(text)}
-    return {"rotate_bytes": size(text)}
+    for name, parse in (("rotate_bytes", size), ("rotate_seconds", duration)):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return {name: parse(text)}
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a size above 0 (500k, 100M, 2G) nor a time (30s, 10m, 1h)")
 
 
 class _Writer(Protocol):

@@ -198,7 +198,7 @@ def _replace_directory(made: Path, path: Path, ours: Ours) -> None:
 
 def taken(path: Path) -> FileExistsError:
     """Return the error that says that something is at `path`."""
-    return FileExistsError(errno.EEXIST, "it is there already; overwrite=True (--force) replaces it", str(path))
+    return FileExistsError(errno.EEXIST, "it is there already; overwrite=True replaces it", str(path))
 
 
 def _check_place(path: Path, *, overwrite: bool, ours: Ours) -> None:

@@ -105,7 +105,7 @@ def one_group(samples: Samples) -> Group:
     if len(samples.groups) != 1:
         kinds = {group.kind for group in samples.groups}
         raise KeyError(
-            "VM and vCPU files have different statistics: take samples.vm or samples.vcpu (--kind vm or vcpu)"
+            "VM and vCPU files have different statistics: take samples.vm or samples.vcpu"
             if len(kinds) > 1
             else f"these are files of {len(samples.groups)} different kernels: take the parts of samples.split()"
         )

@@ -321,7 +321,7 @@ class _File:
 
 
 def _saying_what_is_there(path: Path) -> Retold:
-    text = "it was converted before; overwrite=True (--force) replaces it"
+    text = "it was converted before; overwrite=True replaces it"
     return Retold(FileExistsError, lambda _: FileExistsError(errno.EEXIST, text, str(path)))
 
 
