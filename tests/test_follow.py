@@ -476,6 +476,19 @@ def test_without_a_vm_it_waits_until_its_end():
 
 
 @pytest.mark.real_vm
+def test_on_look_is_called_after_each_look_also_while_no_chunk_comes(resources):
+    """When it is, what is refused is that of this look."""
+    vmm = resources.enter_context(Holder(1))
+    vmm.do("[file.close() for file in files]; guest.close()")
+    seen = []
+    with kf.follow(vmm.pid, 0.001, rescan=0.02, duration=0.5) as chunks:
+        chunks.on_look = lambda: seen.append(chunks.refused)
+        assert list(chunks) == []
+    assert 2 < len(seen) <= 26
+    assert all(vmm.pid in refused for refused in seen)
+
+
+@pytest.mark.real_vm
 @pytest.mark.parametrize("interval", [0.001, 60])
 def test_stop_ends_it_from_another_thread_and_what_it_has_can_be_read(living, interval):
     """In the middle of a wait for the next chunk or the next look; the ticks add up."""
