@@ -422,3 +422,15 @@ def test_a_recorder_that_is_not_closed_ends_its_files_when_it_goes(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made.assert_same(kf.Samples.load(path), x)
+
+
+def test_what_no_reader_would_take_is_refused_when_it_is_written(path):
+    """Not with the batch it would have waited for, which would be lost with it; what comes after it is recorded."""
+    x, parts = at_1_hz(3)
+    named = replace(parts[0], files=tuple(replace(info, vm="v" * 4097) for info in x.files))
+    with kf.Recorder(path) as recorder:
+        with pytest.raises(ValueError, match="of at most 4096 characters"):
+            recorder.write(named)
+        for part in parts:
+            recorder.write(part)
+    assert sum(lengths(path)) == 3
