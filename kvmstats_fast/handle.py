@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from copy import copy
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakValueDictionary
@@ -137,7 +138,7 @@ class Handle:
     def check_open(self) -> None:
         """Raise what keeps the file from being read: why it was revoked, or ValueError if it is closed."""
         if self.lost is not None:
-            raise self.lost
+            raise copy(self.lost)  # an error that is raised again keeps the frames of all whom it went through
         if self.closed:
             raise ValueError(f"this StatsFile ({printable(self._id)}) is closed; open the stats file again")
 

@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import gc
 import os
 import resource
 import struct
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -495,6 +497,26 @@ def test_what_stands_in_for_a_revoked_file_goes_to_no_child(resources):
     assert not os.get_inheritable(fd)
     with pytest.raises(kf.VmGoneError, match="gone"):
         file.read()
+
+
+@pytest.mark.parametrize("ask", [kf.StatsFile.read, kf.StatsFile.snapshot, kf.StatsFile.fileno])
+def test_a_file_whose_vm_is_gone_keeps_nothing_of_those_who_ask_for_it(resources, ask):
+    """Each gets an error of its own: one that is raised again and again would keep all frames it went through."""
+    file = resources.enter_context(kf.StatsFile.from_bytes(REAL))
+    file.handle.revoke(kf.VmGoneError(errno.ESRCH, "gone"))
+    kept = []
+
+    def try_it():
+        mine = {0}
+        kept.append(weakref.ref(mine))
+        with pytest.raises(kf.VmGoneError, match="gone") as caught:
+            ask(file)
+        assert (caught.value.errno, caught.value.strerror) == (errno.ESRCH, "gone")
+
+    try_it()
+    gc.collect()  # its own frame has the error, too
+    assert kept[0]() is None
+    assert file.handle.lost.__traceback__ is None
 
 
 def test_an_fd_above_a_limit_that_was_lowered_is_closed(tmp_path):

@@ -258,7 +258,7 @@ class VirtualMachine(Closing):
 
     def _check_alive(self) -> None:
         if not self.alive:
-            raise self._watched.gone or self._watched.exited()
+            raise self._watched.exited()
 
     def __iter__(self) -> Iterator[StatsFile]:
         return iter(self.files)
