@@ -76,6 +76,12 @@ def _interrupt(work, before, settle):
     files, processes = open_files(), children()
     gc.collect()
     gc.freeze()  # each collection below is of what is made below
+
+    def is_clean():
+        settle()
+        gc.collect()
+        return not open_files() - files and children() == processes
+
     for at in count(1, STEP):
         got = [before()]
         with CtrlC(at) as ctrl_c:
@@ -85,10 +91,8 @@ def _interrupt(work, before, settle):
         del ctrl_c
         end(got)
         machine = got = None
-        gc.collect()
-        # The watch may be at work on it, and lets go of it then.
-        assert until(lambda: settle() or not open_files() - files), (at, open_files() - files)
-        assert children() == processes, at
+        # The watch may be at work on it, and lets go of it then: what is in a cycle can be collected only after that.
+        assert until(is_clean), (at, open_files() - files, children() - processes)
         if left > 0:
             return at
     return 0
