@@ -23,6 +23,7 @@ from helpers import examples, exit_status, forked
 from hypothesis import strategies as st
 
 import kvmstats_fast as kf
+from kvmstats_fast.formats import recorder as recorder_module
 from kvmstats_fast.formats.pending import Pending
 from kvmstats_fast.testing import SyntheticStats
 
@@ -434,3 +435,19 @@ def test_what_no_reader_would_take_is_refused_when_it_is_written(path):
         for part in parts:
             recorder.write(part)
     assert sum(lengths(path)) == 3
+
+
+def test_at_the_end_of_a_program_a_recorder_that_fails_keeps_no_other_from_writing(path, monkeypatch):
+    """The error is told, behind all of them."""
+
+    class Failing:
+        def leave(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recorder = kf.Recorder(path)
+    recorder.write(at_1_hz(1)[0])
+    assert recorder.pending == 1
+    monkeypatch.setattr(recorder_module, "_RECORDERS", [Failing(), recorder, Failing()])
+    with pytest.raises(OSError, match="No space left"):
+        recorder_module._leave_all()
+    assert lengths(path) == [1]

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -335,9 +335,12 @@ class Recorder(Closing):
             if not self._part.is_over:
                 self._end_part()
 
-    def __del__(self) -> None:
+    def leave(self) -> None:
+        """Write what would be lost with this object. Internal."""
         if self._pending or (not self._closed and self._part.has_tail):
             self.close()
+
+    __del__ = leave
 
     def __repr__(self) -> str:
         waiting = f", {self.pending} more wait" if self.pending else ""
@@ -350,8 +353,9 @@ _RECORDERS: WeakSet[Recorder] = WeakSet()
 @atexit.register
 def _leave_all() -> None:
     """Write what waits while imports work: without a GIL, what a module names goes when they no longer do."""
-    for recorder in list(_RECORDERS):
-        recorder.__del__()
+    with ExitStack() as each:  # one that fails keeps no other from being written
+        for recorder in _RECORDERS:
+            each.callback(recorder.leave)
 
 
 def is_stream_name(name: str) -> bool:
