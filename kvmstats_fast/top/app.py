@@ -148,7 +148,7 @@ class TopApp(App[None]):
         self.set_interval(_WATCH, self._watch)
         if self._seconds is not None:
             self.set_timer(self._seconds, self.exit)
-        with suppress(ValueError, RuntimeError, NotImplementedError):  # not in the main thread
+        with suppress(ValueError, RuntimeError):  # not in the main thread
             for number in (signal.SIGTERM, signal.SIGHUP):
                 asyncio.get_running_loop().add_signal_handler(number, self._end, number)
         self._watch()
@@ -169,7 +169,7 @@ class TopApp(App[None]):
     def on_unmount(self) -> None:
         """Take nothing any more."""
         self._is_ready = False
-        with suppress(ValueError, RuntimeError, NotImplementedError):
+        with suppress(ValueError, RuntimeError):
             for number in (signal.SIGTERM, signal.SIGHUP):
                 asyncio.get_running_loop().remove_signal_handler(number)
 

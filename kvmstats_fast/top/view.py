@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from textual.binding import Binding
@@ -82,6 +83,6 @@ class View(Screen[None]):
         if self.is_mounted and self._is_composed and self.body.size.width:
             self.show(self.body.size.width)
 
+    @abstractmethod
     def show(self, width: int) -> None:
         """Show what there is."""
-        raise NotImplementedError
