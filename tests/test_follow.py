@@ -704,18 +704,24 @@ def test_files_without_a_chosen_statistic_are_not_sampled(resources):
         assert not list(chunks)
 
 
+def gone_at_first(monkeypatch, module, name):
+    """Have a function find, once, that the VM has just gone; return the arguments of that call."""
+    function, gone = getattr(module, name), []
+
+    def be_late(*arguments, **options):
+        if not gone:
+            gone.append(arguments)
+            raise kf.VmGoneError(errno.ESRCH, "it has ended")
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, be_late)
+    return gone
+
+
 @pytest.mark.real_vm
 def test_a_vm_that_goes_while_its_run_is_prepared_is_left_out_of_it(monkeypatch, living):
     """The run is prepared again, of the files that are left."""
-    plan, gone = follow_module.Plan, []
-
-    def fail_once(*arguments, **options):
-        if not gone:
-            gone.append(True)
-            raise kf.VmGoneError(errno.ESRCH, "it has ended")
-        return plan(*arguments, **options)
-
-    monkeypatch.setattr(follow_module, "Plan", fail_once)
+    gone = gone_at_first(monkeypatch, follow_module, "Plan")
     with kf.follow(living.pid, 0.001, "exits") as chunks:
         assert pids(next(chunks)) == {living.pid}
     assert gone
@@ -724,15 +730,7 @@ def test_a_vm_that_goes_while_its_run_is_prepared_is_left_out_of_it(monkeypatch,
 @pytest.mark.real_vm
 def test_a_vmm_that_ends_before_it_is_attached_to_is_nobody(monkeypatch, living):
     """It is not refused, and the next look finds who is there."""
-    attach, gone = roster_module.attach, []
-
-    def be_late(*arguments, **options):
-        if not gone:
-            gone.append(arguments)
-            raise kf.VmGoneError(errno.ESRCH, "it has ended")
-        return attach(*arguments, **options)
-
-    monkeypatch.setattr(roster_module, "attach", be_late)
+    gone = gone_at_first(monkeypatch, roster_module, "attach")
     with Roster(living.pid, inject=False, timeout=2.0) as roster:
         roster.update(lambda: None)
         assert (roster.machines, roster.refusals, len(gone)) == ({}, {}, 1)

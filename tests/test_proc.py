@@ -239,32 +239,34 @@ def test_a_vmm_whose_first_thread_has_ended_can_be_injected(leaderless):
             assert [file.kind for file in machine] == ["vm"]
 
 
-@pytest.mark.real_vm
-def test_a_kernel_without_pidfds_of_threads_is_said_to_lack_them(monkeypatch, leaderless):
-    """Before Linux 6.9 the files of such a VMM cannot be taken, and the error says so."""
+@pytest.fixture
+def refuse_threads(monkeypatch):
+    """refuse_threads(errno): from now on no pidfd of a thread is to be had, and that is why."""
     pidfd_open = os.pidfd_open
 
-    def old(pid, flags=0):
-        if flags:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return pidfd_open(pid)
+    def refuse_threads(error):
+        def refuse(pid, flags=0):
+            if flags:
+                raise OSError(error, os.strerror(error))
+            return pidfd_open(pid)
 
-    monkeypatch.setattr(os, "pidfd_open", old)
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+
+    return refuse_threads
+
+
+@pytest.mark.real_vm
+def test_a_kernel_without_pidfds_of_threads_is_said_to_lack_them(refuse_threads, leaderless):
+    """Before Linux 6.9 the files of such a VMM cannot be taken, and the error says so."""
+    refuse_threads(errno.EINVAL)
     with running(leaderless, "hold") as vmm, pytest.raises(kf.AttachError, match=r"first thread .* Linux 6\.9"):
         kf.attach(vmm.pid)
 
 
 @pytest.mark.real_vm
-def test_a_thread_that_cannot_be_held_is_the_kernels_error(monkeypatch, leaderless):
+def test_a_thread_that_cannot_be_held_is_the_kernels_error(refuse_threads, leaderless):
     """With no file free, its errno: that is no end of the process, and no old kernel."""
-    pidfd_open = os.pidfd_open
-
-    def be_full(pid, flags=0):
-        if flags:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        return pidfd_open(pid)
-
-    monkeypatch.setattr(os, "pidfd_open", be_full)
+    refuse_threads(errno.EMFILE)
     with running(leaderless, "hold") as vmm, pytest.raises(OSError, match="Too many open files") as caught:
         kf.attach(vmm.pid)
     assert caught.value.errno == errno.EMFILE
