@@ -297,15 +297,22 @@ static void churn(void)
     list("after close", 1);
 }
 
-static void slots(void)
+/* Make a VM whose slot a duplicate of another file is in, and close both; return its number. */
+static int make_beside(int other)
 {
     int vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
     check(close(vm), "close");
-    check(dup2(kvm, vm + FIRST_HELD), "dup2");
+    check(dup2(other, vm + FIRST_HELD), "dup2");
     say("a VM whose slot is in use", ioctl(kvm, CREATE_VM, 0));
     say("close it", close(vm));
     say("the file is still there", fcntl(vm + FIRST_HELD, F_GETFD));
     say("close it", close(vm + FIRST_HELD));
+    return vm;
+}
+
+static void slots(void)
+{
+    int vm = make_beside(kvm);
 
     say("a VM", ioctl(kvm, CREATE_VM, 0));
     close(vm + FIRST_HELD); /* open only with the library */
@@ -316,13 +323,7 @@ static void slots(void)
     say("close it", close(vm + FIRST_HELD));
 
     int other = check(eventfd(0, EFD_CLOEXEC), "eventfd"); /* the kernel's too, and none of KVM's */
-    vm = make(kvm, CREATE_VM, 0, "CREATE_VM");
-    check(close(vm), "close");
-    check(dup2(other, vm + FIRST_HELD), "dup2");
-    say("a VM whose slot is in use", ioctl(kvm, CREATE_VM, 0));
-    say("close it", close(vm));
-    say("the file is still there", fcntl(vm + FIRST_HELD, F_GETFD));
-    say("close it", close(vm + FIRST_HELD));
+    make_beside(other);
     say("close the other", close(other));
     vm = other; /* the number of the next */
 
