@@ -1,5 +1,6 @@
 """What threads may share stays right without a lock, and without the GIL."""
 
+import gc
 import os
 import sys
 import threading
@@ -91,6 +92,7 @@ def test_threads_that_open_read_and_forget_leave_nothing_and_see_no_other():
     """Files, schemas that are forgotten, runs, streams that are dropped: each has its own values, no fd stays."""
     images = [kf.parse(path.read_bytes()) for path in CAPTURES]
     expected = [{name: str(value) for name, value in image.snapshot().items()} for image in images]
+    gc.collect()  # of what other tests have left, nothing goes meanwhile
     fds, threads = open_fds(), kernel_threads()
 
     def use(number):
@@ -109,7 +111,8 @@ def test_threads_that_open_read_and_forget_leave_nothing_and_see_no_other():
     def is_clean():
         with kf.StatsFile.from_bytes(CAPTURES[0].read_bytes()) as file:
             kf.Sampler([file]).run(0, count=1)  # which ends what was dropped, once it has stopped
-        return (kernel_threads(), open_fds(), len(run._RINGS)) == (threads, fds, 0)
+        # A thread that had ended may have been listed before.
+        return kernel_threads() <= threads and (open_fds(), len(run._RINGS)) == (fds, 0)
 
     assert until(is_clean)
 
